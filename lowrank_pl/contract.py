@@ -1,0 +1,93 @@
+"""What the data promises to the tasks and strategies, which do not know the data.
+
+A task reads `TargetSpec` from `trainer.datamodule.target`; a strategy that calibrates reads
+`trainer.datamodule.calibration_batches(...)`. Both sides import this module and not each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+TargetKind = Literal["classification", "regression", "token_classification", "masked_lm"]
+MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "entity_f1", "perplexity"]
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a data set asks a model to predict, in primitives, because it travels in checkpoints.
+
+    Attributes:
+        name: Name of the task for reports, e.g. `"MRPC"`.
+        kind: What is predicted.
+        label_names: Class names in the order of their ids; BIO tags for token classification; empty for
+            regression and masked language modelling.
+        metrics: Official metrics of the task. The score is their mean (STS-B: mean of Pearson and Spearman)
+            unless `score` names one of them.
+        score: The metric that is the score, or `None` for the mean of `metrics`.
+    """
+
+    name: str
+    kind: TargetKind
+    label_names: tuple[str, ...] = ()
+    metrics: tuple[MetricName, ...] = ("accuracy",)
+    score: MetricName | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON-ready primitives (tuples as lists)."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> TargetSpec:
+        """Inverse of `to_dict`."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**values)
+
+
+class CalibrationBatches(Protocol):
+    """Batches of the training split for calibration: finite, repeatable, in a fixed order.
+
+    Attributes:
+        num_samples: Samples over all processes together.
+        fingerprint: Identifies the samples, their tokenisation and their order: equal means equal batches.
+    """
+
+    num_samples: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of batches of this process."""
+        ...
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yields model inputs and `labels` on the CPU, each sample exactly once over all processes."""
+        ...
+
+
+@runtime_checkable
+class CalibrationSource(Protocol):
+    """A datamodule that can hand out calibration batches."""
+
+    def calibration_batches(
+        self,
+        batch_size: int,
+        max_samples: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> CalibrationBatches:
+        """Returns batches of (a seeded random choice of) the training split; see `CalibrationBatches`."""
+        ...
+
+
+@runtime_checkable
+class HasTarget(Protocol):
+    """A datamodule that says what it asks the model to predict. Known once `setup` has run."""
+
+    @property
+    def target(self) -> TargetSpec:
+        """The specification of the labels."""
+        ...
