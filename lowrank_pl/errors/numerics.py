@@ -1,0 +1,67 @@
+"""Bad tensors, ranks and ratios."""
+
+from __future__ import annotations
+
+from lowrank_pl.errors.base import LowRankError
+
+
+class ShapeError(LowRankError):
+    """A tensor has another shape than its companions require."""
+
+    def __init__(self, what: str, given: tuple[int, ...], expected: str) -> None:
+        super().__init__(f"{what} has shape {tuple(given)}, expected {expected}.")
+
+
+class RankError(LowRankError):
+    """A rank is outside 1 … full rank."""
+
+    def __init__(self, rank: int, full_rank: int, layer: str | None = None) -> None:
+        where = f" for {layer!r}" if layer else ""
+        super().__init__(
+            f"rank {rank!r}{where} is impossible: allowed are whole numbers from 1 to the full rank "
+            f"min(out, in) = {full_rank}. Choose a smaller rank, or leave the layer dense."
+        )
+
+
+class RatioError(LowRankError):
+    """A ratio is outside its interval, or not a number."""
+
+    def __init__(self, name: str, value: float, allowed: str = "0 < ratio <= 1") -> None:
+        super().__init__(
+            f"{name}={value!r} is out of range: allowed is {allowed}. The ratio is what is *kept* "
+            "(0.33 keeps a third), not what is removed."
+        )
+
+
+class NonFiniteError(LowRankError):
+    """NaN or Inf where a factorisation or an importance needs numbers."""
+
+    def __init__(self, what: str, count: int | None = None, layer: str | None = None) -> None:
+        number = "NaN or Inf" if count is None else f"{count} NaN or Inf entries"
+        where = f" of layer {layer!r}" if layer else ""
+        super().__init__(
+            f"{what}{where} contains {number}; only finite numbers can be factorised or weighed. "
+            "Start from a checkpoint whose training did not diverge, or exclude the layer through "
+            "model.init_args.strategy.init_args.targets.exclude."
+        )
+
+
+class ImportanceError(LowRankError):
+    """An importance is negative somewhere."""
+
+    def __init__(self, what: str, value: float, position: tuple[int, ...]) -> None:
+        super().__init__(
+            f"{what} has the negative entry {value!r} at {position}; importances are squares or sums of "
+            "squares and allowed from 0 upwards. Check what was passed as importance."
+        )
+
+
+class BudgetError(LowRankError):
+    """A budget lies below what one singular group per targeted layer costs."""
+
+    def __init__(self, asked: float, floor: float, floor_parameters: int, dense_parameters: int) -> None:
+        super().__init__(
+            f"keep_ratio={asked!r} cannot be reached: one rank in each targeted layer already costs "
+            f"{floor_parameters:,} of {dense_parameters:,} parameters, a keep_ratio of {floor:.6f}. "
+            "Ask for more than that, or target fewer layers."
+        )

@@ -1,0 +1,83 @@
+"""Runs: trainers, callbacks, output folders, calibration."""
+
+from __future__ import annotations
+
+from lowrank_pl.errors.base import LowRankError
+
+
+class OutputExistsError(LowRankError):
+    """An output folder already holds something."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"the output folder {path!r} exists and is not empty; nothing is ever overwritten unasked. "
+            "Give another --output, or move the folder away."
+        )
+
+
+class StrategyPlacementError(LowRankError):
+    """A compression strategy stands under `trainer.callbacks`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name} stands under trainer.callbacks, where it would run without having prepared the model's "
+            "shapes. A compression strategy belongs to the model: move it to model.init_args.strategy."
+        )
+
+
+class UnsupportedParallelismError(LowRankError):
+    """The trainer shards parameters, which the strategies cannot factorise."""
+
+    def __init__(self, strategy: str, given: str) -> None:
+        super().__init__(
+            f"{strategy} cannot work under {given}: it needs whole weight matrices on every process. "
+            "Allowed are a single device and DDP. Set trainer.strategy to 'auto' or 'ddp'."
+        )
+
+
+class CalibrationError(LowRankError):
+    """A method needs calibration data and there is none."""
+
+    def __init__(self, strategy: str, problem: str) -> None:
+        super().__init__(
+            f"{strategy} needs calibration batches: {problem}. Allowed is a datamodule with "
+            "calibration_batches(), such as every class of lowrank_pl.data; pass it as datamodule=."
+        )
+
+
+class ResumeMismatchError(LowRankError):
+    """A checkpoint to resume from was written with other ranks or targets."""
+
+    def __init__(self, difference: str) -> None:
+        super().__init__(
+            f"--ckpt_path resumes a run, but the checkpoint's factorised layers differ from what the "
+            f"strategy prepared: {difference}. Resume with the run's own configuration (its config.yaml), or "
+            "start a new run from the weights with --model.init_args.init_from."
+        )
+
+
+class TargetKindError(LowRankError):
+    """Data and task do not predict the same kind of thing."""
+
+    def __init__(self, task: str, allowed: tuple[str, ...], data: str, given: str) -> None:
+        super().__init__(
+            f"{data!r} is a {given} data set, and {task} handles {' and '.join(allowed)}. Choose the model class "
+            "that fits: SequenceClassification (classification and regression), TokenClassification, MaskedLM."
+        )
+
+
+class MissingArgumentError(LowRankError):
+    """Something has to be said and was not."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what} is missing. {remedy}")
+
+
+class NotFactorisedError(LowRankError):
+    """A model that should be scored as compressed has no factorised layer."""
+
+    def __init__(self, strategy: str, names: list[str]) -> None:
+        super().__init__(
+            f"{strategy} has run, yet {len(names)} targeted layers are not factorised, e.g. {names[0]!r}; "
+            "scoring them would report a dense score as a compressed one. This is a bug: please report it."
+        )

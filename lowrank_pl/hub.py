@@ -1,0 +1,136 @@
+"""Where pre-trained encoders and tokenizers come from: the hub, a folder, or an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_pl.errors.model import (
+    CheckpointMismatchError,
+    HubUnreachableError,
+    ModelFolderError,
+    PackageModelError,
+)
+
+_PACKAGE_PREFIX = "pkg://"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+
+
+def resolve_pretrained(name: str) -> str:
+    """Turns what a user wrote into what `from_pretrained` takes.
+
+    Args:
+        name: A folder, a hub id (`org/model` or `model`), or `pkg://module/sub/folder` for a model carried by
+            an installed Python package. The package is located, not imported.
+
+    Returns:
+        An existing folder that has a `config.json`, or the hub id unchanged.
+
+    Raises:
+        PackageModelError: the package or the folder inside it does not exist.
+        ModelFolderError: the folder exists and holds no `config.json`.
+        HubUnreachableError: it looks like a path (starts with `.`, `/` or `~`) and does not exist.
+    """
+    if name.startswith(_PACKAGE_PREFIX):
+        folder = _package_folder(name)
+    else:
+        folder = Path(name).expanduser()
+        if not folder.exists():
+            if name.startswith((".", "/", "~")) or name.count("/") > 1:
+                raise HubUnreachableError(name, "no such file or folder, and not the form of a hub id")
+            return name
+    if not folder.is_dir():
+        raise ModelFolderError(str(folder), "content: it is a file", [])
+    _require(folder, ("config.json",), "config.json")
+    return str(folder)
+
+
+def _package_folder(address: str) -> Path:
+    module, _, inside = address.removeprefix(_PACKAGE_PREFIX).partition("/")
+    try:
+        spec = importlib.util.find_spec(module) if module else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise PackageModelError(address, f"the package {module!r} is not installed")
+    folder = Path(spec.submodule_search_locations[0]) / inside
+    if not folder.is_dir():
+        raise PackageModelError(address, f"{module!r} is installed but has no folder {inside!r}")
+    return folder
+
+
+def _require(folder: Path, names: tuple[str, ...], what: str) -> None:
+    found = [entry.name for entry in folder.iterdir()]
+    if not any(name in found for name in names):
+        raise ModelFolderError(str(folder), what, found)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to a model.
+
+    Args:
+        name: As in `resolve_pretrained`.
+
+    Raises:
+        ModelFolderError: a folder without tokenizer files.
+        HubUnreachableError: a hub id that cannot be fetched.
+    """
+    source = resolve_pretrained(name)
+    if Path(source).is_dir():
+        _require(Path(source), _TOKENIZER, "tokenizer (tokenizer.json, vocab.txt, …)")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise HubUnreachableError(name, _first_line(error)) from error
+    return tokenizer
+
+
+def load_config(name: str, **overrides: Any) -> Any:
+    """Loads the configuration of a model; see `resolve_pretrained` for `name` and the errors."""
+    source = resolve_pretrained(name)
+    try:
+        return AutoConfig.from_pretrained(source, **overrides)
+    except OSError as error:
+        raise HubUnreachableError(name, _first_line(error)) from error
+
+
+def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> PreTrainedModel:
+    """Loads a pre-trained encoder with a (possibly new) head, in train mode.
+
+    A new head is normal and random; encoder weights that are missing are not, and refused.
+
+    Args:
+        auto_class: `AutoModelForSequenceClassification` or another Auto class.
+        name: As in `resolve_pretrained`.
+        config_overrides: Fields of the configuration to set, e.g. `num_labels`.
+
+    Raises:
+        ModelFolderError: a folder without weights.
+        HubUnreachableError: a hub id that cannot be fetched.
+        CheckpointMismatchError: the weights lack parts of the encoder.
+    """
+    source = resolve_pretrained(name)
+    if Path(source).is_dir():
+        _require(Path(source), _WEIGHTS, "weights (model.safetensors, …)")
+    config = load_config(name, **config_overrides)
+    try:
+        model, info = auto_class.from_pretrained(source, config=config, output_loading_info=True)
+    except OSError as error:
+        raise HubUnreachableError(name, _first_line(error)) from error
+    prefix = f"{model.base_model_prefix}."
+    # Encoders trained as language models have no pooler; classifiers make a new one, like their head.
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and ".pooler" not in key)
+    if missing:
+        raise CheckpointMismatchError.keys(f"model folder {source!r}", missing, [])
+    # from_pretrained returns eval mode, and Lightning trains a module in the mode it finds it in.
+    encoder: PreTrainedModel = model.train()
+    return encoder
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -1,0 +1,85 @@
+"""Which linear layers of a model are factorised, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.errors.model import NoTargetError, TiedWeightError
+from lowrank_pl.nn import LowRankLinear
+
+TARGETED = "targeted"
+
+
+class TargetSelector:
+    """Selects `nn.Linear` modules by their fully qualified names.
+
+    Args:
+        include: Globs of names (`*` also crosses dots), e.g. `["*.attention.*", "*.intermediate.dense"]`. The
+            default takes every linear inside a transformer block, that is below a numbered entry of an
+            `nn.ModuleList`: embeddings, pooler and heads stay dense, as in the papers.
+        exclude: Globs of names to leave dense, applied after `include`.
+    """
+
+    def __init__(self, include: list[str] | None = None, exclude: list[str] | None = None) -> None:
+        self.include = include
+        self.exclude: Sequence[str] = exclude or []
+
+    def select(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """Returns the targets in module order; a module with several names appears once, under its first.
+
+        Raises:
+            NoTargetError: nothing matches.
+            TiedWeightError: a target shares its weight with another module.
+        """
+        reasons = self.explain(model)
+        modules = dict(model.named_modules())
+        targets = {name: module for name, module in _linears(model) if reasons[name] == TARGETED}
+        if not targets:
+            factored = sum(isinstance(module, LowRankLinear) for module in modules.values())
+            raise NoTargetError(type(model).__name__, self.include, self.exclude, list(reasons), factored)
+        self._refuse_tied(targets, modules)
+        return targets
+
+    def explain(self, model: nn.Module) -> dict[str, str]:
+        """For every linear of the model: `"targeted"`, or why it stays dense."""
+        blocks = tuple(_block_prefixes(model))
+        reasons = {}
+        for name, _ in _linears(model):
+            if excluded := [glob for glob in self.exclude if fnmatchcase(name, glob)]:
+                reasons[name] = f"excluded by {excluded[0]!r}"
+            elif self.include is not None:
+                matched = any(fnmatchcase(name, glob) for glob in self.include)
+                reasons[name] = TARGETED if matched else "not matched by include"
+            else:
+                reasons[name] = TARGETED if name.startswith(blocks) else "outside the transformer blocks"
+        return reasons
+
+    @staticmethod
+    def shapes(targets: dict[str, nn.Linear]) -> dict[str, LinearShape]:
+        """The shapes of selected layers."""
+        return {name: LinearShape(layer.out_features, layer.in_features) for name, layer in targets.items()}
+
+    @staticmethod
+    def _refuse_tied(targets: dict[str, nn.Linear], modules: dict[str, nn.Module]) -> None:
+        owners: dict[int, str] = {id(layer.weight): name for name, layer in targets.items()}
+        for name, module in modules.items():
+            for parameter in module.parameters(recurse=False):
+                owner = owners.get(id(parameter))
+                if owner is not None and owner != name:
+                    raise TiedWeightError(owner, name)
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    # Subclasses of nn.Linear have a forward of their own that two factors would not reproduce.
+    return [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+
+
+def _block_prefixes(model: nn.Module) -> list[str]:
+    """Name prefixes of the entries of every outermost `nn.ModuleList`."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return [f"{name}." for name in outermost]
