@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.errors.model import (
@@ -118,7 +119,10 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> PreT
         _require(Path(source), _WEIGHTS, "weights (model.safetensors, …)")
     config = load_config(name, **config_overrides)
     try:
-        model, info = auto_class.from_pretrained(source, config=config, output_loading_info=True)
+        # Half-precision checkpoints are common and a poor place to fine-tune in; the trainer's precision, which
+        # sets torch's default dtype, decides.
+        dtype = torch.get_default_dtype()
+        model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
     except OSError as error:
         raise HubUnreachableError(name, _first_line(error)) from error
     prefix = f"{model.base_model_prefix}."

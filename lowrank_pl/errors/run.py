@@ -81,3 +81,14 @@ class NotFactorisedError(LowRankError):
             f"{strategy} has run, yet {len(names)} targeted layers are not factorised, e.g. {names[0]!r}; "
             "scoring them would report a dense score as a compressed one. This is a bug: please report it."
         )
+
+
+class OptimizerCoverageError(LowRankError):
+    """The optimizer lacks trainable parameters of the model."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(
+            f"the optimizer does not hold {len(names)} trainable parameters, e.g. {names[0]!r}: they would never be "
+            "updated. Every parameter with requires_grad must be in it; freeze what should not train, and build the "
+            "optimizer in configure_optimizers, after configure_model."
+        )

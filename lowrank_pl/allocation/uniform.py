@@ -1,0 +1,171 @@
+"""The same share for every layer, with exceptions by name. m: out_features, n: in_features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.errors.model import OverrideError
+from lowrank_pl.errors.numerics import BudgetError, RatioError
+from lowrank_pl.errors.run import MissingArgumentError
+
+
+@dataclass
+class LayerOverride:
+    """What some layers get instead of the common share; exactly one of the last three is given.
+
+    Args:
+        pattern: Glob over fully qualified names, e.g. `"*.layer.0.*"`. The first override that matches wins.
+        keep_ratio: Share of the layer's weights to keep, `0 < keep_ratio <= 1`.
+        rank: The rank itself, `1 … min(out, in)`.
+        dense: Leave the layers dense.
+    """
+
+    pattern: str
+    keep_ratio: float | None = None
+    rank: int | None = None
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Ranks for layers.
+
+    Attributes:
+        shapes: Every targeted layer.
+        ranks: Rank per layer, `None` where it stays dense.
+    """
+
+    shapes: dict[str, LinearShape]
+    ranks: dict[str, int | None]
+
+    def parameters(self, name: str) -> int:
+        """What a layer's weight costs under this allocation."""
+        rank = self.ranks[name]
+        return self.shapes[name].dense_params if rank is None else self.shapes[name].factored_params(rank)
+
+    @property
+    def kept(self) -> int:
+        """Parameters of all layers under this allocation."""
+        return sum(self.parameters(name) for name in self.shapes)
+
+    @property
+    def dense(self) -> int:
+        """Parameters of all layers when dense."""
+        return sum(shape.dense_params for shape in self.shapes.values())
+
+
+def floor_parameters(shapes: Mapping[str, LinearShape]) -> int:
+    """What the layers cost at least: one rank each, or the dense weight where that is smaller."""
+    return sum(min(shape.params_per_rank, shape.dense_params) for shape in shapes.values())
+
+
+def uniform_ranks(
+    shapes: Mapping[str, LinearShape],
+    keep_ratio: float | None = None,
+    rank_ratio: float | None = None,
+    multiple_of: int = 1,
+    overrides: Sequence[LayerOverride] = (),
+) -> Allocation:
+    """Gives every layer the same share.
+
+    Args:
+        shapes: The targeted layers.
+        keep_ratio: Share of each layer's weights to keep, in parameters: the largest rank with
+            `r (m + n) <= keep_ratio · m n`. At 1 everything stays dense.
+        rank_ratio: The papers' measure instead: `r = int(rank_ratio · min(m, n))`.
+        multiple_of: Round ranks down to a multiple (hardware likes 8 or 16); a rank below the multiple stays.
+        overrides: Exceptions by name; they neither draw from nor add to the other layers' share.
+
+    Returns:
+        Ranks; a layer whose factors would cost as much as its dense weight stays dense.
+
+    Raises:
+        MissingArgumentError: neither or both of the ratios are given.
+        RatioError: a ratio outside `0 < ratio <= 1`, NaN, or a multiple below 1.
+        RankError: an override asks for an impossible rank.
+        OverrideError: an override matches no layer or does not say exactly one thing.
+        BudgetError: the keep_ratio is below what rank 1 everywhere costs.
+    """
+    if (keep_ratio is None) == (rank_ratio is None):
+        given = "Both are given" if keep_ratio is not None else "Neither is given"
+        raise MissingArgumentError(
+            "exactly one of keep_ratio and rank_ratio",
+            f"{given}; set model.init_args.strategy.init_args.keep_ratio (share of the targeted parameters that "
+            "is kept) or .rank_ratio (share of the full rank).",
+        )
+    for name, ratio in (("keep_ratio", keep_ratio), ("rank_ratio", rank_ratio)):
+        if ratio is not None:
+            _check_ratio(name, ratio)
+    if multiple_of < 1:
+        raise RatioError("multiple_of", multiple_of, "a whole number from 1")
+    chosen = _match_overrides(list(shapes), overrides)
+    ranks: dict[str, int | None] = {}
+    for name, shape in shapes.items():
+        override = chosen.get(name)
+        if override is None:
+            rank = _rank_by_ratio(shape, keep_ratio, rank_ratio, multiple_of)
+        elif override.dense:
+            rank = None
+        elif override.rank is not None:
+            shape.check_rank(override.rank, name)
+            rank = override.rank
+        else:
+            rank = _rank_by_ratio(shape, override.keep_ratio, None, multiple_of)
+        # At or above break-even the dense weight is smaller.
+        ranks[name] = None if rank is None or rank >= shape.break_even_rank else rank
+    allocation = Allocation(dict(shapes), ranks)
+    if keep_ratio is not None:
+        _fit_budget(allocation, keep_ratio, [name for name in shapes if name not in chosen])
+    return allocation
+
+
+def _rank_by_ratio(
+    shape: LinearShape, keep_ratio: float | None, rank_ratio: float | None, multiple_of: int
+) -> int | None:
+    if keep_ratio == 1.0:
+        return None
+    if keep_ratio is not None:
+        rank = math.floor(keep_ratio * shape.dense_params / shape.params_per_rank + 1e-9)
+    else:
+        assert rank_ratio is not None
+        rank = int(rank_ratio * shape.full_rank + 1e-9)
+    rounded = rank - rank % multiple_of
+    return max(1, rounded or rank)
+
+
+def _check_ratio(name: str, ratio: float) -> None:
+    if not (math.isfinite(ratio) and 0 < ratio <= 1):
+        raise RatioError(name, ratio)
+
+
+def _match_overrides(names: list[str], overrides: Sequence[LayerOverride]) -> dict[str, LayerOverride]:
+    chosen: dict[str, LayerOverride] = {}
+    for override in overrides:
+        said = (override.keep_ratio is not None) + (override.rank is not None) + override.dense
+        if said != 1:
+            raise OverrideError(override.pattern, f"says {said} of keep_ratio, rank and dense, not exactly one", names)
+        if override.keep_ratio is not None:
+            _check_ratio(f"overrides[{override.pattern!r}].keep_ratio", override.keep_ratio)
+        matched = [name for name in names if fnmatchcase(name, override.pattern)]
+        if not matched:
+            raise OverrideError(override.pattern, "matches no targeted layer", names)
+        for name in matched:
+            chosen.setdefault(name, override)
+    return chosen
+
+
+def _fit_budget(allocation: Allocation, keep_ratio: float, names: list[str]) -> None:
+    """Takes from the highest ranks what the minimum of one rank elsewhere has overdrawn."""
+    shapes = {name: allocation.shapes[name] for name in names}
+    dense = sum(shape.dense_params for shape in shapes.values())
+    budget = keep_ratio * dense + 1e-6
+    if floor_parameters(shapes) > budget:
+        floor = floor_parameters(shapes)
+        raise BudgetError(keep_ratio, floor / dense, floor, dense)
+    while sum(allocation.parameters(name) for name in names) > budget:
+        highest = max(names, key=lambda name: allocation.ranks[name] or 0)
+        allocation.ranks[highest] = (allocation.ranks[highest] or 1) - 1

@@ -1,0 +1,7 @@
+"""Plain fine-tuning, the default and the baseline."""
+
+from lowrank_pl.strategies.base import CompressionStrategy
+
+
+class NoCompression(CompressionStrategy):
+    """Leaves every layer as it is: dense layers dense, factorised layers (of `init_from`) factorised."""

@@ -1,0 +1,202 @@
+"""Factorise once, at ranks known beforehand; then tune on."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.allocation import Allocation, LayerOverride, uniform_ranks
+from lowrank_pl.core import Factors, relative_error
+from lowrank_pl.core.checks import check_finite
+from lowrank_pl.errors.run import NotFactorisedError
+from lowrank_pl.importance import Fisher, FisherKind, LayerFisher
+from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
+from lowrank_pl.strategies.calibration import Calibration, measure_fisher, progress
+from lowrank_pl.surgery import CompressionRecord, LayerRecord, TargetSelector, replace_module_
+
+logger = logging.getLogger(__name__)
+
+
+class StaticStrategy(CompressionStrategy):
+    """Common part of the methods that factorise each layer once.
+
+    In `fit`, `prepare` puts empty layers of the final ranks into the encoder and sets the dense originals
+    aside; `on_train_start` calibrates with the originals and writes the factors in place; training goes on from
+    there. In `compress` the same happens without a training step.
+
+    Args:
+        keep_ratio: Share of the targeted weights to keep, in parameters, `0 < keep_ratio <= 1`.
+        rank_ratio: Instead of keep_ratio, the papers' measure: rank `int(rank_ratio * min(out, in))`.
+        multiple_of: Round ranks down to a multiple.
+        overrides: Exceptions for layers by name.
+        targets: Which layers to factorise.
+        calibration: How importance is measured; unused by methods that need none.
+    """
+
+    fisher_kind: FisherKind | None = None
+    """How much of the Fisher information the method needs."""
+
+    def __init__(
+        self,
+        keep_ratio: float | None = None,
+        rank_ratio: float | None = None,
+        multiple_of: int = 1,
+        overrides: list[LayerOverride] | None = None,
+        targets: TargetSelector | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        super().__init__(targets)
+        self.keep_ratio = keep_ratio
+        self.rank_ratio = rank_ratio
+        self.multiple_of = multiple_of
+        self.overrides: Sequence[LayerOverride] = overrides or []
+        self.calibration = calibration or Calibration()
+        self._allocation: Allocation | None = None
+        self._originals: dict[str, nn.Linear] = {}
+        self._written = False
+
+    @abstractmethod
+    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factors:
+        """Factorises one weight `[m, n]` at a rank; `fisher` is `None` for methods that need none."""
+
+    @abstractmethod
+    def importances(self, fisher: LayerFisher) -> tuple[Tensor | None, Tensor | None]:
+        """Input `[n]` and output `[m]` importances of the norm that the method minimises, for reports."""
+
+    def plan(self, encoder: nn.Module) -> Allocation:
+        """The ranks for an encoder; changes nothing.
+
+        Raises:
+            NoTargetError, TiedWeightError, BudgetError, RatioError, RankError, OverrideError: bad input.
+        """
+        shapes = self.targets.shapes(self.targets.select(encoder))
+        return uniform_ranks(shapes, self.keep_ratio, self.rank_ratio, self.multiple_of, self.overrides)
+
+    def prepare(self, encoder: nn.Module) -> None:
+        """Puts empty factorised layers into the encoder and keeps the dense ones for calibration.
+
+        Raises:
+            NonFiniteError: a targeted weight contains NaN or Inf.
+        """
+        allocation = self.plan(encoder)
+        targets = self.targets.select(encoder)
+        for name, linear in targets.items():
+            check_finite("the weight", linear.weight, name)
+        self._allocation = allocation
+        self._originals = {}
+        self._written = False
+        for name, rank in allocation.ranks.items():
+            if rank is not None:
+                self._originals[name] = targets[name]
+                replace_module_(encoder, name, LowRankLinear.like(targets[name], rank))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrates and writes the factors, unless a resumed run has done so before."""
+        super().on_train_start(trainer, pl_module)
+        if not self._written:
+            self._write(trainer, pl_module)
+        self._originals = {}
+
+    def compress(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Factorises the module's encoder now. No optimizer may exist."""
+        self.prepare(as_compressible(pl_module).encoder)
+        self._write(trainer, pl_module)
+        self._originals = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the factors have been written."""
+        return {"written": self._written}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores `state_dict`'s."""
+        self._written = bool(state_dict["written"])
+
+    def options(self) -> dict[str, Any]:
+        """What identifies the method in reports, as primitives."""
+        return {
+            "keep_ratio": self.keep_ratio,
+            "rank_ratio": self.rank_ratio,
+            "multiple_of": self.multiple_of,
+            "overrides": [vars(override) for override in self.overrides],
+        }
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module = as_compressible(pl_module)
+        assert self._allocation is not None
+        for linear in self._originals.values():
+            linear.to(pl_module.device)
+        options = self.options()
+        fisher: Fisher | None = None
+        if self.fisher_kind is not None and self._originals:
+            if module.freshly_initialised_head:
+                logger.warning(
+                    "the head is freshly initialised: %s will weigh the weights for a task the model has not "
+                    "learned. Fine-tune first and pass the checkpoint as model.init_args.init_from.",
+                    type(self).__name__,
+                )
+            name = type(self).__name__
+            fisher = measure_fisher(trainer, pl_module, self._originals, self.fisher_kind, self.calibration, name)
+            options["calibration_samples"] = fisher.num_samples
+        notes: list[str] = []
+        errors: dict[str, tuple[float, float | None]] = {}
+        if trainer.is_global_zero:
+            for name in progress(trainer, self._originals, "Factorisation", len(self._originals)):
+                errors[name] = self._write_layer(module.encoder, name, fisher, notes)
+        self._synchronise(module.encoder)
+        errors, notes = trainer.strategy.broadcast((errors, notes))
+        self._written = True
+        module.compression = CompressionRecord(type(self).__name__, options, self._layers(errors), tuple(notes))
+
+    def _write_layer(
+        self, encoder: nn.Module, name: str, fisher: Fisher | None, notes: list[str]
+    ) -> tuple[float, float | None]:
+        layer = encoder.get_submodule(name)
+        if not isinstance(layer, LowRankLinear):
+            raise NotFactorisedError(type(self).__name__, [name])
+        weight = self._originals[name].weight.detach()
+        layer_fisher = fisher.layers[name] if fisher is not None else None
+        if layer_fisher is not None and not bool(layer_fisher.input_sums.any()):
+            note = f"the Fisher information of {name!r} is zero everywhere: factorised by plain SVD instead"
+            logger.warning(note)
+            notes.append(note)
+        factors = self.factorise(weight, layer.rank, layer_fisher)
+        layer.assign_(factors)
+        product = factors.product()
+        error = relative_error(weight, product)
+        if layer_fisher is None:
+            return error, None
+        return error, relative_error(weight, product, *self.importances(layer_fisher))
+
+    def _synchronise(self, encoder: nn.Module) -> None:
+        """Gives every process the first one's factors, bit for bit."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for name in self._originals:
+                for parameter in encoder.get_submodule(name).parameters():
+                    torch.distributed.broadcast(parameter.data, src=0)
+
+    def _layers(self, errors: dict[str, tuple[float, float | None]]) -> tuple[LayerRecord, ...]:
+        assert self._allocation is not None
+        records = []
+        for name, shape in self._allocation.shapes.items():
+            rank = self._allocation.ranks[name]
+            error, weighted = errors.get(name, (0.0, 0.0 if self.fisher_kind is not None else None))
+            records.append(
+                LayerRecord(
+                    name,
+                    shape.out_features,
+                    shape.in_features,
+                    shape.full_rank if rank is None else rank,
+                    "dense" if rank is None else "low_rank",
+                    self._allocation.parameters(name),
+                    error,
+                    weighted,
+                )
+            )
+        return tuple(records)
