@@ -99,7 +99,7 @@ def load_config(name: str, **overrides: Any) -> Any:
         raise HubUnreachableError(name, _first_line(error)) from error
 
 
-def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> PreTrainedModel:
+def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tuple[PreTrainedModel, bool]:
     """Loads a pre-trained encoder with a (possibly new) head, in train mode.
 
     A new head is normal and random; encoder weights that are missing are not, and refused.
@@ -108,6 +108,9 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> PreT
         auto_class: `AutoModelForSequenceClassification` or another Auto class.
         name: As in `resolve_pretrained`.
         config_overrides: Fields of the configuration to set, e.g. `num_labels`.
+
+    Returns:
+        The model, and whether parts of it (a head) are freshly initialised.
 
     Raises:
         ModelFolderError: a folder without weights.
@@ -132,7 +135,7 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> PreT
         raise CheckpointMismatchError.keys(f"model folder {source!r}", missing, [])
     # from_pretrained returns eval mode, and Lightning trains a module in the mode it finds it in.
     encoder: PreTrainedModel = model.train()
-    return encoder
+    return encoder, bool(info["missing_keys"])
 
 
 def _first_line(error: BaseException) -> str:

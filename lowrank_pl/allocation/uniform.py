@@ -90,18 +90,7 @@ def uniform_ranks(
         OverrideError: an override matches no layer or does not say exactly one thing.
         BudgetError: the keep_ratio is below what rank 1 everywhere costs.
     """
-    if (keep_ratio is None) == (rank_ratio is None):
-        given = "Both are given" if keep_ratio is not None else "Neither is given"
-        raise MissingArgumentError(
-            "exactly one of keep_ratio and rank_ratio",
-            f"{given}; set model.init_args.strategy.init_args.keep_ratio (share of the targeted parameters that "
-            "is kept) or .rank_ratio (share of the full rank).",
-        )
-    for name, ratio in (("keep_ratio", keep_ratio), ("rank_ratio", rank_ratio)):
-        if ratio is not None:
-            _check_ratio(name, ratio)
-    if multiple_of < 1:
-        raise RatioError("multiple_of", multiple_of, "a whole number from 1")
+    check_share(keep_ratio, rank_ratio, multiple_of)
     chosen = _match_overrides(list(shapes), overrides)
     ranks: dict[str, int | None] = {}
     for name, shape in shapes.items():
@@ -121,6 +110,22 @@ def uniform_ranks(
     if keep_ratio is not None:
         _fit_budget(allocation, keep_ratio, [name for name in shapes if name not in chosen])
     return allocation
+
+
+def check_share(keep_ratio: float | None, rank_ratio: float | None, multiple_of: int) -> None:
+    """Raises `MissingArgumentError` or `RatioError` unless the arguments of `uniform_ranks` make sense."""
+    if (keep_ratio is None) == (rank_ratio is None):
+        given = "Both are given" if keep_ratio is not None else "Neither is given"
+        raise MissingArgumentError(
+            "exactly one of keep_ratio and rank_ratio",
+            f"{given}; set model.init_args.strategy.init_args.keep_ratio (share of the targeted parameters that "
+            "is kept) or .rank_ratio (share of the full rank).",
+        )
+    for name, ratio in (("keep_ratio", keep_ratio), ("rank_ratio", rank_ratio)):
+        if ratio is not None:
+            _check_ratio(name, ratio)
+    if multiple_of < 1:
+        raise RatioError("multiple_of", multiple_of, "a whole number from 1")
 
 
 def _rank_by_ratio(

@@ -92,3 +92,13 @@ class OptimizerCoverageError(LowRankError):
             "updated. Every parameter with requires_grad must be in it; freeze what should not train, and build the "
             "optimizer in configure_optimizers, after configure_model."
         )
+
+
+class NothingToCompressError(LowRankError):
+    """`compress` was asked of a strategy that cannot compress without training."""
+
+    def __init__(self, strategy: str) -> None:
+        super().__init__(
+            f"compress was called with strategy {strategy}, which factorises nothing by itself. Allowed are the static "
+            "methods: set --model.init_args.strategy to SVD or FWSVD, with keep_ratio or rank_ratio."
+        )

@@ -10,7 +10,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocation
-from lowrank_pl.errors.run import OptimizerCoverageError, StrategyPlacementError, UnsupportedParallelismError
+from lowrank_pl.errors.run import (
+    NothingToCompressError,
+    OptimizerCoverageError,
+    StrategyPlacementError,
+    UnsupportedParallelismError,
+)
 from lowrank_pl.importance.fisher import Batch
 from lowrank_pl.surgery import CompressionRecord, TargetSelector
 
@@ -59,9 +64,10 @@ class CompressionStrategy(pl.Callback, ABC):
         """Compresses the module's encoder at once, without training it.
 
         Raises:
-            NotImplementedError: the method exists only as part of a training run.
+            NothingToCompressError: the method exists only as part of a training run, or does nothing.
         """
-        raise NotImplementedError(f"{type(self).__name__} works during training: use fit instead of compress.")
+        del trainer, pl_module
+        raise NothingToCompressError(type(self).__name__)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses a wrong place in the configuration and parallelism that shards parameters.

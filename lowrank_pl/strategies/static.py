@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocation, LayerOverride, uniform_ranks
+from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.core import Factors, relative_error
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.errors.run import NotFactorisedError
@@ -53,6 +54,7 @@ class StaticStrategy(CompressionStrategy):
         calibration: Calibration | None = None,
     ) -> None:
         super().__init__(targets)
+        check_share(keep_ratio, rank_ratio, multiple_of)
         self.keep_ratio = keep_ratio
         self.rank_ratio = rank_ratio
         self.multiple_of = multiple_of

@@ -1,0 +1,75 @@
+"""The command line: LightningCLI with two more verbs. Everything else is configuration."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lowrank_pl.data
+import lowrank_pl.strategies
+import lowrank_pl.tasks  # noqa: F401, importing the rooms makes short class names work
+from lowrank_pl.data import TextDataModule
+from lowrank_pl.errors import LowRankError
+from lowrank_pl.monitoring import PredictionWriter, RankDashboard, ReportWriter
+from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.trainer import LowRankTrainer
+
+_LOGGER = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "init_args": {"save_dir": "logs", "name": "runs"},
+}
+
+
+class LowRankCLI(LightningCLI):
+    """`fit validate test predict` of Lightning, `compress` and `inspect` of this package."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs and the arguments that do not come from the command line."""
+        own = {"compress": {"model", "datamodule"}, "inspect": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), **own}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """As Lightning's, with data optional: `inspect` needs none."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(EncoderTask, "model", subclass_mode=True)
+        parser.add_lightning_class_args(TextDataModule, "data", subclass_mode=True, required=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callbacks that every run has, and the tokenizer of the pre-trained encoder for the data."""
+        parser.add_lightning_class_args(ReportWriter, "report")
+        parser.add_lightning_class_args(RankDashboard, "rank_dashboard")
+        parser.add_lightning_class_args(PredictionWriter, "prediction_writer")
+        parser.link_arguments("model.init_args.pretrained", "data.init_args.tokenizer")
+
+
+def main(args: list[str] | dict[str, Any] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: Arguments instead of `sys.argv[1:]`, e.g. `["fit", "--config", "run.yaml"]`.
+    """
+    LowRankCLI(
+        model_class=EncoderTask,
+        datamodule_class=TextDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        trainer_class=LowRankTrainer,
+        trainer_defaults={"logger": _LOGGER},
+        seed_everything_default=0,
+        # Lightning's own would take the parameters that exist at parse time, before any layer is swapped.
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def console() -> None:
+    """`main` for the shell: bad input ends in its message and exit code 1, without a traceback."""
+    try:
+        main()
+    except LowRankError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,41 @@
+"""Ranks and errors of the factorised layers in TensorBoard."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lowrank_pl.monitoring.rank_picture import rank_heatmap
+from lowrank_pl.monitoring.report import layer_records, parameter_counts
+from lowrank_pl.tasks import EncoderTask
+
+
+class RankDashboard(pl.Callback):
+    """Logs `rank/<layer>`, `error/<layer>`, `compression/keep_ratio` and a heat map, once, when the factors stand."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs at the first epoch of a run: by then every strategy has written its factors."""
+        if trainer.current_epoch == 0:
+            self.log_ranks(trainer, pl_module)
+
+    @staticmethod
+    def log_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs to every TensorBoard logger of the trainer; silent for a model without factorised layers."""
+        if not isinstance(pl_module, EncoderTask) or not trainer.is_global_zero:
+            return
+        layers = layer_records(pl_module)
+        if all(layer.kind == "dense" for layer in layers):
+            return
+        step = trainer.global_step
+        counts = parameter_counts(pl_module)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                writer = logger.experiment
+                for layer in layers:
+                    writer.add_scalar(f"rank/{layer.name}", layer.rank, step)
+                    if layer.error is not None:
+                        writer.add_scalar(f"error/{layer.name}", layer.error, step)
+                    if layer.weighted_error is not None:
+                        writer.add_scalar(f"weighted_error/{layer.name}", layer.weighted_error, step)
+                writer.add_scalar("compression/keep_ratio", counts["targeted_kept"] / counts["targeted_dense"], step)
+                writer.add_figure("compression/ranks", rank_heatmap(layers), step)

@@ -1,0 +1,55 @@
+"""A heat map of ranks: blocks downwards, kinds of matrices across."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowrank_pl.surgery import LayerRecord
+
+
+def grid_position(name: str) -> tuple[str, str]:
+    """Splits a layer's name into its block (the first number) and its kind (what follows the block)."""
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return part, ".".join(parts[index + 1 :]) or parts[index - 1]
+    return "-", name
+
+
+def rank_heatmap(layers: Sequence[LayerRecord]) -> Any:
+    """Draws the share of full rank as colour and the rank as number; a dense layer is marked `dense`.
+
+    Returns:
+        A matplotlib figure without a window.
+    """
+    # The object interface leaves pyplot's global state, and a user's own figures, alone.
+    from matplotlib.figure import Figure
+
+    rows, columns = ([*dict.fromkeys(grid_position(layer.name)[axis] for layer in layers)] for axis in (0, 1))
+    figure = Figure(figsize=(1.6 + 1.15 * len(columns), 1.6 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    values = [[float("nan")] * len(columns) for _ in rows]
+    for layer in layers:
+        block, kind = grid_position(layer.name)
+        row, column = rows.index(block), columns.index(kind)
+        share = layer.rank / min(layer.out_features, layer.in_features)
+        values[row][column] = share
+        text = str(layer.rank) if layer.kind == "low_rank" else "dense"
+        axes.text(column, row, text, ha="center", va="center", color="white" if share < 0.6 else "black", fontsize=8)
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(columns)), [kind.replace(".", "\n") for kind in columns], fontsize=7)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylabel("block")
+    figure.colorbar(image, label="rank / full rank")
+    kept = sum(layer.parameters for layer in layers)
+    dense = sum(layer.out_features * layer.in_features for layer in layers)
+    axes.set_title(f"{kept:,} of {dense:,} targeted weights ({kept / dense:.2f})", fontsize=9)
+    return figure
+
+
+def save_rank_picture(layers: Sequence[LayerRecord], path: Path) -> None:
+    """Writes the heat map as PNG; nothing where no layer is factorised."""
+    if any(layer.kind == "low_rank" for layer in layers):
+        rank_heatmap(layers).savefig(path, dpi=130)

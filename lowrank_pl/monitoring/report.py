@@ -1,0 +1,181 @@
+"""The report of a run: what was scored, what the model costs, what happened to each layer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lowrank_pl.core import LinearShape
+from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.surgery import CompressionRecord, LayerRecord
+from lowrank_pl.tasks import EncoderTask
+
+_PACKAGES = ("lowrank-pl", "torch", "lightning", "transformers", "datasets", "torchmetrics")
+
+
+def parameter_counts(task: EncoderTask) -> dict[str, int]:
+    """Parameters of the model now and dense, and of the targeted weights now and dense.
+
+    A model without a record of what was targeted counts its factorised layers as the targeted ones, and a model
+    without any counts what the strategy would target.
+    """
+    layers = layer_records(task)
+    total = sum(parameter.numel() for parameter in task.encoder.parameters())
+    dense = sum(layer.out_features * layer.in_features for layer in layers)
+    kept = sum(layer.parameters for layer in layers)
+    return {"total": total, "total_dense": total + dense - kept, "targeted_dense": dense, "targeted_kept": kept}
+
+
+def layer_records(task: EncoderTask) -> tuple[LayerRecord, ...]:
+    """The targeted layers as they are."""
+    if task.compression is not None:
+        return task.compression.layers
+    factored = {n: m for n, m in task.encoder.named_modules() if isinstance(m, LowRankLinear)}
+    if factored:
+        return tuple(_record(name, m.shape, m.rank) for name, m in factored.items())
+    reasons = task.strategy.targets.explain(task.encoder)
+    targets = [name for name, reason in reasons.items() if reason == "targeted"]
+    weights = {name: task.encoder.get_submodule(name).weight for name in targets}
+    return tuple(_record(name, LinearShape(*weight.shape), None) for name, weight in weights.items())
+
+
+def _record(name: str, shape: LinearShape, rank: int | None) -> LayerRecord:
+    kind = "dense" if rank is None else "low_rank"
+    cost = shape.dense_params if rank is None else shape.factored_params(rank)
+    return LayerRecord(name, shape.out_features, shape.in_features, rank or shape.full_rank, kind, cost)
+
+
+def build_report(
+    task: EncoderTask, verb: str, split: str, metrics: Mapping[str, float], seconds: float, **extra: Any
+) -> dict[str, Any]:
+    """Assembles a report.
+
+    Args:
+        task: The module that was run.
+        verb: `"fit"`, `"test"` or `"compress"`.
+        split: What the score was measured on: `"val"` or `"test"`.
+        metrics: Logged values; those under `split/` are reported, without the prefix.
+        seconds: Wall time of the verb.
+        extra: Further entries, e.g. `checkpoint` or `score_dense`.
+
+    Returns:
+        JSON-ready; numbers that are not finite appear as `null`.
+    """
+    values = {name.removeprefix(f"{split}/"): v for name, v in metrics.items() if name.startswith(f"{split}/")}
+    record = task.compression or CompressionRecord("NoCompression")
+    target = task.target
+    parameters = parameter_counts(task)
+    dense = parameters["targeted_dense"]
+    report = {
+        "verb": verb,
+        "task": target.name if target else None,
+        "metric": _metric_name(task),
+        "score": values.get("score"),
+        "split": split,
+        "metrics": values,
+        "method": record.method,
+        "options": record.options,
+        "parameters": parameters,
+        "keep_ratio": parameters["targeted_kept"] / dense if dense else 1.0,
+        "layers": [
+            {
+                "name": layer.name,
+                "out": layer.out_features,
+                "in": layer.in_features,
+                "rank": layer.rank,
+                "kind": layer.kind,
+                "parameters": layer.parameters,
+                "weighted_error": layer.weighted_error,
+                "error": layer.error,
+            }
+            for layer in layer_records(task)
+        ],
+        "notes": list(record.notes),
+        "pretrained": task.pretrained,
+        "init_from": task.init_from,
+        **extra,
+        "seconds": round(seconds, 3),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    finite: dict[str, Any] = _finite(report)
+    return finite
+
+
+def _metric_name(task: EncoderTask) -> str | None:
+    if task.target is None:
+        return None
+    return task.target.score or " + ".join(task.target.metrics)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> Path:
+    """Writes `report.json` and `report.md`; an older report there is kept and the new one numbered.
+
+    Returns:
+        The path of the JSON file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, count = "report", 1
+    while (folder / f"{stem}.json").exists():
+        count += 1
+        stem = f"report-{count}"
+    _write(folder / f"{stem}.md", to_markdown(report))
+    return _write(folder / f"{stem}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The same for people."""
+    p = report["parameters"]
+    lines = [
+        f"# {report['verb']}: {report['task']} with {report['method']}",
+        "",
+        f"* score ({report['metric']}, {report['split']}): **{_number(report['score'])}**",
+        *([f"* score before compression: {_number(report['score_dense'])}"] if "score_dense" in report else []),
+        f"* parameters: {p['total']:,} of {p['total_dense']:,}",
+        f"* targeted weights: {p['targeted_kept']:,} of {p['targeted_dense']:,} kept, "
+        f"keep_ratio {report['keep_ratio']:.4f}",
+        f"* seconds: {report['seconds']}",
+        *[f"* note: {note}" for note in report["notes"]],
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *[f"| {name} | {_number(value)} |" for name, value in report["metrics"].items()],
+        "",
+        "| layer | out | in | rank | kind | parameters | error | weighted error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["layers"]:
+        errors = f"{_number(row['error'])} | {_number(row['weighted_error'])}"
+        lines.append(
+            f"| {row['name']} | {row['out']} | {row['in']} | {row['rank']} | {row['kind']} | {row['parameters']:,} "
+            f"| {errors} |"
+        )
+    lines += ["", f"`{report['command']}`", "", *[f"* {name} {v}" for name, v in report["versions"].items()], ""]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"

@@ -1,0 +1,154 @@
+"""Models on disk: what a checkpoint stores beside the weights, and reading one back.
+
+Primitives and tensors only: every file loads with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from lowrank_pl.contract import TargetSpec
+from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
+from lowrank_pl.surgery import CompressionRecord, ModelLayout, conform_
+
+CHECKPOINT_NAME = "model.ckpt"
+LAYOUT_KEY = "lowrank_layout"
+TASK_KEY = "lowrank_task"
+_ENCODER_PREFIX = "encoder."
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model as it lies on disk.
+
+    Attributes:
+        source: Where it came from, for messages.
+        config: The Hugging Face configuration, head included.
+        layout: Which layers are factorised.
+        state: Parameters and buffers of the encoder with its head.
+        target: What it predicts, where the file tells.
+        compression: How it was compressed, where it was and the file tells.
+    """
+
+    source: str
+    config: PreTrainedConfig
+    layout: ModelLayout
+    state: dict[str, Tensor]
+    target: TargetSpec | None = None
+    compression: CompressionRecord | None = None
+
+    def load_into_(self, encoder: nn.Module) -> None:
+        """Gives an encoder this model's shapes and values.
+
+        Raises:
+            CheckpointMismatchError: any key is missing or unexpected or has another shape; the encoder's values
+                are then untouched.
+        """
+        conform_(encoder, self.layout, self.source)
+        check_state(encoder.state_dict(), self.state, self.source)
+        encoder.load_state_dict(self.state)
+
+
+def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raises `CheckpointMismatchError` unless keys and shapes agree exactly."""
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointMismatchError.keys(source, missing, unexpected)
+    for name, tensor in own.items():
+        if tensor.shape != given[name].shape:
+            problem = f"{name!r} is {list(given[name].shape)} there and {list(tensor.shape)} here"
+            raise CheckpointMismatchError(source, problem)
+
+
+def describe(
+    config: PreTrainedConfig, layout: ModelLayout, target: TargetSpec, compression: CompressionRecord | None
+) -> dict[str, Any]:
+    """The entries a checkpoint gets beside its `state_dict`."""
+    return {
+        LAYOUT_KEY: layout.to_dict(),
+        TASK_KEY: {
+            "config": config.to_json_string(use_diff=False),
+            "target": target.to_dict(),
+            "compression": None if compression is None else compression.to_dict(),
+        },
+    }
+
+
+def from_checkpoint(checkpoint: Mapping[str, Any], source: str) -> SavedModel:
+    """Reads the entries of `describe` and the encoder's weights out of a Lightning checkpoint.
+
+    Raises:
+        NotACheckpointError: it was not written by a task of this package.
+        LayoutVersionError: it was written by an incompatible release.
+    """
+    if TASK_KEY not in checkpoint or LAYOUT_KEY not in checkpoint or "state_dict" not in checkpoint:
+        raise NotACheckpointError(source, f"it has no {TASK_KEY!r} entry")
+    task = checkpoint[TASK_KEY]
+    state = {
+        name.removeprefix(_ENCODER_PREFIX): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(_ENCODER_PREFIX)
+    }
+    return SavedModel(
+        source,
+        _config(json.loads(task["config"])),
+        ModelLayout.from_dict(checkpoint[LAYOUT_KEY]),
+        state,
+        TargetSpec.from_dict(task["target"]),
+        CompressionRecord.from_dict(task["compression"]) if task["compression"] else None,
+    )
+
+
+def read_saved_model(path: str) -> SavedModel:
+    """Reads a Lightning checkpoint, the output folder of `compress`, or a Hugging Face folder.
+
+    Raises:
+        NotACheckpointError: nothing readable there.
+        LayoutVersionError: written by an incompatible release.
+    """
+    location = Path(path).expanduser()
+    if location.is_dir() and (location / CHECKPOINT_NAME).exists():
+        location = location / CHECKPOINT_NAME
+    if location.is_dir():
+        return _from_folder(location)
+    if not location.exists():
+        raise NotACheckpointError(path, "no such file or folder")
+    try:
+        checkpoint = torch.load(location, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise NotACheckpointError(path, f"not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    return from_checkpoint(checkpoint, path)
+
+
+def _from_folder(folder: Path) -> SavedModel:
+    """A Hugging Face folder with safetensors; a `lowrank_layout` in its config.json tells factorised layers."""
+    config_file = folder / "config.json"
+    files = sorted(folder.glob("model*.safetensors"))
+    if not config_file.exists() or not files:
+        raise NotACheckpointError(str(folder), f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors")
+    fields = json.loads(config_file.read_text(encoding="utf-8"))
+    layout = ModelLayout.from_dict(fields.pop(LAYOUT_KEY)) if LAYOUT_KEY in fields else ModelLayout({})
+    state: dict[str, Tensor] = {}
+    try:
+        for file in files:
+            state.update(load_file(file))
+    except SafetensorError as error:
+        raise NotACheckpointError(str(folder), f"{file.name} is damaged ({error})") from error
+    return SavedModel(str(folder), _config(fields), layout, state)
+
+
+def _config(fields: dict[str, Any]) -> PreTrainedConfig:
+    fields = dict(fields)
+    config: PreTrainedConfig = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return config

@@ -1,0 +1,99 @@
+"""What can be factorised in a model, what it costs, and what a budget gives, as text."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lowrank_pl.allocation.uniform import Allocation, floor_parameters
+from lowrank_pl.core import LinearShape
+from lowrank_pl.errors import LowRankError
+from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.surgery.targets import TARGETED
+from lowrank_pl.tasks import EncoderTask
+
+
+def inspect_model(task: EncoderTask) -> str:
+    """A table of every linear layer and a summary.
+
+    Args:
+        task: With its encoder built.
+
+    Returns:
+        Text with one line per layer: shape, dense parameters, cost of one rank, break-even rank, planned rank and
+        parameters, or why the layer stays dense; then the floor of the whole model and the plan's totals.
+    """
+    encoder = task.encoder
+    reasons = task.strategy.targets.explain(encoder)
+    shapes = {name: _shape(encoder, name) for name in reasons}
+    targets = {name: shapes[name] for name, reason in reasons.items() if reason == TARGETED}
+    plan, problem = _plan(task)
+    header = ("layer", "out", "in", "dense", "per rank", "break-even", "rank", "kept", "status")
+    rows: list[tuple[str, ...]] = [header]
+    for name, shape in shapes.items():
+        rank, kept = _planned(plan, name)
+        status = reasons[name]
+        if status == TARGETED and shape.params_per_rank >= shape.dense_params:
+            status = "targeted, infeasible: one rank costs as much as the dense weight"
+        sizes = (shape.out_features, shape.in_features, shape.dense_params, shape.params_per_rank)
+        rows.append((name, *(f"{size:,}" for size in sizes), str(shape.break_even_rank), rank, kept, status))
+    for name, module in encoder.named_modules():
+        if isinstance(module, LowRankLinear):
+            s = module.shape
+            sizes = (s.out_features, s.in_features, s.dense_params, s.params_per_rank)
+            kept = f"{s.factored_params(module.rank):,}"
+            numbers = [f"{size:,}" for size in sizes]
+            rows.append((name, *numbers, str(s.break_even_rank), str(module.rank), kept, "factorised already"))
+    return "\n".join([_table(rows), "", *_summary(task, targets, plan), *problem])
+
+
+def _plan(task: EncoderTask) -> tuple[Allocation | None, list[str]]:
+    try:
+        return task.strategy.plan(task.encoder), []
+    except LowRankError as error:
+        return None, [f"not possible as configured: {type(error).__name__}: {error}"]
+
+
+def _planned(plan: Allocation | None, name: str) -> tuple[str, str]:
+    if plan is None or name not in plan.ranks:
+        return "", ""
+    rank = plan.ranks[name]
+    return "dense" if rank is None else str(rank), f"{plan.parameters(name):,}"
+
+
+def _summary(task: EncoderTask, targets: dict[str, LinearShape], plan: Allocation | None) -> list[str]:
+    total = sum(parameter.numel() for parameter in task.encoder.parameters())
+    dense = sum(shape.dense_params for shape in targets.values())
+    floor = floor_parameters(targets)
+    lines = [f"model: {type(task.encoder).__name__}, {total:,} parameters"]
+    if targets:
+        lines += [
+            f"targeted: {len(targets)} layers, {dense:,} parameters ({dense / total:.1%} of the model)",
+            f"floor: {floor:,} targeted parameters (keep_ratio {floor / dense:.4f}), "
+            f"{total - dense + floor:,} in all: no budget can go below",
+        ]
+    if plan is not None:
+        after = total - plan.dense + plan.kept
+        low = sum(rank is not None for rank in plan.ranks.values())
+        lines.append(
+            f"{type(task.strategy).__name__}: {low} layers factorised, {len(plan.ranks) - low} dense; keeps "
+            f"{plan.kept:,} of {plan.dense:,} (keep_ratio {plan.kept / plan.dense:.4f}), {after:,} parameters in all"
+        )
+    return lines
+
+
+def _shape(encoder: nn.Module, name: str) -> LinearShape:
+    linear = encoder.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return LinearShape(linear.out_features, linear.in_features)
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = (0, len(widths) - 1)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,114 @@
+"""The Trainer that knows the verbs of compression."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lowrank_pl.errors.run import CalibrationError, MissingArgumentError, NotFactorisedError, OutputExistsError
+from lowrank_pl.monitoring.rank_dashboard import RankDashboard
+from lowrank_pl.monitoring.rank_picture import save_rank_picture
+from lowrank_pl.monitoring.report import build_report, layer_records, write_report
+from lowrank_pl.surgery import read_layout
+from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.tasks.saved import CHECKPOINT_NAME
+from lowrank_pl.trainer.compressor import Compressor
+from lowrank_pl.trainer.inspection import inspect_model
+
+logger = logging.getLogger(__name__)
+
+
+class LowRankTrainer(pl.Trainer):
+    """`lightning.pytorch.Trainer` with `compress` and `inspect`; the arguments are Lightning's."""
+
+    def compress(
+        self,
+        model: EncoderTask,
+        datamodule: pl.LightningDataModule | None = None,
+        output: str | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Factorises a model without training it, and scores it before and after.
+
+        The model is scored, calibrated on the training split where the method needs it, factorised and scored
+        again. The original stays untouched.
+
+        Args:
+            model: The task, with a static strategy; its weights come from `init_from` (or `pretrained`).
+            datamodule: Data for calibration and the scores (validation split).
+            output: Folder for `model.ckpt`, `report.json`, `report.md` and `ranks.png`; must be new or empty.
+            ckpt_path: Take the weights from this Lightning checkpoint instead of `init_from`.
+
+        Raises:
+            OutputExistsError: the folder holds something already.
+        """
+        started = time.monotonic()
+        folder = _new_folder(output)
+        if datamodule is None:
+            raise CalibrationError("compress", "no datamodule was given")
+        compressor = Compressor()
+        callbacks: list[pl.Callback] = getattr(self, "callbacks")  # noqa: B009, set in Lightning without a type
+        callbacks.append(compressor)
+        try:
+            dense = _scores(self.validate(model, datamodule, ckpt_path=ckpt_path, verbose=False))
+            compressor.armed = True
+            scores = _scores(self.validate(model, datamodule, verbose=False))
+        finally:
+            callbacks.remove(compressor)
+        _check_factorised(model)
+        self._save(model, folder)
+        if self.is_global_zero:
+            extra = {"score_dense": dense.get("val/score"), "metrics_dense": dense, "checkpoint": CHECKPOINT_NAME}
+            report = build_report(model, "compress", "val", scores, time.monotonic() - started, **extra)
+            write_report(report, folder)
+            save_rank_picture(layer_records(model), folder / "ranks.png")
+            RankDashboard.log_ranks(self, model)
+            kept, total = report["parameters"]["total"], report["parameters"]["total_dense"]
+            print(
+                f"{report['task']} {report['metric']}: {dense.get('val/score', float('nan')):.4f} before, "
+                f"{scores.get('val/score', float('nan')):.4f} after {report['method']}; "
+                f"{kept:,} of {total:,} parameters; written to {folder}"
+            )
+
+    def inspect(self, model: EncoderTask, datamodule: pl.LightningDataModule | None = None) -> None:
+        """Shows what can be factorised and what the configured budget would give; no training, no data.
+
+        Args:
+            model: The task; its encoder is built, nothing is written.
+            datamodule: Not used.
+        """
+        del datamodule
+        if not model.is_built:
+            model.build()
+        print(inspect_model(model))
+
+    def _save(self, model: EncoderTask, folder: Path) -> None:
+        # validate() leaves the trainer in its own state; a checkpoint of weights alone needs none of it.
+        del model
+        self.state.fn = TrainerFn.VALIDATING
+        self.save_checkpoint(folder / CHECKPOINT_NAME, weights_only=True)
+
+
+def _new_folder(output: str | None) -> Path:
+    if output is None:
+        raise MissingArgumentError("--output", "Name a new folder for the compressed model and its report.")
+    folder = Path(output).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputExistsError(str(folder))
+    return folder
+
+
+def _scores(results: object) -> dict[str, float]:
+    return {k: float(v) for result in results for k, v in result.items()} if isinstance(results, list) else {}
+
+
+def _check_factorised(model: EncoderTask) -> None:
+    """Raises `NotFactorisedError` if a layer that the record calls factorised is not."""
+    layout = read_layout(model.encoder).modules
+    layers = model.compression.layers if model.compression is not None else ()
+    if missing := [layer.name for layer in layers if layer.kind == "low_rank" and layer.name not in layout]:
+        raise NotFactorisedError(type(model.strategy).__name__, missing)
