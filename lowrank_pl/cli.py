@@ -62,7 +62,6 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
         seed_everything_default=0,
         # Lightning's own would take the parameters that exist at parse time, before any layer is swapped.
         auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
         args=args,
     )
 

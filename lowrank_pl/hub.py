@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from lowrank_pl.errors.model import (
     CheckpointMismatchError,
@@ -125,7 +128,8 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
         # Half-precision checkpoints are common and a poor place to fine-tune in; the trainer's precision, which
         # sets torch's default dtype, decides.
         dtype = torch.get_default_dtype()
-        model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+        with _quiet():
+            model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
     except OSError as error:
         raise HubUnreachableError(name, _first_line(error)) from error
     prefix = f"{model.base_model_prefix}."
@@ -136,6 +140,17 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
     # from_pretrained returns eval mode, and Lightning trains a module in the mode it finds it in.
     encoder: PreTrainedModel = model.train()
     return encoder, bool(info["missing_keys"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Mutes transformers' table of missing and unexpected keys, which `load_pretrained` judges itself."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.errors.numerics import NonFiniteError
-from lowrank_pl.importance.squares import Accumulator, AxisSquares, FullSquares
+from lowrank_pl.importance.squares import Accumulator, AxisSquares, FullSquares, Scratch
 from lowrank_pl.importance.tape import LinearTape, SampleMixingError
 
 logger = logging.getLogger(__name__)
@@ -89,9 +89,10 @@ def empirical_fisher(
         Hsu et al., ICLR 2022, equation 4 (observed labels, over the training data).
     """
     accumulators: dict[str, Accumulator] = {}
+    scratch = Scratch()
     for name, layer in layers.items():
         make = FullSquares if kind is FisherKind.FULL else AxisSquares
-        accumulators[name] = make(layer.out_features, layer.in_features, layer.weight.device)
+        accumulators[name] = make(layer.out_features, layer.in_features, layer.weight.device, scratch)
     samples = 0
     singly = False
     with _frozen_eval(model), _Run(layers, per_sample_loss, accumulators) as run:

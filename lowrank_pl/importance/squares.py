@@ -23,6 +23,20 @@ class Accumulator(Protocol):
         ...
 
 
+class Scratch:
+    """Buffers `[m, n]` that layers of one shape share: one stays in the cache, and memory is one per shape."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, int], Tensor] = {}
+
+    def get(self, out_features: int, in_features: int) -> Tensor:
+        """A float32 CPU tensor `[m, n]` with arbitrary content."""
+        key = (out_features, in_features)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(key)
+        return self._buffers[key]
+
+
 class FullSquares:
     """`Σ_d (g_dᵀ x_d)²`, `[m, n]`, float32.
 
@@ -30,9 +44,9 @@ class FullSquares:
     products in chunks of at most `CHUNK_BYTES` keep it busy.
     """
 
-    def __init__(self, out_features: int, in_features: int, device: torch.device) -> None:
+    def __init__(self, out_features: int, in_features: int, device: torch.device, scratch: Scratch) -> None:
         self.total = torch.zeros(out_features, in_features, device=device)
-        self._buffer = torch.empty_like(self.total) if device.type == "cpu" else None
+        self._buffer = scratch.get(out_features, in_features) if device.type == "cpu" else None
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Adds the samples of `x [b, t, n]` and `g [b, t, m]`."""
@@ -59,10 +73,10 @@ class AxisSquares:
     Long samples, for which two Gram products would cost more than `[m, n]` itself, take the direct way.
     """
 
-    def __init__(self, out_features: int, in_features: int, device: torch.device) -> None:
+    def __init__(self, out_features: int, in_features: int, device: torch.device, scratch: Scratch) -> None:
         self.input_sums = torch.zeros(in_features, device=device)
         self.output_sums = torch.zeros(out_features, device=device)
-        self._buffer: Tensor | None = None
+        self._scratch = scratch
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Adds the samples of `x [b, t, n]` and `g [b, t, m]`."""
@@ -75,13 +89,19 @@ class AxisSquares:
         self.output_sums += torch.bmm(torch.bmm(x, x.mT), g).mul_(g).sum((0, 1))
 
     def _add_products(self, x: Tensor, g: Tensor) -> None:
-        if self._buffer is None:
-            self._buffer = x.new_empty(g.shape[2], x.shape[2])
-        for x_d, g_d in zip(x, g, strict=True):
-            torch.mm(g_d.mT, x_d, out=self._buffer)
-            self._buffer.square_()
-            self.input_sums += self._buffer.sum(0)
-            self.output_sums += self._buffer.sum(1)
+        if x.device.type == "cpu":
+            squares = self._scratch.get(g.shape[2], x.shape[2])
+            for x_d, g_d in zip(x, g, strict=True):
+                torch.mm(g_d.mT, x_d, out=squares)
+                squares.square_()
+                self.input_sums += squares.sum(0)
+                self.output_sums += squares.sum(1)
+            return
+        step = max(1, CHUNK_BYTES // (g.shape[2] * x.shape[2] * x.element_size()))
+        for x_c, g_c in zip(x.split(step), g.split(step), strict=True):
+            chunk = torch.bmm(g_c.mT, x_c).square_().sum(0)
+            self.input_sums += chunk.sum(0)
+            self.output_sums += chunk.sum(1)
 
     def tensors(self) -> list[Tensor]:
         """`[input_sums, output_sums]`."""

@@ -13,12 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lowrank_pl import __version__
 from lowrank_pl.core import LinearShape
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.surgery import CompressionRecord, LayerRecord
 from lowrank_pl.tasks import EncoderTask
 
-_PACKAGES = ("lowrank-pl", "torch", "lightning", "transformers", "datasets", "torchmetrics")
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics")
 
 
 def parameter_counts(task: EncoderTask) -> dict[str, int]:
@@ -43,8 +44,8 @@ def layer_records(task: EncoderTask) -> tuple[LayerRecord, ...]:
         return tuple(_record(name, m.shape, m.rank) for name, m in factored.items())
     reasons = task.strategy.targets.explain(task.encoder)
     targets = [name for name, reason in reasons.items() if reason == "targeted"]
-    weights = {name: task.encoder.get_submodule(name).weight for name in targets}
-    return tuple(_record(name, LinearShape(*weight.shape), None) for name, weight in weights.items())
+    shapes = {name: tuple(task.encoder.get_parameter(f"{name}.weight").shape) for name in targets}
+    return tuple(_record(name, LinearShape(m, n), None) for name, (m, n) in shapes.items())
 
 
 def _record(name: str, shape: LinearShape, rank: int | None) -> LayerRecord:
@@ -103,7 +104,11 @@ def build_report(
         "init_from": task.init_from,
         **extra,
         "seconds": round(seconds, 3),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "lowrank_pl": __version__,
+            **{name: version(name) for name in _PACKAGES},
+        },
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     finite: dict[str, Any] = _finite(report)
