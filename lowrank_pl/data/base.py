@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -268,9 +269,10 @@ class TextDataModule(LightningDataModule, ABC):
         raw = self.read()
         splits, truncation = {}, {}
         for split, rows in raw.splits.items():
-            dataset = self._subset(rows) if split == "train" and self.rows_are_samples else rows
-            tokenised, truncation[split] = self.tokenise(tokenizer, dataset, split)
-            splits[split] = self._subset(tokenised) if split == "train" and not self.rows_are_samples else tokenised
+            choose_rows = split == "train" and self.rows_are_samples
+            tokenised, cut = self.tokenise(tokenizer, self._subset(rows) if choose_rows else rows, split)
+            splits[split] = self._subset(tokenised) if split == "train" and not choose_rows else tokenised
+            truncation[split] = replace(cut, samples=len(splits[split]))
         Prepared.write(folder, splits, raw.target, truncation)
 
     def _subset(self, dataset: Dataset) -> Dataset:
