@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from lowrank_pl.data import TextFiles
+from lowrank_pl.errors.data import (
+    ArgumentRangeError,
+    EmptyDataError,
+    EncodingError,
+    MalformedFileError,
+    MalformedLineError,
+    MissingFileError,
+    MissingLabelsError,
+    MissingValueError,
+    NotANumberError,
+    SingleClassError,
+    UnknownColumnError,
+    UnknownLabelError,
+    UnsupportedFormatError,
+)
+from tests.data.samples import write
+
+ROWS: list[dict[str, Any]] = [
+    {"text": "good film", "other": "great", "label": "pos"},
+    {"text": 'a "bad", plot', "other": "awful", "label": "neg"},
+    {"text": "the film", "other": "is good", "label": "neutral"},
+]
+
+
+def save(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        return str(write(path, "".join(json.dumps(row) + "\n" for row in rows)))
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+        return str(path)
+
+    def spelled(value: object) -> str:
+        text = "" if value is None else str(value)
+        return '"' + text.replace('"', '""') + '"' if path.suffix == ".csv" and '"' in text else text
+
+    lines = [list(rows[0]), *([spelled(value) for value in row.values()] for row in rows)]
+    return str(write(path, "".join({".csv": ",", ".tsv": "\t"}[path.suffix].join(line) + "\n" for line in lines)))
+
+
+def ready(tokenizer: str, **arguments: Any) -> TextFiles:
+    module = TextFiles(tokenizer, **{"max_length": 32, **arguments})
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def labels(module: TextFiles, split: str) -> list[Any]:
+    return list(module.split(split)["labels"])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_formats_agree(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
+    train = save(tmp_path / f"train{suffix}", ROWS)
+    module = ready(tiny_bert, train=train, validation=train, test=train, text_pair="other")
+    assert module.target.label_names == ("neg", "neutral", "pos")
+    assert module.target.metrics == ("accuracy",)
+    assert labels(module, "train") == [2, 0, 1]
+    decoded = [module.load_tokenizer().decode(ids) for ids in module.split("train")["input_ids"]]
+    assert decoded == [
+        "[CLS] good film [SEP] great [SEP]",
+        "[CLS] a [UNK] bad [UNK] , plot [SEP] awful [SEP]",
+        "[CLS] the film [SEP] is good [SEP]",
+    ]
+    assert module.has_labelled_test
+    assert sum(len(batch["labels"]) for batch in module.test_dataloader()) == 3
+
+
+def test_quoted_csv_may_span_lines(tiny_bert: str, tmp_path: Path) -> None:
+    content = '\ufefftext,label\r\n"good,\r\nfilm",a\r\n\r\nbad,b\r\n'
+    path = str(write(tmp_path / "train.csv", content))
+    module = ready(tiny_bert, train=path, validation=path)
+    assert module.load_tokenizer().decode(module.split("train")["input_ids"][0]) == "[CLS] good , film [SEP]"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_whole_numbers_keep_their_order(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
+    train = save(tmp_path / f"train{suffix}", [{"text": "good", "label": label} for label in (10, 9, -1, 10)])
+    module = ready(tiny_bert, train=train, validation=train)
+    assert module.target.label_names == ("-1", "9", "10")
+    assert labels(module, "train") == [2, 1, 0, 2]
+
+
+def test_named_classes_may_be_given_as_ids(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.jsonl", [{"text": "good", "label": label} for label in (1, "bad", 0.0, True)][:3])
+    module = ready(tiny_bert, train=train, validation=train, label_names=["bad", "good"])
+    assert module.target.label_names == ("bad", "good")
+    assert labels(module, "train") == [1, 0, 0]
+
+
+def test_regression(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", [{"text": "good", "label": label} for label in (0.5, -2, 3)])
+    module = ready(tiny_bert, train=train, validation=train, kind="regression")
+    assert (module.target.kind, module.target.metrics) == ("regression", ("pearson", "spearman"))
+    assert labels(module, "train") == [0.5, -2.0, 3.0]
+    assert next(iter(module.train_dataloader()))["labels"].dtype == torch.float32
+
+
+def test_a_part_is_set_aside_for_validation(tiny_bert: str, tmp_path: Path) -> None:
+    words = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q", "r", "s", "t"]
+    train = save(tmp_path / "train.csv", [{"text": word, "label": at % 2} for at, word in enumerate(words)])
+    parts = []
+    for seed in (0, 0, 1):
+        module = ready(tiny_bert, train=train, validation_fraction=0.25, seed=seed)
+        split = {name: [tuple(ids) for ids in module.split(name)["input_ids"]] for name in ("train", "validation")}
+        assert {name: len(rows) for name, rows in split.items()} == {"train": 15, "validation": 5}
+        assert len(set(split["train"]) | set(split["validation"])) == 20
+        parts.append(split["validation"])
+    assert parts[0] == parts[1] != parts[2]
+
+
+@pytest.mark.parametrize("label", [None, ""])
+def test_an_unlabelled_test_file(tiny_bert: str, tmp_path: Path, label: str | None) -> None:
+    train = save(tmp_path / "train.jsonl", ROWS)
+    test = save(tmp_path / "test.jsonl", [{"text": "good", "label": label}])
+    module = ready(tiny_bert, train=train, validation=train, test=test)
+    assert not module.has_labelled_test
+    assert [set(batch) for batch in module.predict_dataloader()] == [{"input_ids", "attention_mask"}]
+
+
+def test_other_columns_are_other_data(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", ROWS)
+    one = ready(tiny_bert, train=train, validation=train)
+    two = ready(tiny_bert, train=train, validation=train, text="other")
+    assert one.fingerprint != two.fingerprint
+
+
+# Refusals.
+
+
+def test_missing_file(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", ROWS)
+    with pytest.raises(MissingFileError, match=r"no data file at '.*dev.csv'.* Check data.init_args.validation"):
+        ready(tiny_bert, train=train, validation=str(tmp_path / "dev.csv"))
+    with pytest.raises(MissingFileError, match=r"it is a folder that holds 'train.csv'. Check data.init_args.train"):
+        ready(tiny_bert, train=str(tmp_path))
+    with pytest.raises(MissingFileError, match=r"nor is there a folder '.*nowhere'"):
+        ready(tiny_bert, train=str(tmp_path / "nowhere" / "train.csv"))
+
+
+def test_unknown_format(tiny_bert: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "train.xlsx", "text")
+    told = r"from its extension '.xlsx'; allowed are '.csv', '.tsv', '.jsonl', '.parquet'"
+    with pytest.raises(UnsupportedFormatError, match=told):
+        ready(tiny_bert, train=str(path))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("argument", ["text", "text_pair", "label"])
+def test_unknown_column(tiny_bert: str, tmp_path: Path, suffix: str, argument: str) -> None:
+    train = save(tmp_path / f"train{suffix}", ROWS)
+    told = rf"no column 'lable' in '.*'; it has 'text', 'other', 'label'. Did you mean 'label'\? .*init_args.{argument}"
+    with pytest.raises(UnknownColumnError, match=told):
+        ready(tiny_bert, train=train, **{argument: "lable"})
+
+
+def test_unknown_label(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", ROWS)
+    dev = save(tmp_path / "dev.csv", [ROWS[0], {**ROWS[1], "label": "mixed"}])
+    with pytest.raises(UnknownLabelError, match=r"dev.csv:3 is labelled 'mixed'; allowed are 'neg', 'neutral', 'pos'"):
+        ready(tiny_bert, train=train, validation=dev)
+
+
+def test_label_id_outside_the_range(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", [{"text": "good", "label": label} for label in (0, 1, 2)])
+    with pytest.raises(UnknownLabelError, match=r"train.csv:4 is labelled '2'; allowed are 'bad', 'good'"):
+        ready(tiny_bert, train=train, label_names=["bad", "good"])
+
+
+def test_one_missing_label(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.parquet", [*ROWS, {**ROWS[0], "label": None}])
+    with pytest.raises(UnknownLabelError, match=r"train.parquet:4 is labelled None"):
+        ready(tiny_bert, train=train)
+
+
+def test_no_labels_at_all(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", [{"text": "good", "label": ""}])
+    with pytest.raises(MissingLabelsError, match=r"the train split in '.*' has no labels in column 'label'; only the"):
+        ready(tiny_bert, train=train)
+
+
+def test_missing_text(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.jsonl", [ROWS[0], {"text": None, "label": "neg"}])
+    with pytest.raises(MissingValueError, match=r"train.jsonl:2 has no value in column 'text'"):
+        ready(tiny_bert, train=train)
+
+
+def test_not_a_number(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", ROWS)
+    with pytest.raises(NotANumberError, match=r"train.csv:2 has the regression target 'pos'; allowed are finite"):
+        ready(tiny_bert, train=train, kind="regression")
+
+
+def test_one_class(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", ROWS[:1] * 3)
+    with pytest.raises(SingleClassError, match=r"all 3 training samples of '.*' are labelled 'pos'; at least two"):
+        ready(tiny_bert, train=train)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_empty_file(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"train{suffix}", "text,label\n" if suffix == ".csv" else "\n")
+    with pytest.raises(EmptyDataError, match="no samples in"):
+        ready(tiny_bert, train=str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("t.csv", 'text,label\n"good,\nfilm",a\nbad\n', r"t.csv:4 has 1 column\(s\); expected 2: text, label"),
+        ("t.csv", 'text,label\ngood,a\n"bad"x,b\n', r"t.csv:3 has a quoting error"),
+        ("t.jsonl", '{"text": "a", "label": 1}\n{"text": \n', r"t.jsonl:2 has no valid JSON \(.*\); expected one JSON"),
+        ("t.jsonl", "[1, 2]\n", r"t.jsonl:1 has a JSON list; expected one JSON object. Correct or remove the line"),
+    ],
+)
+def test_malformed_lines(tiny_bert: str, tmp_path: Path, name: str, content: str, told: str) -> None:
+    with pytest.raises(MalformedLineError, match=told):
+        ready(tiny_bert, train=str(write(tmp_path / name, content)))
+
+
+def test_malformed_parquet(tiny_bert: str, tmp_path: Path) -> None:
+    with pytest.raises(MalformedFileError, match=r"cannot read '.*t.parquet' as PARQUET"):
+        ready(tiny_bert, train=str(write(tmp_path / "t.parquet", "text,label\n")))
+
+
+def test_not_utf8(tiny_bert: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", "text,label\né,1\n", encoding="latin-1")
+    with pytest.raises(EncodingError, match=r"byte 0xe9 at offset 11; expected UTF-8"):
+        ready(tiny_bert, train=str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"metrics": ["pearson"]}, "metrics='pearson'; allowed is for classification any of accuracy, f1, matthews"),
+        ({"metrics": ["f1"], "kind": "regression"}, "allowed is for regression any of pearson, spearman"),
+        ({"validation_fraction": 1.0}, "validation_fraction=1.0; allowed is above 0 and below 1"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(ArgumentRangeError, match=told):
+        TextFiles("any", train="train.csv", **arguments)
