@@ -92,7 +92,7 @@ def read_tsv(
     wanted: Sequence[str],
     optional: Sequence[str] = (),
     header: Sequence[str] | None = None,
-    bad_lines: BadLines = "error",
+    bad_lines: BadLines | None = None,
     argument: str = "the file's header line",
 ) -> Table:
     """Reads a tab-separated file without quoting, in which a quotation mark is a character like any other.
@@ -102,7 +102,8 @@ def read_tsv(
         wanted: Columns that must exist.
         optional: Columns that are read if they exist.
         header: Names of the columns if the file has no header line.
-        bad_lines: What to do with a line that has not as many columns as the header.
+        bad_lines: What to do with a line that has not as many columns as the header; `None` stops at it, and the
+            error does not offer the choice.
         argument: What to check if a column is missing.
 
     Raises:
@@ -126,13 +127,14 @@ def read_tsv(
     for number, line in enumerate(lines, first):
         fields = line.split("\t")
         if len(fields) != len(header):
-            if bad_lines == "error":
+            if bad_lines != "skip":
+                skip = ", or leave such lines out with data.init_args.bad_lines=skip" if bad_lines else ""
                 raise MalformedLineError(
                     path,
                     number,
                     f"{len(fields)} column(s)",
                     f"{len(header)}: {', '.join(header)}",
-                    "Correct the line, or leave such lines out with data.init_args.bad_lines=skip.",
+                    f"Correct the line{skip}.",
                 )
             skipped.append(number)
             continue

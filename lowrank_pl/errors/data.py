@@ -145,7 +145,7 @@ class UnknownLabelError(DataError):
         told = allowed if isinstance(allowed, str) else _listed(allowed)
         super().__init__(
             f"{_place(path, row)} is labelled {value!r}; allowed are {told}. "
-            "Correct the row, or name every class of the training split (label_names)."
+            "Correct the row, or check that the label column is the right one and that no class is left out."
         )
 
 

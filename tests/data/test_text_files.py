@@ -220,6 +220,7 @@ def test_empty_file(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
     ("name", "content", "told"),
     [
         ("t.csv", 'text,label\n"good,\nfilm",a\nbad\n', r"t.csv:4 has 1 column\(s\); expected 2: text, label"),
+        ("t.tsv", "text\tlabel\ngood\ta\nbad\n", r"t.tsv:3 has 1 column\(s\); .* Correct the line.$"),
         ("t.csv", 'text,label\ngood,a\n"bad"x,b\n', r"t.csv:3 has a quoting error"),
         ("t.jsonl", '{"text": "a", "label": 1}\n{"text": \n', r"t.jsonl:2 has no valid JSON \(.*\); expected one JSON"),
         ("t.jsonl", "[1, 2]\n", r"t.jsonl:1 has a JSON list; expected one JSON object. Correct or remove the line"),
