@@ -24,7 +24,7 @@ class NoTargetError(LowRankError):
         factored: int,
     ) -> None:
         asked = f"include={list(include)!r}" if include is not None else "the default (linears inside blocks)"
-        if not linears and factored:
+        if factored:
             remedy = (
                 f"Its {factored} layers are factorised already: start from the dense model, or train it on "
                 "with strategy NoCompression."

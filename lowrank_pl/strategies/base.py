@@ -51,6 +51,7 @@ class CompressionStrategy(pl.Callback, ABC):
 
     def __init__(self, targets: TargetSelector | None = None) -> None:
         self.targets = targets or TargetSelector()
+        self.adopted = False  # set by the task that owns it
 
     def prepare(self, encoder: nn.Module) -> None:
         """Gives the encoder the shapes it will train in. Called once, when no optimizer exists."""

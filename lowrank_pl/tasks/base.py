@@ -23,7 +23,7 @@ from lowrank_pl.errors.run import MissingArgumentError, ResumeMismatchError, Tar
 from lowrank_pl.hub import load_pretrained
 from lowrank_pl.strategies import CompressionStrategy, NoCompression
 from lowrank_pl.surgery import CompressionRecord, conform_, read_layout
-from lowrank_pl.tasks import optimization
+from lowrank_pl.tasks import optimization, random_state
 from lowrank_pl.tasks.metrics import build_metrics, score
 from lowrank_pl.tasks.saved import SavedModel, check_state, describe, from_checkpoint, read_saved_model
 
@@ -77,6 +77,7 @@ class EncoderTask(pl.LightningModule, ABC):
         self._warmup = warmup
         self._configured: list[dict[str, Any]] = []
         self._metrics: dict[str, MetricCollection] = {}
+        self._random_states: list[dict[str, Tensor]] | None = None
 
     # What a task adds to the encoder.
 
@@ -105,6 +106,12 @@ class EncoderTask(pl.LightningModule, ABC):
 
     def configure_callbacks(self) -> Sequence[pl.Callback]:
         """The strategy: its hooks run as Lightning's."""
+        # Lightning leaves a module's callbacks in the trainer; one that served another module has no part in this one.
+        callbacks: list[pl.Callback] = getattr(self.trainer, "callbacks")  # noqa: B009, set without a type
+        for callback in [c for c in callbacks if isinstance(c, CompressionStrategy)]:
+            if callback.adopted and callback is not self.strategy:
+                callbacks.remove(callback)
+        self.strategy.adopted = True
         return [self.strategy]
 
     def configure_model(self) -> None:
@@ -251,7 +258,10 @@ class EncoderTask(pl.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Tells which settings a resumed optimizer state has replaced."""
+        """Restores a resumed run's random states and tells which settings its optimizer state has replaced."""
+        if self._random_states is not None:
+            random_state.restore(self._random_states, self.trainer.global_rank)
+            self._random_states = None
         if self.trainer.ckpt_path is not None:
             for optimizer in self.trainer.optimizers:
                 for message in optimization.overridden(self._configured, optimizer):
@@ -263,6 +273,8 @@ class EncoderTask(pl.LightningModule, ABC):
         """Adds what loading needs to know: architecture, ranks, labels."""
         assert self.target is not None
         checkpoint.update(describe(self.encoder.config, read_layout(self.encoder), self.target, self.compression))
+        if self._is_fitting():
+            checkpoint[random_state.RANDOM_KEY] = random_state.capture()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Brings the module tree into the checkpoint's shapes before its weights are loaded.
@@ -272,6 +284,7 @@ class EncoderTask(pl.LightningModule, ABC):
             ResumeMismatchError: it would resume a run whose factorised layers differ.
         """
         saved = from_checkpoint(checkpoint, "the checkpoint")
+        self._random_states = checkpoint.get(random_state.RANDOM_KEY) if self._is_fitting() else None
         if not self.is_built:
             self._restore(saved, None)
             return

@@ -80,10 +80,10 @@ class SyntheticData(pl.LightningDataModule):
         self.validation = [_sample(kind, generator) for _ in range(size // 2)]
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        return DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        return DataLoader(self.validation, self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        return DataLoader(self.validation, batch_size=self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
     def test_dataloader(self) -> DataLoader[Sample]:
         return self.val_dataloader()

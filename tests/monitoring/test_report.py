@@ -1,0 +1,119 @@
+"""What runs leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lowrank_pl.monitoring import PredictionWriter, RankDashboard, ReportWriter, rank_heatmap, write_report
+from lowrank_pl.monitoring.rank_picture import grid_position
+from lowrank_pl.monitoring.report import to_markdown
+from lowrank_pl.strategies import FWSVD
+from tests.support.runs import make_task, make_trainer
+from tests.support.synthetic import SyntheticData
+
+
+@pytest.fixture
+def run(tiny_bert: str, tmp_path: Path) -> Path:
+    """The folder of a compressed fit."""
+    task = make_task(tiny_bert, FWSVD("both", keep_ratio=0.5))
+    trainer = make_trainer(tmp_path, callbacks=[ReportWriter(), RankDashboard()], limit_train_batches=2)
+    trainer.fit(task, datamodule=SyntheticData())
+    assert trainer.log_dir is not None
+    return Path(trainer.log_dir)
+
+
+def test_fit_report(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    assert (report["verb"], report["task"], report["metric"], report["method"]) == ("fit", "synthetic", "f1", "FWSVD")
+    assert report["score"] == report["metrics"]["f1"]
+    parameters = report["parameters"]
+    assert parameters["targeted_dense"] == 16384
+    assert parameters["targeted_kept"] == sum(layer["parameters"] for layer in report["layers"]) == 7936
+    assert parameters["total_dense"] - parameters["total"] == 16384 - 7936
+    assert report["keep_ratio"] == 7936 / 16384
+    assert set(report["layers"][0]) == {"name", "out", "in", "rank", "kind", "parameters", "weighted_error", "error"}
+    assert all(0 < layer["weighted_error"] < layer["error"] < 1 for layer in report["layers"])
+    assert report["seconds"] > 0
+    assert {"python", "lowrank_pl", "torch", "lightning", "transformers"} <= set(report["versions"])
+    assert Path(report["checkpoint"]).exists()
+    assert report["steps"] == 2
+
+
+def test_markdown_twin_has_every_layer(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    text = (run / "report.md").read_text()
+    assert text == to_markdown(report)
+    assert all(f"| {layer['name']} |" in text for layer in report["layers"])
+
+
+def test_tensorboard_shows_ranks_errors_losses_and_scores(run: Path) -> None:
+    events = EventAccumulator(str(run)).Reload()
+    scalars, layer = set(events.Tags()["scalars"]), "bert.encoder.layer.0.attention.self.query"
+    assert {"train/loss", "val/loss", "val/score", "compression/keep_ratio"} <= scalars
+    assert {f"rank/{layer}", f"error/{layer}", f"weighted_error/{layer}"} <= scalars
+    assert events.Scalars(f"rank/{layer}")[0].value == 8
+    assert "compression/ranks" in events.Tags()["images"]
+
+
+def test_rank_picture_is_written(run: Path) -> None:
+    assert (run / "ranks.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_dense_test_report(tiny_bert: str, tmp_path: Path) -> None:
+    task = make_task(tiny_bert)
+    trainer = make_trainer(tmp_path, callbacks=[ReportWriter()])
+    trainer.test(task, SyntheticData(), verbose=False)
+    assert trainer.log_dir is not None
+    report = json.loads((Path(trainer.log_dir) / "report.json").read_text())
+    assert (report["verb"], report["split"], report["keep_ratio"]) == ("test", "test", 1.0)
+    assert report["parameters"]["total"] == report["parameters"]["total_dense"]
+    assert {layer["kind"] for layer in report["layers"]} == {"dense"}
+    assert not (Path(trainer.log_dir) / "ranks.png").exists()
+
+
+def test_an_older_report_is_kept(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    assert write_report({**report, "task": "other"}, run).name == "report-2.json"
+    assert json.loads((run / "report.json").read_text())["task"] == "synthetic"
+    assert "other" in (run / "report-2.md").read_text()
+
+
+def test_predictions_by_name_in_order(tiny_bert: str, tmp_path: Path) -> None:
+    data = SyntheticData()
+    task = make_task(tiny_bert)
+    task.build(data.target)
+    trainer = make_trainer(tmp_path, callbacks=[PredictionWriter()])
+    trainer.predict(task, data, return_predictions=False)
+    assert trainer.log_dir is not None
+    rows = [json.loads(line) for line in (Path(trainer.log_dir) / "predictions.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(24))
+    for row in rows:
+        assert row["prediction"] == ("yes" if row["logits"][1] > row["logits"][0] else "no")
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "kind"),
+    [
+        ("bert.encoder.layer.3.attention.self.query", "3", "attention.self.query"),
+        ("model.layers.11.mlp.Wi", "11", "mlp.Wi"),
+        ("mobilebert.encoder.layer.2.ffn.0.output.dense", "2", "ffn.0.output.dense"),
+        ("pooler", "-", "pooler"),
+    ],
+)
+def test_grid_positions(name: str, block: str, kind: str) -> None:
+    assert grid_position(name) == (block, kind)
+
+
+def test_heat_map_has_a_number_in_every_cell(tiny_bert: str) -> None:
+    from lowrank_pl.monitoring.report import layer_records
+
+    task = make_task(tiny_bert)
+    task.build(SyntheticData().target)
+    task.strategy = FWSVD("both", keep_ratio=0.5)
+    task.strategy.prepare(task.encoder)
+    axes = rank_heatmap(layer_records(task)).axes[0]
+    assert sorted(text.get_text() for text in axes.texts) == ["10"] * 4 + ["8"] * 8

@@ -1,0 +1,123 @@
+"""The verbs compress and inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_pl.errors.numerics import BudgetError
+from lowrank_pl.errors.run import CalibrationError, MissingArgumentError, NothingToCompressError, OutputExistsError
+from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.strategies import FWSVD, SVD, NoCompression
+from lowrank_pl.tasks import SequenceClassification
+from tests.support.runs import last_checkpoint, make_task, make_trainer
+from tests.support.synthetic import SyntheticData
+
+
+@pytest.fixture
+def tuned(tiny_bert: str, tmp_path: Path) -> str:
+    """The checkpoint of a dense model."""
+    trainer = make_trainer(tmp_path / "dense")
+    trainer.fit(make_task(tiny_bert), datamodule=SyntheticData())
+    return last_checkpoint(trainer)
+
+
+def test_compress_writes_a_model_that_loads_and_scores_the_same(tuned: str, tmp_path: Path) -> None:
+    original = Path(tuned).read_bytes()
+    task, out = make_task(None, FWSVD("both", keep_ratio=0.5), init_from=tuned), tmp_path / "out"
+    make_trainer(tmp_path).compress(task, SyntheticData(), str(out))
+    assert sorted(p.name for p in out.iterdir()) == ["model.ckpt", "ranks.png", "report.json", "report.md"]
+    assert Path(tuned).read_bytes() == original
+    report = json.loads((out / "report.json").read_text())
+    loaded = SequenceClassification(init_from=str(out))
+    results = make_trainer(tmp_path).validate(loaded, SyntheticData(), verbose=False)
+    assert results[0]["val/loss"] == pytest.approx(report["metrics"]["loss"], abs=1e-6)
+    dense = make_trainer(tmp_path).validate(make_task(None, init_from=tuned), SyntheticData(), verbose=False)
+    assert report["metrics_dense"]["val/loss"] == pytest.approx(dense[0]["val/loss"], abs=1e-6)
+    assert report["metrics"]["loss"] != pytest.approx(report["metrics_dense"]["val/loss"], abs=1e-6)
+    assert report["parameters"]["targeted_kept"] == 7936
+    assert report["options"]["calibration_samples"] == 48
+
+
+def test_compress_and_the_first_step_of_fit_agree(tuned: str, tmp_path: Path) -> None:
+    make_trainer(tmp_path).compress(
+        make_task(None, SVD(keep_ratio=0.5), init_from=tuned), SyntheticData(), str(tmp_path / "out")
+    )
+    compressed = make_task(None, init_from=str(tmp_path / "out"))
+    compressed.build()
+    frozen = make_task(None, SVD(keep_ratio=0.5), init_from=tuned, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    make_trainer(tmp_path, limit_train_batches=1).fit(frozen, datamodule=SyntheticData())
+    for name, tensor in compressed.encoder.state_dict().items():
+        torch.testing.assert_close(frozen.encoder.state_dict()[name], tensor)
+
+
+def test_compressed_module_can_be_trained_in_the_same_process(tuned: str, tmp_path: Path) -> None:
+    task = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
+    make_trainer(tmp_path).compress(task, SyntheticData(), str(tmp_path / "out"))
+    factors = [p for m in task.encoder.modules() if isinstance(m, LowRankLinear) for p in m.parameters()]
+    assert not any(p.is_inference() for p in factors)
+
+
+def test_compress_takes_weights_from_a_checkpoint(tuned: str, tiny_bert: str, tmp_path: Path) -> None:
+    task = make_task(tiny_bert, SVD(keep_ratio=0.5))
+    make_trainer(tmp_path).compress(task, SyntheticData(), str(tmp_path / "a"), ckpt_path=tuned)
+    other = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
+    make_trainer(tmp_path).compress(other, SyntheticData(), str(tmp_path / "b"))
+    state = other.encoder.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in task.encoder.state_dict().items())
+
+
+def test_an_output_folder_that_holds_something_is_refused_first(tuned: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    task = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
+    with pytest.raises(OutputExistsError, match="nothing is ever overwritten"):
+        make_trainer(tmp_path).compress(task, SyntheticData(), str(tmp_path / "out"))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+    assert not task.is_built
+
+
+def test_compress_refusals(tuned: str, tmp_path: Path) -> None:
+    trainer, data, out = make_trainer(tmp_path), SyntheticData(), str(tmp_path / "out")
+    svd = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
+    with pytest.raises(MissingArgumentError, match="--output"):
+        trainer.compress(svd, data)
+    with pytest.raises(CalibrationError, match="no datamodule"):
+        trainer.compress(svd, None, out)
+    with pytest.raises(NothingToCompressError, match="NoCompression"):
+        trainer.compress(make_task(None, NoCompression(), init_from=tuned), data, out)
+    with pytest.raises(BudgetError):
+        trainer.compress(make_task(None, SVD(keep_ratio=0.01), init_from=tuned), data, out)
+    assert not Path(out).exists()
+
+
+def test_inspect_needs_no_data_and_tells_everything(
+    tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(tmp_path).inspect(make_task(tiny_bert, SVD(keep_ratio=0.5)))
+    text = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in text.splitlines() if line}
+    query = lines["bert.encoder.layer.0.attention.self.query"].split()
+    assert query[1:] == ["32", "32", "1,024", "64", "16", "8", "512", "targeted"]
+    assert lines["classifier"].endswith("outside the transformer blocks")
+    assert "floor: 896 targeted parameters (keep_ratio 0.0547)" in text
+    assert "12 layers factorised, 0 dense; keeps 7,936 of 16,384 (keep_ratio 0.4844)" in text
+
+
+def test_inspect_shows_an_impossible_budget_with_its_floor(
+    tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(tmp_path).inspect(make_task(tiny_bert, SVD(keep_ratio=0.01)))
+    text = capsys.readouterr().out
+    assert "not possible as configured: BudgetError: keep_ratio=0.01" in text
+    assert "floor: 896" in text
+
+
+def test_inspect_shows_factorised_layers(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
+    make_trainer(tmp_path).compress(task, SyntheticData(), str(tmp_path / "out"))
+    make_trainer(tmp_path).inspect(make_task(None, init_from=str(tmp_path / "out")))
+    assert capsys.readouterr().out.count("factorised already") == 12
