@@ -51,7 +51,21 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
 
     Args:
         args: Arguments instead of `sys.argv[1:]`, e.g. `["fit", "--config", "run.yaml"]`.
+
+    Raises:
+        LowRankError: bad input, of one of its subclasses.
     """
+    try:
+        _run(args)
+    except ValueError as error:
+        # jsonargparse wraps what a constructor raises into an error about union types.
+        own = _own_error(error)
+        if own is None or own is error:
+            raise
+        raise own from None
+
+
+def _run(args: list[str] | dict[str, Any] | None) -> None:
     LowRankCLI(
         model_class=EncoderTask,
         datamodule_class=TextDataModule,
@@ -64,6 +78,15 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
         auto_configure_optimizers=False,
         args=args,
     )
+
+
+def _own_error(error: BaseException | None) -> LowRankError | None:
+    """The innermost exception of this package in a chain."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, LowRankError) else found
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def console() -> None:

@@ -64,7 +64,7 @@ class Grid:
             strategy += [f"--model.init_args.strategy.init_args.side={side}" for side in METHODS[method]]
             start = f"--model.init_args.init_from={dense}"
             arguments = [*self.common, start, *strategy, logs, f"--output={folder}"]
-            lowrank("compress", *arguments, log=folder.with_suffix(".log"))
+            lowrank("compress", *arguments, log=folder.parent / f"{folder.name}.log")
         return json.loads((folder / "report.json").read_text(encoding="utf-8")), folder
 
 

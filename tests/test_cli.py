@@ -1,0 +1,249 @@
+"""The command line: every configuration parses, every recipe runs, bad input ends in its message."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lowrank_pl.allocation import LayerOverride
+from lowrank_pl.cli import console, main
+from lowrank_pl.data import GLUE, CoNLL, Docstrings, TextCorpus, TextFiles
+from lowrank_pl.errors.model import ModelFolderError
+from lowrank_pl.errors.run import OutputExistsError, StrategyPlacementError
+from lowrank_pl.strategies import FWSVD, SVD, Calibration, NoCompression
+from lowrank_pl.surgery import TargetSelector
+from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
+from tests.support.tables import write_sst2
+from tests.support.tiny import save_tiny_model
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
+COMPLETE = [*RECIPES, CONFIGS / "quickstart.yaml"]
+OVERLAYS = sorted(set(CONFIGS.rglob("*.yaml")) - set(COMPLETE))
+BASE = CONFIGS / "recipes" / "glue_finetune.yaml"
+VERBS = ("fit", "validate", "test", "predict", "compress", "inspect")
+
+
+def ident(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, tiny_bert: str) -> list[str]:
+    """What turns a GLUE recipe into a run of seconds."""
+    return [
+        f"--model.init_args.pretrained={tiny_bert}",
+        "--data.init_args.task=SST-2",
+        f"--data.init_args.path={write_sst2(tmp_path / 'SST-2')}",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.logger.init_args.save_dir={tmp_path / 'logs'}",
+    ]
+
+
+def run_folder(tmp_path: Path, version: int = 0) -> Path:
+    return tmp_path / "logs" / "runs" / f"version_{version}"
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stop:
+        main([*args, "--print_config"])
+    assert stop.value.code == 0
+    config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return config
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=ident)
+def test_complete_configurations_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = yaml.safe_load(path.read_text())
+    config = printed_config(capsys, "fit", "--config", str(path))
+    assert config["model"]["class_path"].endswith(f".{own['model']['class_path']}")
+    strategy = own["model"]["init_args"]["strategy"]["class_path"]
+    assert config["model"]["init_args"]["strategy"]["class_path"].endswith(f".{strategy}")
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=ident)
+def test_overlays_parse_on_top_of_a_recipe(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = yaml.safe_load(path.read_text())
+    config = printed_config(capsys, "fit", "--config", str(BASE), "--config", str(path))
+    for section, given in own.items():
+        for key, value in given.items():
+            if key in ("max_epochs", "devices", "strategy", "accelerator"):
+                assert config[section][key] == value
+            if key == "class_path":
+                assert config[section][key].endswith(f".{value}")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=ident)
+def test_every_recipe_runs(recipe: Path, arguments: list[str], tmp_path: Path) -> None:
+    main(["fit", "--config", str(recipe), *arguments])
+    report = json.loads((run_folder(tmp_path) / "report.json").read_text())
+    expected = yaml.safe_load(recipe.read_text())["model"]["init_args"]["strategy"]["class_path"]
+    assert report["method"] == expected
+    assert report["task"] == "SST-2"
+    assert 0 <= report["score"] <= 1
+    assert (run_folder(tmp_path) / "checkpoints" / "best.ckpt").exists()
+    assert (run_folder(tmp_path) / "config.yaml").exists()
+
+
+def test_the_whole_way(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """fit, compress, fit again, resume, test, predict, inspect: the main job."""
+    common = ["--config", str(BASE), *arguments]
+    main(["fit", *common])
+    dense = run_folder(tmp_path) / "checkpoints" / "best.ckpt"
+    out = tmp_path / "out"
+    strategy = ["--model.init_args.strategy=FWSVD", "--model.init_args.strategy.init_args.side=both"]
+    strategy += ["--model.init_args.strategy.init_args.keep_ratio=0.5"]
+    main(["compress", *common, *strategy, f"--model.init_args.init_from={dense}", f"--output={out}"])
+    assert "after FWSVD" in capsys.readouterr().out
+    compressed = json.loads((out / "report.json").read_text())
+    assert compressed["keep_ratio"] == pytest.approx(7936 / 16384)
+    main(["fit", *common, f"--model.init_args.init_from={out}", "--trainer.logger.init_args.version=tuned"])
+    tuned = tmp_path / "logs" / "runs" / "tuned"
+    report = json.loads((tuned / "report.json").read_text())
+    assert (report["method"], report["init_from"]) == ("FWSVD", str(out))
+    resumed = ["--trainer.max_epochs=2", "--trainer.logger.init_args.version=resumed"]
+    main(["fit", *common, *resumed, f"--ckpt_path={tuned / 'checkpoints' / 'last.ckpt'}"])
+    report = json.loads((tmp_path / "logs" / "runs" / "resumed" / "report.json").read_text())
+    assert (report["method"], report["epochs"], report["steps"]) == ("FWSVD", 2, 4)
+    checkpoint = tmp_path / "logs" / "runs" / "resumed" / "checkpoints" / "last.ckpt"
+    main(["test", *common, f"--ckpt_path={checkpoint}", "--trainer.logger.init_args.version=test"])
+    report = json.loads((tmp_path / "logs" / "runs" / "test" / "report.json").read_text())
+    assert (report["verb"], report["parameters"]["targeted_kept"]) == ("test", 7936)
+    main(["predict", *common, f"--ckpt_path={checkpoint}", "--trainer.logger.init_args.version=predict"])
+    lines = (tmp_path / "logs" / "runs" / "predict" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
+    capsys.readouterr()
+    main(["inspect", *common, f"--model.init_args.init_from={out}"])
+    assert capsys.readouterr().out.count("factorised already") == 12
+
+
+def test_inspect_needs_no_data(tiny_bert: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model=SequenceClassification", f"--model.init_args.pretrained={tiny_bert}"]
+    main(["inspect", *model, "--model.init_args.strategy=SVD", "--model.init_args.strategy.init_args.rank_ratio=0.25"])
+    assert "12 layers factorised" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert "--model" in capsys.readouterr().out
+
+
+CONFIGURABLE: list[type] = [SVD, FWSVD, NoCompression, Calibration, LayerOverride, TargetSelector]
+CONFIGURABLE += [SequenceClassification, TokenClassification, MaskedLM]
+CONFIGURABLE += [GLUE, TextFiles, CoNLL, TextCorpus, Docstrings]
+
+
+@pytest.mark.parametrize("cls", CONFIGURABLE)
+def test_every_argument_is_typed_and_documented(cls: type) -> None:
+    documented = " ".join(base.__doc__ or "" for base in cls.__mro__)
+    for base in cls.__mro__:
+        init = vars(base).get("__init__")
+        if init is None or not base.__module__.startswith("lowrank_pl"):
+            continue
+        for name, parameter in list(inspect.signature(init).parameters.items())[1:]:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                assert parameter.annotation is not parameter.empty, (cls, name)
+                assert re.search(rf"\n\s+{name}: \S", documented), (cls, name)
+
+
+def test_help_of_a_strategy_says_what_its_arguments_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model=SequenceClassification", "--model.strategy.help=FWSVD"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Share of the targeted weights to keep, in parameters" in text
+    assert "weighs by input feature (the paper)" in text
+
+
+def test_own_strategy_by_class_path(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "my_methods.py").write_text(
+        "from lowrank_pl.strategies import SVD\n\nclass MySVD(SVD):\n    '''A plug-in.'''\n"
+    )
+    config = {
+        "model": {"init_args": {"strategy": {"class_path": "my_methods.MySVD", "init_args": {"keep_ratio": 0.5}}}}
+    }
+    (tmp_path / "plugin.yaml").write_text(yaml.safe_dump(config))
+    sys.path.insert(0, str(tmp_path))
+    try:
+        main(["fit", "--config", str(BASE), "--config", str(tmp_path / "plugin.yaml"), *arguments])
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert json.loads((run_folder(tmp_path) / "report.json").read_text())["method"] == "MySVD"
+
+
+def test_output_that_exists_is_refused_before_anything_runs(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    recipe = str(CONFIGS / "recipes" / "glue_svd.yaml")
+    with pytest.raises(OutputExistsError):
+        main(["compress", "--config", recipe, *arguments, f"--output={tmp_path / 'out'}"])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_strategy_under_callbacks_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    overlay = {
+        "trainer": {"callbacks": [{"class_path": "lowrank_pl.strategies.SVD", "init_args": {"keep_ratio": 0.5}}]}
+    }
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(overlay))
+    with pytest.raises(StrategyPlacementError):
+        main(["fit", "--config", str(BASE), "--config", str(tmp_path / "wrong.yaml"), *arguments])
+
+
+def test_folder_without_weights_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    folder = save_tiny_model("bert", tmp_path / "broken")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelFolderError, match="no weights"):
+        main(["fit", "--config", str(BASE), *arguments, f"--model.init_args.pretrained={folder}"])
+
+
+def test_console_prints_the_message_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_bert: str
+) -> None:
+    command = ["lowrank-pl", "fit", "--config", str(BASE), f"--model.init_args.pretrained={tiny_bert}"]
+    command += ["--data.init_args.task=MRPX", "--trainer.accelerator=cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        console()
+    assert "MRPX" in str(stop.value.code)
+    assert "MRPC" in str(stop.value.code)
+
+
+def test_module_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "lowrank_pl", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert all(verb in result.stdout for verb in VERBS)
+
+
+def test_two_processes_write_the_same_factors(arguments: list[str], tmp_path: Path) -> None:
+    """DDP over gloo: one Fisher information from two halves of the data, one model on both processes."""
+    script = Path(__file__).parent / "support" / "two_processes.py"
+    recipe = str(CONFIGS / "recipes" / "glue_fwsvd.yaml")
+    ddp = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.limit_train_batches=2"]
+    command = [sys.executable, str(script), str(tmp_path), "fit", "--config", recipe, *arguments, *ddp]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    for moment in ("written", "trained"):
+        assert first[moment].keys() == second[moment].keys()
+        assert all(torch.equal(first[moment][name], second[moment][name]) for name in first[moment])
+    alone = [sys.executable, str(script), str(tmp_path / "alone"), "fit", "--config", recipe, *arguments]
+    (tmp_path / "alone").mkdir()
+    subprocess.run([*alone, "--trainer.devices=1"], capture_output=True, cwd=ROOT, timeout=300, check=True)
+    single = torch.load(tmp_path / "alone" / "rank-0.pt", weights_only=True)["written"]
+    for name, tensor in first["written"].items():
+        torch.testing.assert_close(single[name], tensor, atol=1e-4, rtol=0)
