@@ -5,6 +5,7 @@ Shapes throughout: `weight` is `[out, in] = [m, n]`, `r` is the rank.
 
 from lowrank_pl.core.axis_weighted import axis_weighted_svd
 from lowrank_pl.core.diagnostics import relative_error
+from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
@@ -16,4 +17,5 @@ __all__ = [
     "relative_error",
     "singular_values",
     "truncated_svd",
+    "weighted_low_rank",
 ]

@@ -37,5 +37,7 @@ class RankDashboard(pl.Callback):
                         writer.add_scalar(f"error/{layer.name}", layer.error, step)
                     if layer.weighted_error is not None:
                         writer.add_scalar(f"weighted_error/{layer.name}", layer.weighted_error, step)
+                    for solver_step, loss in enumerate(layer.losses):
+                        writer.add_scalar(f"solver_loss/{layer.name}", loss, solver_step)
                 writer.add_scalar("compression/keep_ratio", counts["targeted_kept"] / counts["targeted_dense"], step)
                 writer.add_figure("compression/ranks", rank_heatmap(layers), step)

@@ -96,6 +96,7 @@ def build_report(
                 "parameters": layer.parameters,
                 "weighted_error": layer.weighted_error,
                 "error": layer.error,
+                **({"losses": list(layer.losses), "outcome": layer.outcome} if layer.losses else {}),
             }
             for layer in layer_records(task)
         ],

@@ -4,7 +4,17 @@ from lowrank_pl.strategies.base import CompressionStrategy
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.fwsvd import FWSVD
 from lowrank_pl.strategies.no_compression import NoCompression
-from lowrank_pl.strategies.static import StaticStrategy
+from lowrank_pl.strategies.static import Factorised, StaticStrategy
 from lowrank_pl.strategies.svd import SVD
+from lowrank_pl.strategies.tfwsvd import TFWSVD
 
-__all__ = ["FWSVD", "SVD", "Calibration", "CompressionStrategy", "NoCompression", "StaticStrategy"]
+__all__ = [
+    "FWSVD",
+    "SVD",
+    "TFWSVD",
+    "Calibration",
+    "CompressionStrategy",
+    "Factorised",
+    "NoCompression",
+    "StaticStrategy",
+]

@@ -7,11 +7,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lowrank_pl.allocation import LayerOverride
-from lowrank_pl.core import Factors, axis_weighted_svd
+from lowrank_pl.core import axis_weighted_svd, relative_error
 from lowrank_pl.core.axis_weighted import DEFAULT_DAMPING
 from lowrank_pl.importance import FisherKind, LayerFisher
 from lowrank_pl.strategies.calibration import Calibration
-from lowrank_pl.strategies.static import StaticStrategy
+from lowrank_pl.strategies.static import Factorised, StaticStrategy
 from lowrank_pl.surgery import TargetSelector
 
 
@@ -50,17 +50,13 @@ class FWSVD(StaticStrategy):
         self.side = side
         self.damping = damping
 
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factors:
+    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factorised:
         """Weighted SVD by the chosen side."""
         assert fisher is not None
-        return axis_weighted_svd(weight, rank, *self.importances(fisher), damping=self.damping)
-
-    def importances(self, fisher: LayerFisher) -> tuple[Tensor | None, Tensor | None]:
-        """The sums that the chosen side weighs by."""
-        return (
-            fisher.input_sums if self.side in ("input", "both") else None,
-            fisher.output_sums if self.side in ("output", "both") else None,
-        )
+        inputs = fisher.input_sums if self.side in ("input", "both") else None
+        outputs = fisher.output_sums if self.side in ("output", "both") else None
+        factors = axis_weighted_svd(weight, rank, inputs, outputs, damping=self.damping)
+        return Factorised(factors, relative_error(weight, factors.product(), inputs, outputs))
 
     def options(self) -> dict[str, Any]:
         """Adds the side and the damping."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,23 @@ from lowrank_pl.strategies.calibration import Calibration, measure_fisher, progr
 from lowrank_pl.surgery import CompressionRecord, LayerRecord, TargetSelector, replace_module_
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Factorised:
+    """What a method made of one weight.
+
+    Attributes:
+        factors: Of the rank asked for.
+        weighted_error: Relative error in the weighted norm that the method minimises; `None` for plain SVD.
+        losses: The curve of the objective, for iterative methods.
+        outcome: Why an iterative method stopped.
+    """
+
+    factors: Factors
+    weighted_error: float | None = None
+    losses: tuple[float, ...] = ()
+    outcome: str | None = None
 
 
 class StaticStrategy(CompressionStrategy):
@@ -65,12 +83,8 @@ class StaticStrategy(CompressionStrategy):
         self._written = False
 
     @abstractmethod
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factors:
+    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factorised:
         """Factorises one weight `[m, n]` at a rank; `fisher` is `None` for methods that need none."""
-
-    @abstractmethod
-    def importances(self, fisher: LayerFisher) -> tuple[Tensor | None, Tensor | None]:
-        """Input `[n]` and output `[m]` importances of the norm that the method minimises, for reports."""
 
     def plan(self, encoder: nn.Module) -> Allocation:
         """The ranks for an encoder; changes nothing.
@@ -147,18 +161,17 @@ class StaticStrategy(CompressionStrategy):
             fisher = measure_fisher(trainer, pl_module, self._originals, self.fisher_kind, self.calibration, name)
             options["calibration_samples"] = fisher.num_samples
         notes: list[str] = []
-        errors: dict[str, tuple[float, float | None]] = {}
+        told: dict[str, dict[str, Any]] = {}
         if trainer.is_global_zero:
             for name in progress(trainer, self._originals, "Factorisation", len(self._originals)):
-                errors[name] = self._write_layer(module.encoder, name, fisher, notes)
+                told[name] = self._write_layer(module.encoder, name, fisher, notes)
         self._synchronise(module.encoder)
-        errors, notes = trainer.strategy.broadcast((errors, notes))
+        told, notes = trainer.strategy.broadcast((told, notes))
         self._written = True
-        module.compression = CompressionRecord(type(self).__name__, options, self._layers(errors), tuple(notes))
+        module.compression = CompressionRecord(type(self).__name__, options, self._layers(told), tuple(notes))
 
-    def _write_layer(
-        self, encoder: nn.Module, name: str, fisher: Fisher | None, notes: list[str]
-    ) -> tuple[float, float | None]:
+    def _write_layer(self, encoder: nn.Module, name: str, fisher: Fisher | None, notes: list[str]) -> dict[str, Any]:
+        """Writes one layer's factors; returns what its record tells of them."""
         layer = encoder.get_submodule(name)
         if not isinstance(layer, LowRankLinear):
             raise NotFactorisedError(type(self).__name__, [name])
@@ -168,13 +181,14 @@ class StaticStrategy(CompressionStrategy):
             note = f"the Fisher information of {name!r} is zero everywhere: factorised by plain SVD instead"
             logger.warning(note)
             notes.append(note)
-        factors = self.factorise(weight, layer.rank, layer_fisher)
-        layer.assign_(factors)
-        product = factors.product()
-        error = relative_error(weight, product)
-        if layer_fisher is None:
-            return error, None
-        return error, relative_error(weight, product, *self.importances(layer_fisher))
+        found = self.factorise(weight, layer.rank, layer_fisher)
+        layer.assign_(found.factors)
+        return {
+            "error": relative_error(weight, found.factors.product()),
+            "weighted_error": found.weighted_error,
+            "losses": found.losses,
+            "outcome": found.outcome,
+        }
 
     def _synchronise(self, encoder: nn.Module) -> None:
         """Gives every process the first one's factors, bit for bit."""
@@ -183,12 +197,12 @@ class StaticStrategy(CompressionStrategy):
                 for parameter in encoder.get_submodule(name).parameters():
                     torch.distributed.broadcast(parameter.data, src=0)
 
-    def _layers(self, errors: dict[str, tuple[float, float | None]]) -> tuple[LayerRecord, ...]:
+    def _layers(self, told: dict[str, dict[str, Any]]) -> tuple[LayerRecord, ...]:
         assert self._allocation is not None
         records = []
         for name, shape in self._allocation.shapes.items():
             rank = self._allocation.ranks[name]
-            error, weighted = errors.get(name, (0.0, 0.0 if self.fisher_kind is not None else None))
+            exact = {"error": 0.0, "weighted_error": 0.0 if self.fisher_kind is not None else None}
             records.append(
                 LayerRecord(
                     name,
@@ -197,8 +211,7 @@ class StaticStrategy(CompressionStrategy):
                     shape.full_rank if rank is None else rank,
                     "dense" if rank is None else "low_rank",
                     self._allocation.parameters(name),
-                    error,
-                    weighted,
+                    **told.get(name, exact),
                 )
             )
         return tuple(records)

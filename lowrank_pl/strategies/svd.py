@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowrank_pl.core import Factors, truncated_svd
+from lowrank_pl.core import truncated_svd
 from lowrank_pl.importance import LayerFisher
-from lowrank_pl.strategies.static import StaticStrategy
+from lowrank_pl.strategies.static import Factorised, StaticStrategy
 
 
 class SVD(StaticStrategy):
     """Minimises `‖W − AB‖_F` per layer; needs no data. See `StaticStrategy` for the arguments."""
 
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factors:
+    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factorised:
         """Truncated SVD; the Fisher information plays no part."""
         del fisher
-        return truncated_svd(weight, rank)
-
-    def importances(self, fisher: LayerFisher) -> tuple[Tensor | None, Tensor | None]:
-        """All equal."""
-        del fisher
-        return None, None
+        return Factorised(truncated_svd(weight, rank))

@@ -19,6 +19,8 @@ class LayerRecord:
         parameters: Parameters of weight or factors, without bias.
         error: `‖W − AB‖_F / ‖W‖_F` when the factors were written, before any tuning; 0 where dense.
         weighted_error: The same in the weighted norm that the method minimised; `None` for plain SVD.
+        losses: The curve of an iterative method's objective, from its start on.
+        outcome: Why an iterative method stopped.
     """
 
     name: str
@@ -29,6 +31,8 @@ class LayerRecord:
     parameters: int
     error: float | None = None
     weighted_error: float | None = None
+    losses: tuple[float, ...] = ()
+    outcome: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,11 @@ class CompressionRecord:
     def to_dict(self) -> dict[str, Any]:
         """Primitives only."""
         fields = asdict(self)
-        return {**fields, "layers": list(fields["layers"]), "notes": list(self.notes)}
+        layers = [{**layer, "losses": list(layer["losses"])} for layer in fields["layers"]]
+        return {**fields, "layers": layers, "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CompressionRecord:
         """Inverse of `to_dict`."""
-        layers = tuple(LayerRecord(**layer) for layer in fields["layers"])
+        layers = tuple(LayerRecord(**{**layer, "losses": tuple(layer["losses"])}) for layer in fields["layers"])
         return cls(fields["method"], dict(fields["options"]), layers, tuple(fields["notes"]))

@@ -1,0 +1,69 @@
+"""Element-wise Fisher-weighted factorisation of every targeted layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from lowrank_pl.allocation import LayerOverride
+from lowrank_pl.core.elementwise import ElementwiseSolver, PreconditionedLBFGS, shrink_importance, weighted_low_rank
+from lowrank_pl.errors.numerics import RatioError
+from lowrank_pl.importance import FisherKind, LayerFisher
+from lowrank_pl.strategies.calibration import Calibration
+from lowrank_pl.strategies.static import Factorised, StaticStrategy
+from lowrank_pl.surgery import TargetSelector
+
+
+class TFWSVD(StaticStrategy):
+    """Minimises the reconstruction error weighted by the empirical Fisher information of each single weight.
+
+    References:
+        Hua et al., Numerical optimizations for weighted low-rank estimation on language models, EMNLP 2022 (the
+        objective; the default solver and the shrinkage are this project's).
+
+    Args:
+        solver: How the objective is minimised, from the best closed form on.
+        keep_ratio: Share of the targeted weights to keep, in parameters, `0 < keep_ratio <= 1`.
+        rank_ratio: Instead of keep_ratio, the papers' measure: rank `int(rank_ratio * min(out, in))`.
+        multiple_of: Round ranks down to a multiple.
+        overrides: Exceptions for layers by name.
+        targets: Which layers to factorise.
+        calibration: How importance is measured.
+        shrinkage: Share of the importance that is replaced by its two-sided (rank-one) approximation, from 0 (none)
+            to 1 (all: the closed form of FWSVD with side `both`); steadies an importance from few samples.
+    """
+
+    fisher_kind = FisherKind.FULL
+
+    def __init__(
+        self,
+        solver: ElementwiseSolver | None = None,
+        keep_ratio: float | None = None,
+        rank_ratio: float | None = None,
+        multiple_of: int = 1,
+        overrides: list[LayerOverride] | None = None,
+        targets: TargetSelector | None = None,
+        calibration: Calibration | None = None,
+        shrinkage: float = 0.0,
+    ) -> None:
+        super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration)
+        if not 0 <= shrinkage <= 1:
+            raise RatioError("shrinkage", shrinkage, "0 <= shrinkage <= 1, the share that is replaced")
+        self.solver = solver or PreconditionedLBFGS()
+        self.shrinkage = shrinkage
+
+    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factorised:
+        """The solver's best iterate; its weighted error is that of the importance after shrinkage."""
+        assert fisher is not None
+        assert fisher.full is not None
+        importance = shrink_importance(fisher.full, self.shrinkage)
+        result = weighted_low_rank(weight, importance, rank, self.solver)
+        return Factorised(result.factors, math.sqrt(result.loss), result.losses, result.reason)
+
+    def options(self) -> dict[str, Any]:
+        """Adds the solver with its numbers, and the shrinkage."""
+        numbers = {name: value for name, value in vars(self.solver).items() if not name.startswith("_")}
+        solver = {"class": type(self.solver).__name__, **numbers}
+        return {"solver": solver, **super().options(), "shrinkage": self.shrinkage}
