@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lowrank_pl.data
@@ -12,14 +13,19 @@ import lowrank_pl.strategies
 import lowrank_pl.tasks  # noqa: F401, importing the rooms makes short class names work
 from lowrank_pl.data import TextDataModule
 from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.run import MissingArgumentError
 from lowrank_pl.monitoring import PredictionWriter, RankDashboard, ReportWriter
 from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.tasks.saved import check_loadable, check_resumable
 from lowrank_pl.trainer import LowRankTrainer
 
 _LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
     "init_args": {"save_dir": "logs", "name": "runs"},
 }
+
+
+_CHECKPOINT_WORDS = ("best", "last", "hpc")
 
 
 class LowRankCLI(LightningCLI):
@@ -30,6 +36,20 @@ class LowRankCLI(LightningCLI):
         """The verbs and the arguments that do not come from the command line."""
         own = {"compress": {"model", "datamodule"}, "inspect": {"model", "datamodule"}}
         return {**LightningCLI.subcommands(), **own}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuses a checkpoint that cannot be used before anything is built."""
+        super().parse_arguments(parser, args)
+        verb = self.config.get("subcommand")
+        path = self.config[verb].get("ckpt_path") if verb else None
+        if path is not None and path not in _CHECKPOINT_WORDS:
+            (check_resumable if verb == "fit" else check_loadable)(str(path))
+        model = self.config[verb].get("model") if verb else None
+        if model is not None and model.get("init_args", {}).get("pretrained") is None and self.config[verb].get("data"):
+            raise MissingArgumentError(
+                "model.init_args.pretrained",
+                "The data take their tokenizer from it, also when the weights come from init_from.",
+            )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As Lightning's, with data optional: `inspect` needs none."""
@@ -93,5 +113,5 @@ def console() -> None:
     """`main` for the shell: bad input ends in its message and exit code 1, without a traceback."""
     try:
         main()
-    except LowRankError as error:
+    except (LowRankError, MisconfigurationException, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

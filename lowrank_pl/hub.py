@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -67,8 +68,12 @@ def _package_folder(address: str) -> Path:
     return folder
 
 
+def _names(folder: str) -> list[str]:
+    return [entry.name for entry in Path(folder).iterdir()]
+
+
 def _require(folder: Path, names: tuple[str, ...], what: str) -> None:
-    found = [entry.name for entry in folder.iterdir()]
+    found = _names(str(folder))
     if not any(name in found for name in names):
         raise ModelFolderError(str(folder), what, found)
 
@@ -98,7 +103,9 @@ def load_config(name: str, **overrides: Any) -> Any:
     source = resolve_pretrained(name)
     try:
         return AutoConfig.from_pretrained(source, **overrides)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise ModelFolderError(source, f"usable config.json ({_first_line(error)})", _names(source)) from error
         raise HubUnreachableError(name, _first_line(error)) from error
 
 
@@ -129,17 +136,25 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
         # sets torch's default dtype, decides.
         dtype = torch.get_default_dtype()
         with _quiet():
-            model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+            # A head for other labels is made anew, like any missing head; what else may not fit is judged below.
+            model, info = auto_class.from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except SafetensorError as error:
+        raise ModelFolderError(source, f"readable weights ({_first_line(error)})", _names(source)) from error
     except OSError as error:
         raise HubUnreachableError(name, _first_line(error)) from error
     prefix = f"{model.base_model_prefix}."
+    for key, theirs, ours in info["mismatched_keys"]:
+        if key.startswith(prefix):
+            raise CheckpointMismatchError(source, f"{key!r} is {list(theirs)} there and {list(ours)} here")
     # Encoders trained as language models have no pooler; classifiers make a new one, like their head.
     missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and ".pooler" not in key)
     if missing:
         raise CheckpointMismatchError.keys(f"model folder {source!r}", missing, [])
     # from_pretrained returns eval mode, and Lightning trains a module in the mode it finds it in.
     encoder: PreTrainedModel = model.train()
-    return encoder, bool(info["missing_keys"])
+    return encoder, bool(info["missing_keys"] or info["mismatched_keys"])
 
 
 @contextmanager

@@ -16,10 +16,11 @@ import yaml
 
 from lowrank_pl.allocation import LayerOverride
 from lowrank_pl.cli import console, main
+from lowrank_pl.core.elementwise import ALS, EM, SGD, Adam, AdamSGD, PreconditionedLBFGS
 from lowrank_pl.data import GLUE, CoNLL, Docstrings, TextCorpus, TextFiles
-from lowrank_pl.errors.model import ModelFolderError
-from lowrank_pl.errors.run import OutputExistsError, StrategyPlacementError
-from lowrank_pl.strategies import FWSVD, SVD, Calibration, NoCompression
+from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError
+from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError, StrategyPlacementError
+from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, Calibration, NoCompression
 from lowrank_pl.surgery import TargetSelector
 from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
 from tests.support.tables import write_sst2
@@ -143,8 +144,9 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "--model" in capsys.readouterr().out
 
 
-CONFIGURABLE: list[type] = [SVD, FWSVD, NoCompression, Calibration, LayerOverride, TargetSelector]
+CONFIGURABLE: list[type] = [SVD, FWSVD, TFWSVD, NoCompression, Calibration, LayerOverride, TargetSelector]
 CONFIGURABLE += [SequenceClassification, TokenClassification, MaskedLM]
+CONFIGURABLE += [ALS, EM, SGD, Adam, AdamSGD, PreconditionedLBFGS]
 CONFIGURABLE += [GLUE, TextFiles, CoNLL, TextCorpus, Docstrings]
 
 
@@ -208,6 +210,30 @@ def test_folder_without_weights_is_refused(arguments: list[str], tmp_path: Path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelFolderError, match="no weights"):
         main(["fit", "--config", str(BASE), *arguments, f"--model.init_args.pretrained={folder}"])
+
+
+def test_checkpoints_are_looked_at_first(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "garbage.ckpt").write_bytes(b"garbage")
+    for path in ("nowhere.ckpt", "garbage.ckpt", "."):
+        for verb in ("fit", "test"):
+            with pytest.raises(NotACheckpointError, match="--ckpt_path"):
+                main([verb, "--config", str(BASE), *arguments, f"--ckpt_path={tmp_path / path}"])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_data_need_a_tokenizer(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.raises(MissingArgumentError, match="take their tokenizer from it"):
+        main(["fit", "--config", str(BASE), *arguments, "--model.init_args.pretrained=null"])
+
+
+def test_last_checkpoint_is_the_last_epoch(arguments: list[str], tmp_path: Path) -> None:
+    """Also when the score has been falling since the first: it is what a stopped run resumes from."""
+    frozen = ["--trainer.max_epochs=3", "--model.init_args.optimizer.init_args.lr=0.0"]
+    main(["fit", "--config", str(BASE), *arguments, *frozen])
+    folder = run_folder(tmp_path) / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    epochs = {p.name: torch.load(p, weights_only=True)["epoch"] for p in folder.iterdir()}
+    assert epochs == {"best.ckpt": 0, "last.ckpt": 2}
 
 
 def test_console_prints_the_message_without_a_traceback(

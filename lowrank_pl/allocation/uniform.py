@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.model import OverrideError
-from lowrank_pl.errors.numerics import BudgetError, RatioError
+from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
 from lowrank_pl.errors.run import MissingArgumentError
 
 
@@ -125,7 +125,7 @@ def check_share(keep_ratio: float | None, rank_ratio: float | None, multiple_of:
         if ratio is not None:
             _check_ratio(name, ratio)
     if multiple_of < 1:
-        raise RatioError("multiple_of", multiple_of, "a whole number from 1")
+        raise RangeError("multiple_of", multiple_of, "a whole number from 1")
 
 
 def _rank_by_ratio(

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank_pl.core.checks import check_importance, check_weight
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.svd import truncated_svd
-from lowrank_pl.errors.numerics import RatioError
+from lowrank_pl.errors.numerics import RangeError
 
 DEFAULT_DAMPING = 1e-6
 
@@ -44,7 +44,7 @@ def axis_weighted_svd(
     Raises:
         ShapeError, NonFiniteError, RankError: a bad weight or rank.
         ImportanceError: a negative importance.
-        RatioError: a damping that is negative or not finite.
+        RangeError: a damping that is negative or not finite.
 
     References:
         Hsu et al., Language model compression with weighted low-rank factorization, ICLR 2022, section 3
@@ -53,7 +53,7 @@ def axis_weighted_svd(
     """
     shape = check_weight(weight, rank)
     if not (math.isfinite(damping) and damping >= 0):
-        raise RatioError("damping", damping, "0 <= damping, relative to the mean importance")
+        raise RangeError("damping", damping, "0 <= damping, relative to the mean importance")
     if input_importance is None and output_importance is None:
         return truncated_svd(weight, rank)
     scale_in = _scale("input_importance", input_importance, shape.in_features, damping)

@@ -19,7 +19,7 @@ from lowrank_pl.data.calibration import SortedBatches, choose
 from lowrank_pl.data.collate import Collator, PadCollator
 from lowrank_pl.data.prepared import Prepared, tell_truncation
 from lowrank_pl.data.raw import RawData
-from lowrank_pl.data.sampler import LengthGroupedSampler, grouped_by_length
+from lowrank_pl.data.sampler import EvaluationSampler, LengthGroupedSampler, grouped_by_length
 from lowrank_pl.data.tokenise import (
     Rows,
     Truncation,
@@ -28,7 +28,7 @@ from lowrank_pl.data.tokenise import (
     encode_texts,
     tokenise,
 )
-from lowrank_pl.errors.data import ArgumentRangeError, DataNotReadyError
+from lowrank_pl.errors.data import ArgumentRangeError, DataNotReadyError, TooFewSamplesError
 from lowrank_pl.hub import load_config, load_tokenizer
 
 _FORMAT = 1
@@ -141,14 +141,13 @@ class TextDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Any]:
         """The training split, in an order that the seed and the epoch decide."""
         dataset = self.split("train")
-        trainer = self.trainer
-        where = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
+        rank, world_size = self._place()
         sampler = LengthGroupedSampler(
             len(dataset),
             self.batch_size,
             self._ready().lengths["train"] if self.length_grouping else None,
-            num_replicas=where.get("num_replicas", 1),
-            rank=where.get("rank", 0),
+            num_replicas=world_size,
+            rank=rank,
             seed=self.seed,
         )
         return self._loader(dataset, self.batch_size, self.train_collator(), sampler)
@@ -163,8 +162,9 @@ class TextDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test split, labelled or not, else the validation split, in the order of the file."""
-        dataset = self.split("test" if "test" in self._ready().splits else "validation")
-        return self._loader(dataset, self.eval_batch_size, self.eval_collator())
+        split = "test" if "test" in self._ready().splits else "validation"
+        dataset = self.split(split)
+        return self._loader(dataset, self.eval_batch_size, self.eval_collator(), self._shares(split))
 
     # What tasks, strategies and reports ask.
 
@@ -211,9 +211,10 @@ class TextDataModule(LightningDataModule, ABC):
             world_size: Processes, each of which gets its own share.
         """
         if batch_size < 1:
-            raise ArgumentRangeError("batch_size", batch_size, "1 or more")
+            raise ArgumentRangeError("batch_size", batch_size, "1 or more", "calibration.batch_size")
         if max_samples is not None and max_samples < 1:
-            raise ArgumentRangeError("max_samples", max_samples, "1 or more, or null for all")
+            allowed = "1 or more, or null for all"
+            raise ArgumentRangeError("max_samples", max_samples, allowed, "calibration.max_samples")
         dataset = self.split("train")
         chosen = choose(len(dataset), max_samples, seed)
         return SortedBatches(
@@ -282,13 +283,27 @@ class TextDataModule(LightningDataModule, ABC):
     def _eval_loader(self, split: str) -> DataLoader[Any]:
         # Batches of similar length in random order: sorting all would make the first batches, which
         # limit_val_batches keeps, the shortest texts. The order is fixed by the seed.
+        shares = self._shares(split)
         generator = torch.Generator().manual_seed(self.seed)
-        order = grouped_by_length(self._ready().lengths[split], self.eval_batch_size, generator, window=None)
-        return self._loader(self.split(split).select(order), self.eval_batch_size, self.eval_collator())
+        together = self.eval_batch_size * shares.num_replicas
+        order = grouped_by_length(self._ready().lengths[split], together, generator, window=None)
+        return self._loader(self.split(split).select(order), self.eval_batch_size, self.eval_collator(), shares)
 
-    def _loader(
-        self, dataset: Dataset, batch_size: int, collate: Collator, sampler: Sampler[int] | None = None
-    ) -> DataLoader[Any]:
+    def _shares(self, split: str) -> EvaluationSampler:
+        rank, world_size = self._place()
+        size = len(self.split(split))
+        # A process without a batch would leave the others waiting for its part of the score.
+        if size < world_size:
+            name = f"{split} split of {self.target.name}"
+            raise TooFewSamplesError(name, size, world_size, "for every process to have one", "Lower trainer.devices.")
+        return EvaluationSampler(size, world_size, rank)
+
+    def _place(self) -> tuple[int, int]:
+        """Returns this process and how many there are."""
+        where = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        return where.get("rank", 0), where.get("num_replicas", 1)
+
+    def _loader(self, dataset: Dataset, batch_size: int, collate: Collator, sampler: Sampler[int]) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=batch_size,

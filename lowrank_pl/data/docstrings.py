@@ -48,7 +48,8 @@ class Docstrings(TextDataModule):
     def source_key(self) -> list[Any]:
         """Identifies the sources by path, size and time of change."""
         sources = package_sources(self.packages)
-        return [{package: tree_digest(files) for package, files in sources.items()}, self.max_per_class]
+        # Pairs, because the order of the packages is that of the labels.
+        return [[[package, tree_digest(files)] for package, files in sources.items()], self.max_per_class]
 
     def read(self) -> RawData:
         """Reads the sources; see `TextDataModule.read`."""

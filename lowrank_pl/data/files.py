@@ -115,7 +115,7 @@ def read_tsv(
     lines = read_lines(path)
     first = 1
     if header is None:
-        if not lines:
+        if not any(line.strip() for line in lines):
             raise EmptyDataError(path)
         header, lines, first = lines[0].split("\t"), lines[1:], 2
     for column in wanted:

@@ -64,6 +64,8 @@ def read_columns(path: Path, wanted: dict[str, str], optional: Sequence[str] = (
 
 
 def _present(path: Path, names: Sequence[str], wanted: dict[str, str], optional: Sequence[str]) -> list[str]:
+    if not names:
+        raise EmptyDataError(path)
     for column, argument in wanted.items():
         if column not in names:
             raise UnknownColumnError(column, names, path, argument)
@@ -77,7 +79,7 @@ def _read_csv(path: Path, wanted: dict[str, str], optional: Sequence[str]) -> Co
     values: dict[str, list[Any]] = {}
     rows: list[int] = []
     try:
-        header = next(reader, [])
+        header = next((fields for fields in reader if fields), [])
         names = _present(path, header, wanted, optional)
         values = {name: [] for name in names}
         places = [header.index(name) for name in names]

@@ -1,4 +1,4 @@
-"""The order of samples: sentences of similar length in a batch, batches in random order."""
+"""Which samples a process sees, and in which order: similar lengths together in training, each once in evaluation."""
 
 from __future__ import annotations
 
@@ -35,6 +35,29 @@ def grouped_by_length(
     rest = [batch for batch in batches if len(batch) < batch_size]
     shuffled = [whole[at] for at in torch.randperm(len(whole), generator=generator).tolist()]
     return [index for batch in [*shuffled, *rest] for index in batch]
+
+
+class EvaluationSampler(DistributedSampler[int]):
+    """Shares out samples in their order, each to one process: nothing counts twice in a score.
+
+    It is a `DistributedSampler` with one process too, so that Lightning does not put its own in its place, which
+    repeats samples for all processes to have equally many. Up to one sample more on some processes is harmless
+    where no step waits for the others.
+
+    Args:
+        size: Samples in the split.
+        num_replicas: Processes.
+        rank: This process.
+    """
+
+    def __init__(self, size: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(range(size), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self._mine = range(rank, size, num_replicas)
+        self.num_samples = len(self._mine)
+        self.total_size = size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._mine)
 
 
 class LengthGroupedSampler(DistributedSampler[int]):

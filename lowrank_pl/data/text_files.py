@@ -13,7 +13,7 @@ from lowrank_pl.data.cache import file_digest
 from lowrank_pl.data.files import find_splits
 from lowrank_pl.data.formats import read_columns
 from lowrank_pl.data.raw import LabelledText, RawData, check_classes, check_labelled, class_ids, scores
-from lowrank_pl.errors.data import ArgumentRangeError, MissingValueError
+from lowrank_pl.errors.data import ArgumentRangeError, MissingValueError, TooFewSamplesError
 
 _METRICS: dict[str, tuple[MetricName, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
@@ -66,6 +66,8 @@ class TextFiles(TextDataModule):
                 raise ArgumentRangeError("metrics", metric, f"for {kind} any of {', '.join(allowed)}")
         if not 0 < validation_fraction < 1:
             raise ArgumentRangeError("validation_fraction", validation_fraction, "above 0 and below 1")
+        if label_names is not None and not 2 <= len(set(label_names)) == len(label_names):
+            raise ArgumentRangeError("label_names", label_names, "two or more names, all different")
         self.files: dict[str, str | None] = {"train": train, "validation": validation, "test": test}
         self.text = text
         self.text_pair = text_pair
@@ -102,8 +104,16 @@ class TextFiles(TextDataModule):
                 splits[split] = part.to_dataset(ids)
         if "validation" not in splits:
             whole = splits.pop("train")
+            if len(whole) < 2:
+                raise TooFewSamplesError(
+                    parts["train"].path,
+                    len(whole),
+                    2,
+                    "to train on some and validate on others",
+                    "Add rows, or give a file to validate on as data.init_args.validation.",
+                )
             order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            aside = max(1, round(self.validation_fraction * len(whole)))
+            aside = min(max(1, round(self.validation_fraction * len(whole))), len(whole) - 1)
             splits["train"] = whole.select(sorted(order[aside:]))
             splits["validation"] = whole.select(sorted(order[:aside]))
         return RawData(splits, TargetSpec(type(self).__name__, self.kind, tuple(names), self.metrics))

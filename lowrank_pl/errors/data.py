@@ -176,6 +176,21 @@ class EmptyDataError(DataError):
         super().__init__(f"no samples in {str(what)!r}; at least one is needed. Check the file and its header line.")
 
 
+class TooFewSamplesError(DataError):
+    """Fewer samples than there must be.
+
+    Args:
+        what: The file, or the split in words.
+        found: Samples there are.
+        least: Samples needed.
+        why: What they are needed for.
+        remedy: What to do.
+    """
+
+    def __init__(self, what: str | Path, found: int, least: int, why: str, remedy: str) -> None:
+        super().__init__(f"{found} sample(s) in {str(what)!r}; at least {least} are needed {why}. {remedy}")
+
+
 class SingleClassError(DataError):
     """A training split in which every sample has the same label.
 
@@ -307,16 +322,18 @@ class MaxLengthError(DataError):
 
 
 class ArgumentRangeError(DataError):
-    """A number outside its range.
+    """A value outside its range.
 
     Args:
         argument: Name of the argument.
         value: What was given.
         allowed: The range in words.
+        check: Where the caller sets it; by default the datamodule's argument of that name.
     """
 
-    def __init__(self, argument: str, value: object, allowed: str) -> None:
-        super().__init__(f"{argument}={value!r}; allowed is {allowed}. Check data.init_args.{argument}.")
+    def __init__(self, argument: str, value: object, allowed: str, check: str | None = None) -> None:
+        where = check or f"data.init_args.{argument}"
+        super().__init__(f"{argument}={value!r}; allowed is {allowed}. Check {where}.")
 
 
 class TooFewPackagesError(DataError):

@@ -124,10 +124,11 @@ class LayoutVersionError(LowRankError):
 
 
 class NotACheckpointError(LowRankError):
-    """A file or folder given as `init_from` holds no model this package can read."""
+    """A file or folder holds no model this package can read."""
 
-    def __init__(self, path: str, problem: str) -> None:
+    def __init__(self, path: str, problem: str, argument: str = "init_from") -> None:
+        folders = ", the --output folder of compress, or a Hugging Face folder" if argument == "init_from" else ""
         super().__init__(
-            f"init_from={path!r} cannot be read: {problem}. Allowed are a Lightning checkpoint written by this "
-            "package (*.ckpt), the --output folder of compress, or a Hugging Face folder."
+            f"{argument}={path!r} cannot be read: {problem}. Allowed is a Lightning checkpoint written by this "
+            f"package (*.ckpt){folders}."
         )

@@ -23,12 +23,19 @@ class RankError(LowRankError):
         )
 
 
-class RatioError(LowRankError):
-    """A ratio is outside its interval, or not a number."""
+class RangeError(LowRankError):
+    """A number is outside its interval, or not a number at all."""
 
-    def __init__(self, name: str, value: float, allowed: str = "0 < ratio <= 1") -> None:
+    def __init__(self, name: str, value: float, allowed: str) -> None:
+        super().__init__(f"{name}={value!r} is out of range: allowed is {allowed}. Change {name}.")
+
+
+class RatioError(LowRankError):
+    """A share to keep is outside its interval, or not a number at all."""
+
+    def __init__(self, name: str, value: float) -> None:
         super().__init__(
-            f"{name}={value!r} is out of range: allowed is {allowed}. The ratio is what is *kept* "
+            f"{name}={value!r} is out of range: allowed is 0 < {name} <= 1. It is what is *kept* "
             "(0.33 keeps a third), not what is removed."
         )
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 from lowrank_pl.errors.base import LowRankError
 
 
+class OutputNotWritableError(LowRankError):
+    """An output folder cannot be made."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"the output folder {path!r} cannot be made ({reason}). Give an --output that can be written.")
+
+
 class OutputExistsError(LowRankError):
     """An output folder already holds something."""
 
@@ -91,6 +98,26 @@ class OptimizerCoverageError(LowRankError):
             f"the optimizer does not hold {len(names)} trainable parameters, e.g. {names[0]!r}: they would never be "
             "updated. Every parameter with requires_grad must be in it; freeze what should not train, and build the "
             "optimizer in configure_optimizers, after configure_model."
+        )
+
+
+class MonitorModeError(LowRankError):
+    """A checkpoint callback would keep the worst model."""
+
+    def __init__(self, monitor: str, mode: str, wanted: str, task: str) -> None:
+        super().__init__(
+            f"a ModelCheckpoint monitors {monitor!r} with mode={mode!r}, which would keep the worst model: the "
+            f"score of {task!r} is best at its {wanted}imum. Set the callback's mode to {wanted!r}."
+        )
+
+
+class NothingToScoreError(LowRankError):
+    """`compress` was told to look at no validation batch."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "compress scores the model before and after on the validation split, and trainer.limit_val_batches=0 "
+            "leaves nothing of it. Allowed are any batches at all; remove the setting."
         )
 
 

@@ -30,10 +30,20 @@ class FisherCache:
         self.folder = folder
 
     @staticmethod
-    def key(model: nn.Module, names: list[str], kind: FisherKind, data_fingerprint: str) -> str:
-        """A digest of the weights and dtypes of the whole model, the layers, the kind and the data."""
+    def key(model: nn.Module, names: list[str], kind: FisherKind, data_fingerprint: str, loss: str = "") -> str:
+        """A digest of the weights, dtypes and configuration of the whole model, the layers, the kind and the data.
+
+        Args:
+            model: The module that is differentiated; a `config` with `to_json_string` counts as part of it.
+            names: The layers.
+            kind: What was accumulated.
+            data_fingerprint: Identifies samples, order and batches.
+            loss: Identifies the loss.
+        """
         digest = hashlib.blake2b(digest_size=16)
-        for part in (_FORMAT, type(model).__qualname__, kind.value, data_fingerprint, *names):
+        config = getattr(model, "config", None)
+        configuration = str(config.to_json_string()) if config is not None else ""
+        for part in (_FORMAT, type(model).__qualname__, configuration, kind.value, data_fingerprint, loss, *names):
             digest.update(part.encode() + b"\0")
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -49,7 +59,7 @@ class FisherCache:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 samples = int(file.metadata()["num_samples"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, OSError) as error:
             logger.warning("ignoring the damaged Fisher cache file %s (%s); measuring anew", path, error)
             return None
         names = {name.rsplit("/", 1)[0] for name in tensors}

@@ -43,6 +43,11 @@ class LayerFisher:
     output_sums: Tensor
     full: Tensor | None = None
 
+    def to(self, device: str) -> LayerFisher:
+        """The same on another device."""
+        full = None if self.full is None else self.full.to(device)
+        return LayerFisher(self.input_sums.to(device), self.output_sums.to(device), full)
+
 
 @dataclass(frozen=True)
 class Fisher:
@@ -174,7 +179,8 @@ def _collect(
             tensor.copy_(part.view_as(tensor))
     layers = {}
     for name, accumulator in accumulators.items():
-        parts = [tensor / max(samples, 1) for tensor in accumulator.tensors()]
+        # Sums by Gram matrices can round to slightly below zero where the exact value is zero; NaN stays NaN.
+        parts = [(tensor / max(samples, 1)).clamp_(min=0) for tensor in accumulator.tensors()]
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise NonFiniteError("the accumulated gradient", layer=name)
         if kind is FisherKind.FULL:

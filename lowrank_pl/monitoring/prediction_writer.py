@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.tasks.token_classification import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +22,10 @@ logger = logging.getLogger(__name__)
 class PredictionWriter(BasePredictionWriter):
     """Writes `predictions.jsonl` into the run folder of `predict`: one line per sample, in the data's order.
 
-    Each line has `index`, `prediction` (a label's name, a value, or a list of tags) and `logits`, the last only for
-    one prediction per sample. Several processes write `predictions-<rank>.jsonl` each, with the samples' indices.
+    Each line has `index` and `prediction`. One prediction per sample is a label's name or a value, and comes with its
+    `logits`. One per token is a list over the tokens that have a label: a tag for each word (words cut off at
+    `max_length` have none), or a token id for each masked token; a batch without labels gives a list over all tokens,
+    padding included. Several processes write `predictions-<rank>.jsonl` each, with the samples' indices.
     """
 
     def __init__(self) -> None:
@@ -52,11 +56,14 @@ class PredictionWriter(BasePredictionWriter):
         names = task.target.label_names if task.target else ()
 
         def told(value: Any) -> Any:
-            if isinstance(value, list):
-                return [told(item) for item in value]
             return names[value] if names and isinstance(value, int) else value
 
-        rows = [{"prediction": told(value)} for value in batch["prediction"].tolist()]
-        if batch["prediction"].ndim == 1:
-            rows = [row | {"logits": x} for row, x in zip(rows, batch["logits"].tolist(), strict=True)]
-        return rows
+        predictions = batch["prediction"]
+        if predictions.ndim == 1:
+            pairs = zip(predictions.tolist(), batch["logits"].tolist(), strict=True)
+            return [{"prediction": told(value), "logits": logits} for value, logits in pairs]
+        labelled = batch["labels"] != IGNORED if "labels" in batch else torch.ones_like(predictions, dtype=torch.bool)
+        return [
+            {"prediction": [told(value) for value in row[kept].tolist()]}
+            for row, kept in zip(predictions, labelled, strict=True)
+        ]

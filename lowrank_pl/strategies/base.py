@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocation
+from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.run import (
     NothingToCompressError,
     OptimizerCoverageError,
@@ -25,6 +26,7 @@ class Compressible(Protocol):
 
     encoder: nn.Module
     compression: CompressionRecord | None
+    target: TargetSpec | None
     freshly_initialised_head: bool
 
     def per_sample_losses(self, batch: Batch) -> Tensor:
@@ -60,6 +62,15 @@ class CompressionStrategy(pl.Callback, ABC):
         """What the strategy would do to the encoder, where that is known without data; changes nothing."""
         del encoder
         return None
+
+    def check(self, encoder: nn.Module) -> None:
+        """Refuses what `compress` could not do to an encoder, before any long work; changes nothing.
+
+        Raises:
+            NothingToCompressError: the method exists only as part of a training run, or does nothing.
+        """
+        del encoder
+        raise NothingToCompressError(type(self).__name__)
 
     def compress(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compresses the module's encoder at once, without training it.

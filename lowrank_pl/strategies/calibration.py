@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lowrank_pl.contract import CalibrationBatches, CalibrationSource
+from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import CalibrationError
 from lowrank_pl.importance import Fisher, FisherCache, FisherKind, empirical_fisher
 from lowrank_pl.importance.fisher import Batch
@@ -41,6 +42,13 @@ class Calibration:
     seed: int = 0
     cache: bool = True
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses numbers below 1."""
+        for name in ("batch_size", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RangeError(f"calibration.{name}", value, "a whole number from 1")
 
     def folder(self) -> Path:
         """The folder of the cache."""
@@ -71,8 +79,11 @@ def measure_fisher(
     batches = _batches(trainer, options, asked_by)
     cache = FisherCache(options.folder()) if options.cache else None
     with isolate_rng(), swapped(module.encoder, originals):
-        key = FisherCache.key(module.encoder, list(originals), kind, batches.fingerprint)
-        cached = cache.load(key, pl_module.device) if cache is not None and trainer.is_global_zero else None
+        key, cached = "", None
+        if cache is not None and trainer.is_global_zero:
+            loss = f"{type(pl_module).__module__}.{type(pl_module).__qualname__} {module.target}"
+            key = FisherCache.key(module.encoder, list(originals), kind, batches.fingerprint, loss)
+            cached = cache.load(key, pl_module.device)
         # Only the first process factorises, so only its cache counts.
         if trainer.strategy.broadcast(cached is not None):
             logger.info("Fisher information of %d layers read from the cache", len(originals))

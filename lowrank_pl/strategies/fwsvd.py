@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from lowrank_pl.allocation import LayerOverride
 from lowrank_pl.core import axis_weighted_svd, relative_error
 from lowrank_pl.core.axis_weighted import DEFAULT_DAMPING
+from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import FisherKind, LayerFisher
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.static import Factorised, StaticStrategy
@@ -47,6 +49,8 @@ class FWSVD(StaticStrategy):
         damping: float = DEFAULT_DAMPING,
     ) -> None:
         super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration)
+        if not (math.isfinite(damping) and damping >= 0):
+            raise RangeError("damping", damping, "0 <= damping, relative to the mean importance")
         self.side = side
         self.damping = damping
 

@@ -16,7 +16,7 @@ from lowrank_pl.allocation import Allocation, LayerOverride, uniform_ranks
 from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.core import Factors, relative_error
 from lowrank_pl.core.checks import check_finite
-from lowrank_pl.errors.run import NotFactorisedError
+from lowrank_pl.errors.run import NotFactorisedError, ResumeMismatchError
 from lowrank_pl.importance import Fisher, FisherKind, LayerFisher
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
@@ -90,10 +90,16 @@ class StaticStrategy(CompressionStrategy):
         """The ranks for an encoder; changes nothing.
 
         Raises:
-            NoTargetError, TiedWeightError, BudgetError, RatioError, RankError, OverrideError: bad input.
+            NoTargetError, TiedWeightError, BudgetError, RangeError, RankError, OverrideError: bad input.
         """
         shapes = self.targets.shapes(self.targets.select(encoder))
         return uniform_ranks(shapes, self.keep_ratio, self.rank_ratio, self.multiple_of, self.overrides)
+
+    def check(self, encoder: nn.Module) -> None:
+        """Refuses an impossible plan, and weights that are not finite."""
+        self.plan(encoder)
+        for name, linear in self.targets.select(encoder).items():
+            check_finite("the weight", linear.weight, name)
 
     def prepare(self, encoder: nn.Module) -> None:
         """Puts empty factorised layers into the encoder and keeps the dense ones for calibration.
@@ -101,10 +107,9 @@ class StaticStrategy(CompressionStrategy):
         Raises:
             NonFiniteError: a targeted weight contains NaN or Inf.
         """
+        self.check(encoder)
         allocation = self.plan(encoder)
         targets = self.targets.select(encoder)
-        for name, linear in targets.items():
-            check_finite("the weight", linear.weight, name)
         self._allocation = allocation
         self._originals = {}
         self._written = False
@@ -117,6 +122,8 @@ class StaticStrategy(CompressionStrategy):
         """Calibrates and writes the factors, unless a resumed run has done so before."""
         super().on_train_start(trainer, pl_module)
         if not self._written:
+            if trainer.ckpt_path is not None:
+                raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
             self._write(trainer, pl_module)
         self._originals = {}
 
@@ -177,6 +184,9 @@ class StaticStrategy(CompressionStrategy):
             raise NotFactorisedError(type(self).__name__, [name])
         weight = self._originals[name].weight.detach()
         layer_fisher = fisher.layers[name] if fisher is not None else None
+        if weight.device.type == "mps":  # no float64 there
+            weight = weight.cpu()
+            layer_fisher = layer_fisher.to("cpu") if layer_fisher is not None else None
         if layer_fisher is not None and not bool(layer_fisher.input_sums.any()):
             note = f"the Fisher information of {name!r} is zero everywhere: factorised by plain SVD instead"
             logger.warning(note)

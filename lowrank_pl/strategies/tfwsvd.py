@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_pl.allocation import LayerOverride
 from lowrank_pl.core.elementwise import ElementwiseSolver, PreconditionedLBFGS, shrink_importance, weighted_low_rank
-from lowrank_pl.errors.numerics import RatioError
+from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import FisherKind, LayerFisher
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.static import Factorised, StaticStrategy
@@ -50,7 +50,7 @@ class TFWSVD(StaticStrategy):
     ) -> None:
         super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration)
         if not 0 <= shrinkage <= 1:
-            raise RatioError("shrinkage", shrinkage, "0 <= shrinkage <= 1, the share that is replaced")
+            raise RangeError("shrinkage", shrinkage, "0 <= shrinkage <= 1, the share that is replaced")
         self.solver = solver or PreconditionedLBFGS()
         self.shrinkage = shrinkage
 

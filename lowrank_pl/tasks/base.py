@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -18,13 +19,19 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.contract import HasTarget, TargetKind, TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError
-from lowrank_pl.errors.numerics import RatioError
-from lowrank_pl.errors.run import MissingArgumentError, ResumeMismatchError, TargetKindError
-from lowrank_pl.hub import load_pretrained
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.run import (
+    MissingArgumentError,
+    MonitorModeError,
+    ResumeMismatchError,
+    StrategyPlacementError,
+    TargetKindError,
+)
+from lowrank_pl.hub import load_config, load_pretrained
 from lowrank_pl.strategies import CompressionStrategy, NoCompression
 from lowrank_pl.surgery import CompressionRecord, conform_, read_layout
 from lowrank_pl.tasks import optimization, random_state
-from lowrank_pl.tasks.metrics import build_metrics, score
+from lowrank_pl.tasks.metrics import build_metrics, lower_is_better, score
 from lowrank_pl.tasks.saved import SavedModel, check_state, describe, from_checkpoint, read_saved_model
 
 logger = logging.getLogger(__name__)
@@ -64,7 +71,7 @@ class EncoderTask(pl.LightningModule, ABC):
     ) -> None:
         super().__init__()
         if not 0 <= warmup < 1:
-            raise RatioError("warmup", warmup, "0 <= warmup < 1, the share of all steps")
+            raise RangeError("warmup", warmup, "0 <= warmup < 1, the share of all steps")
         self.pretrained = pretrained
         self.init_from = init_from
         self.strategy = strategy or NoCompression()
@@ -109,8 +116,9 @@ class EncoderTask(pl.LightningModule, ABC):
         # Lightning leaves a module's callbacks in the trainer; one that served another module has no part in this one.
         callbacks: list[pl.Callback] = getattr(self.trainer, "callbacks")  # noqa: B009, set without a type
         for callback in [c for c in callbacks if isinstance(c, CompressionStrategy)]:
-            if callback.adopted and callback is not self.strategy:
-                callbacks.remove(callback)
+            if not callback.adopted:
+                raise StrategyPlacementError(type(callback).__name__)
+            callbacks.remove(callback)
         self.strategy.adopted = True
         return [self.strategy]
 
@@ -119,8 +127,17 @@ class EncoderTask(pl.LightningModule, ABC):
         if self.is_built or self._trainer is None:
             return  # without a trainer, load_from_checkpoint is at work and brings the architecture
         self.build(self._target_of_data())
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self._is_fitting():
             self.strategy.prepare(self.encoder)
+
+    def setup(self, stage: str) -> None:
+        """Refuses a checkpoint callback that would keep the worst model: some scores are better when lower."""
+        for callback in self.trainer.checkpoint_callbacks:
+            if stage == "fit" and isinstance(callback, ModelCheckpoint) and (callback.monitor or "").endswith("/score"):
+                target = self._target_of_data()
+                wanted = "min" if target is not None and lower_is_better(target) else "max"
+                if target is not None and callback.mode != wanted:
+                    raise MonitorModeError(str(callback.monitor), callback.mode, wanted, target.name)
 
     def build(self, target: TargetSpec | None = None) -> None:
         """Builds the encoder from `init_from` or `pretrained`, for a target (default: one output per label).
@@ -130,7 +147,10 @@ class EncoderTask(pl.LightningModule, ABC):
             CheckpointMismatchError: `init_from` was trained to predict something else.
         """
         if self.init_from is not None:
-            self._restore(read_saved_model(self.init_from), target)
+            saved = read_saved_model(self.init_from)
+            if self.pretrained is not None:
+                _check_same_architecture(saved, self.pretrained)
+            self._restore(saved, target)
         elif self.pretrained is not None:
             head = self._head_config(target)
             self.encoder, self.freshly_initialised_head = load_pretrained(self.auto_class, self.pretrained, **head)
@@ -142,9 +162,10 @@ class EncoderTask(pl.LightningModule, ABC):
 
     def _restore(self, saved: SavedModel, target: TargetSpec | None) -> None:
         target = target or saved.target
-        if saved.target is not None and target is not None:
-            _check_same_target(saved.source, saved.target, target)
-        encoder = self.auto_class.from_config(saved.config)
+        if target is not None:
+            _check_same_target(saved, target)
+        # Not the configuration's dtype: the trainer's precision decides.
+        encoder = self.auto_class.from_config(saved.config, dtype=torch.get_default_dtype())
         saved.load_into_(encoder)
         self.encoder = encoder.train()
         self.target = target
@@ -199,10 +220,14 @@ class EncoderTask(pl.LightningModule, ABC):
         self._evaluate("test", batch)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Predictions and logits of a batch."""
+        """Predictions of a batch; its labels, if it has any; logits, unless there is a prediction per token."""
         del batch_idx
         logits = self(batch).float()
-        return {"prediction": self.predictions(logits), "logits": logits}
+        result = {"prediction": self.predictions(logits)}
+        if result["prediction"].ndim == 1:
+            # One row per token and class, kept for all batches, would fill the memory.
+            result["logits"] = logits
+        return result | {name: batch[name] for name in ("labels",) if name in batch}
 
     def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
         logits, labels = self(batch).float(), batch["labels"]
@@ -216,6 +241,12 @@ class EncoderTask(pl.LightningModule, ABC):
                 "what the labels mean", "Pass a datamodule that has a `target`, such as every class of lowrank_pl.data."
             )
         self._metrics[stage] = build_metrics(self.target).to(self.device)
+
+    def on_test_start(self) -> None:
+        """Tells when a strategy is configured and the model that is scored is dense all the same."""
+        if not isinstance(self.strategy, NoCompression) and not read_layout(self.encoder).modules:
+            name = type(self.strategy).__name__
+            logger.warning("test scores a dense model although the strategy is %s: give a compressed checkpoint", name)
 
     def on_validation_epoch_start(self) -> None:
         """Starts fresh metrics."""
@@ -290,7 +321,7 @@ class EncoderTask(pl.LightningModule, ABC):
             return
         if saved.target is not None:
             if self.target is not None:
-                _check_same_target(saved.source, saved.target, self.target)
+                _check_same_target(saved, self.target)
             self.target = saved.target
         layout = read_layout(self.encoder)
         if layout.modules and (difference := layout.difference(saved.layout)) and self._is_fitting():
@@ -304,12 +335,34 @@ class EncoderTask(pl.LightningModule, ABC):
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
 
-def _check_same_target(source: str, saved: TargetSpec, target: TargetSpec) -> None:
-    if saved.kind != target.kind or len(saved.label_names) != len(target.label_names):
+def _check_same_target(saved: SavedModel, target: TargetSpec) -> None:
+    """Refuses a head of another size or kind, and one whose classes stand in another order than the data's."""
+    if target.kind == "masked_lm":
+        return
+    names, told = target.label_names, saved.label_names
+    count = len(told) if told else 1
+    if (saved.target is not None and saved.target.kind != target.kind) or count != max(len(names), 1):
+        name, kind = (saved.target.name, saved.target.kind) if saved.target else ("a model folder", "head")
         raise CheckpointMismatchError(
-            source,
-            f"it predicts {len(saved.label_names)} labels of {saved.name!r} ({saved.kind}), "
-            f"the data {target.name!r} have {len(target.label_names)} ({target.kind})",
+            saved.source,
+            f"it predicts {count} labels of {name!r} ({kind}), "
+            f"the data {target.name!r} have {len(names)} ({target.kind})",
         )
-    if saved.label_names != target.label_names:
-        logger.warning("%s was trained on labels %s, the data have %s", source, saved.label_names, target.label_names)
+    if set(told) == set(names) and told != names:
+        raise CheckpointMismatchError(
+            saved.source, f"its classes stand in the order {list(told)}, the data's in the order {list(names)}"
+        )
+    if told != names and not all(label.startswith("LABEL_") for label in told):
+        logger.warning("%s was trained on labels %s, the data have %s", saved.source, told, names)
+
+
+def _check_same_architecture(saved: SavedModel, pretrained: str) -> None:
+    """Refuses weights that do not belong to the tokenizer of `pretrained`."""
+    config = load_config(pretrained)
+    own, other = ((c.model_type, c.vocab_size) for c in (saved.config, config))
+    if own != other:
+        raise CheckpointMismatchError(
+            saved.source,
+            f"it is a {own[0]} with {own[1]} tokens, while pretrained={pretrained!r}, which the tokenizer comes from, "
+            f"is a {other[0]} with {other[1]}",
+        )

@@ -35,6 +35,11 @@ def score(target: TargetSpec, values: dict[str, Tensor]) -> Tensor:
     return torch.stack([values[name].float() for name in target.metrics]).mean()
 
 
+def lower_is_better(target: TargetSpec) -> bool:
+    """Whether a lower score is a better one."""
+    return (target.score or target.metrics[0]) == "perplexity"
+
+
 def _build(name: MetricName, target: TargetSpec) -> Metric:
     classes = max(len(target.label_names), 2)
     match name:

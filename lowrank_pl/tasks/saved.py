@@ -48,6 +48,14 @@ class SavedModel:
     target: TargetSpec | None = None
     compression: CompressionRecord | None = None
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes that the head tells apart, in its order; empty for a single output."""
+        if self.target is not None:
+            return self.target.label_names
+        labels = {int(index): name for index, name in (self.config.id2label or {}).items()}
+        return tuple(labels[index] for index in sorted(labels)) if len(labels) > 1 else ()
+
     def load_into_(self, encoder: nn.Module) -> None:
         """Gives an encoder this model's shapes and values.
 
@@ -56,8 +64,22 @@ class SavedModel:
                 are then untouched.
         """
         conform_(encoder, self.layout, self.source)
-        check_state(encoder.state_dict(), self.state, self.source)
-        encoder.load_state_dict(self.state)
+        state = {**self.state, **_tied(encoder, self.state)}
+        check_state(encoder.state_dict(), state, self.source)
+        encoder.load_state_dict(state)
+
+
+def _tied(encoder: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values for names that a file leaves out because the model ties them to a name that it has."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in encoder.state_dict(keep_vars=True).items():
+        names.setdefault(id(parameter), []).append(name)
+    found = {}
+    for group in names.values():
+        present = [name for name in group if name in state]
+        if present:
+            found.update({name: state[present[0]] for name in group if name not in state})
+    return found
 
 
 def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
@@ -122,13 +144,37 @@ def read_saved_model(path: str) -> SavedModel:
         location = location / CHECKPOINT_NAME
     if location.is_dir():
         return _from_folder(location)
-    if not location.exists():
-        raise NotACheckpointError(path, "no such file or folder")
+    return from_checkpoint(_load(path, location, "init_from"), path)
+
+
+def check_resumable(path: str) -> None:
+    """Refuses what cannot be given as `--ckpt_path` to `fit`, before anything else is loaded.
+
+    Raises:
+        NotACheckpointError: it is no checkpoint of this package, or holds weights alone.
+    """
+    checkpoint = _load(path, Path(path).expanduser(), "--ckpt_path")
+    if "optimizer_states" not in checkpoint:
+        raise NotACheckpointError(path, "it holds weights alone; start a new run with init_from", "--ckpt_path")
+
+
+def check_loadable(path: str) -> None:
+    """Refuses what cannot be given as `--ckpt_path` to the other verbs; see `check_resumable`."""
+    _load(path, Path(path).expanduser(), "--ckpt_path")
+
+
+def _load(path: str, location: Path, argument: str) -> dict[str, Any]:
+    if not location.is_file():
+        raise NotACheckpointError(path, "no such file" if not location.exists() else "it is a folder", argument)
     try:
-        checkpoint = torch.load(location, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(location, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise NotACheckpointError(path, f"not a readable checkpoint ({str(error).splitlines()[0]})") from error
-    return from_checkpoint(checkpoint, path)
+        raise NotACheckpointError(
+            path, f"not a readable checkpoint ({str(error).splitlines()[0]})", argument
+        ) from error
+    if not isinstance(checkpoint, dict) or not {TASK_KEY, LAYOUT_KEY, "state_dict"} <= checkpoint.keys():
+        raise NotACheckpointError(path, f"it has no {TASK_KEY!r} entry", argument)
+    return checkpoint
 
 
 def _from_folder(folder: Path) -> SavedModel:
@@ -137,7 +183,12 @@ def _from_folder(folder: Path) -> SavedModel:
     files = sorted(folder.glob("model*.safetensors"))
     if not config_file.exists() or not files:
         raise NotACheckpointError(str(folder), f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors")
-    fields = json.loads(config_file.read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise NotACheckpointError(str(folder), f"config.json is damaged ({error})") from error
+    if "model_type" not in fields:
+        raise NotACheckpointError(str(folder), "config.json has no model_type")
     layout = ModelLayout.from_dict(fields.pop(LAYOUT_KEY)) if LAYOUT_KEY in fields else ModelLayout({})
     state: dict[str, Tensor] = {}
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 
-from lowrank_pl.errors.run import NothingToCompressError
 from lowrank_pl.tasks import EncoderTask
 
 
@@ -14,6 +13,7 @@ class Compressor(pl.Callback):
 
     def __init__(self) -> None:
         self.armed = False
+        self.done = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plans, or compresses."""
@@ -22,5 +22,6 @@ class Compressor(pl.Callback):
         with torch.inference_mode(False), torch.enable_grad():
             if self.armed:
                 pl_module.strategy.compress(trainer, pl_module)
-            elif pl_module.strategy.plan(pl_module.encoder) is None:
-                raise NothingToCompressError(type(pl_module.strategy).__name__)
+                self.done = True
+            else:
+                pl_module.strategy.check(pl_module.encoder)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lowrank_pl.errors.run import CalibrationError, MissingArgumentError, NotFactorisedError, OutputExistsError
+from lowrank_pl.errors.run import (
+    CalibrationError,
+    MissingArgumentError,
+    NotFactorisedError,
+    NothingToCompressError,
+    NothingToScoreError,
+    OutputExistsError,
+    OutputNotWritableError,
+)
 from lowrank_pl.monitoring.rank_dashboard import RankDashboard
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
+from lowrank_pl.strategies import NoCompression
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.saved import CHECKPOINT_NAME
@@ -46,10 +57,19 @@ class LowRankTrainer(pl.Trainer):
         Raises:
             OutputExistsError: the folder holds something already.
         """
-        started = time.monotonic()
-        folder = _new_folder(output)
         if datamodule is None:
             raise CalibrationError("compress", "no datamodule was given")
+        if isinstance(model.strategy, NoCompression):
+            raise NothingToCompressError(type(model.strategy).__name__)
+        if getattr(self, "limit_val_batches", 1) == 0:
+            raise NothingToScoreError
+        with _new_folder(output) as folder:
+            self._compress(model, datamodule, folder, ckpt_path)
+
+    def _compress(
+        self, model: EncoderTask, datamodule: pl.LightningDataModule, folder: Path, ckpt_path: str | None
+    ) -> None:
+        started = time.monotonic()
         compressor = Compressor()
         callbacks: list[pl.Callback] = getattr(self, "callbacks")  # noqa: B009, set in Lightning without a type
         callbacks.append(compressor)
@@ -59,8 +79,12 @@ class LowRankTrainer(pl.Trainer):
             scores = _scores(self.validate(model, datamodule, verbose=False))
         finally:
             callbacks.remove(compressor)
+        if not compressor.done:
+            raise NothingToScoreError
         _check_factorised(model)
-        self._save(model, folder)
+        # validate() leaves the trainer without a verb, and a checkpoint wants one.
+        self.state.fn = TrainerFn.VALIDATING
+        self.save_checkpoint(folder / CHECKPOINT_NAME, weights_only=True)
         if self.is_global_zero:
             extra = {"score_dense": dense.get("val/score"), "metrics_dense": dense, "checkpoint": CHECKPOINT_NAME}
             report = build_report(model, "compress", "val", scores, time.monotonic() - started, **extra)
@@ -86,20 +110,24 @@ class LowRankTrainer(pl.Trainer):
             model.build()
         print(inspect_model(model))
 
-    def _save(self, model: EncoderTask, folder: Path) -> None:
-        # validate() leaves the trainer in its own state; a checkpoint of weights alone needs none of it.
-        del model
-        self.state.fn = TrainerFn.VALIDATING
-        self.save_checkpoint(folder / CHECKPOINT_NAME, weights_only=True)
 
-
-def _new_folder(output: str | None) -> Path:
+@contextmanager
+def _new_folder(output: str | None) -> Iterator[Path]:
+    """Makes an output folder; one that a failed run leaves empty is removed again."""
     if output is None:
         raise MissingArgumentError("--output", "Name a new folder for the compressed model and its report.")
     folder = Path(output).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExistsError(str(folder))
-    return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputNotWritableError(str(folder), str(error)) from error
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # not empty: the run has succeeded
+            folder.rmdir()
 
 
 def _scores(results: object) -> dict[str, float]:

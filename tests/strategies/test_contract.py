@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lowrank_pl.nn import LowRankLinear
-from lowrank_pl.strategies import FWSVD, SVD, CompressionStrategy, NoCompression
+from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, CompressionStrategy, NoCompression
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import SequenceClassification
 from tests.support.runs import last_checkpoint, make_task, make_trainer
@@ -27,6 +27,7 @@ STRATEGIES: dict[str, Make] = {
     "fwsvd_input": lambda: FWSVD("input", keep_ratio=0.5),
     "fwsvd_output": lambda: FWSVD("output", keep_ratio=0.5),
     "fwsvd_both": lambda: FWSVD("both", keep_ratio=0.5),
+    "tfwsvd": lambda: TFWSVD(keep_ratio=0.5),
 }
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from lowrank_pl.allocation import LayerOverride
 from lowrank_pl.core import axis_weighted_svd, truncated_svd
 from lowrank_pl.errors.model import NoTargetError
-from lowrank_pl.errors.numerics import BudgetError, NonFiniteError, RankError, RatioError
+from lowrank_pl.errors.numerics import BudgetError, NonFiniteError, RangeError, RankError, RatioError
 from lowrank_pl.errors.run import (
     CalibrationError,
     MissingArgumentError,
@@ -29,6 +29,7 @@ from lowrank_pl.importance import empirical_fisher
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import FWSVD, SVD, Calibration, CompressionStrategy, NoCompression
 from lowrank_pl.surgery import TargetSelector
+from lowrank_pl.tasks import SequenceClassification
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
@@ -155,10 +156,10 @@ def test_multiple_of_rounds_ranks_down(tiny_bert: str) -> None:
         ({}, MissingArgumentError, "Neither is given"),
         ({"keep_ratio": 0.5, "rank_ratio": 0.5}, MissingArgumentError, "Both are given"),
         ({"keep_ratio": 0.0}, RatioError, "keep_ratio=0.0"),
-        ({"keep_ratio": 1.5}, RatioError, "0 < ratio <= 1"),
+        ({"keep_ratio": 1.5}, RatioError, "0 < keep_ratio <= 1"),
         ({"keep_ratio": float("nan")}, RatioError, "nan"),
         ({"rank_ratio": -0.1}, RatioError, "rank_ratio=-0.1"),
-        ({"keep_ratio": 0.5, "multiple_of": 0}, RatioError, "multiple_of=0"),
+        ({"keep_ratio": 0.5, "multiple_of": 0}, RangeError, "multiple_of=0"),
     ],
 )
 def test_bad_shares_are_refused_at_once(arguments: dict[str, Any], error: type[Exception], told: str) -> None:
@@ -196,6 +197,24 @@ def test_strategy_under_trainer_callbacks_is_refused(tiny_bert: str, tmp_path: P
         trainer.fit(make_task(tiny_bert), datamodule=SyntheticData())
 
 
+def test_the_same_strategy_twice_is_refused_too(tiny_bert: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, callbacks=[SVD(keep_ratio=0.9)])
+    with pytest.raises(StrategyPlacementError):
+        trainer.fit(make_task(tiny_bert, SVD(keep_ratio=0.5)), datamodule=SyntheticData())
+
+
+@pytest.mark.parametrize("make", [lambda: Calibration(batch_size=0), lambda: Calibration(max_samples=0)])
+def test_bad_calibration_is_refused_at_once(make: Any) -> None:
+    with pytest.raises(RangeError, match=r"calibration\."):
+        make()
+
+
+@pytest.mark.parametrize("damping", [-1.0, float("nan")])
+def test_bad_damping_is_refused_at_once(damping: float) -> None:
+    with pytest.raises(RangeError, match="0 <= damping"):
+        FWSVD(keep_ratio=0.5, damping=damping)
+
+
 def test_sharding_is_refused(tiny_bert: str) -> None:
     task = make_task(tiny_bert, SVD(keep_ratio=0.5))
 
@@ -227,6 +246,42 @@ def test_resuming_with_other_ranks_is_refused(tiny_bert: str, tmp_path: Path) ->
     other = make_task(tiny_bert, SVD(keep_ratio=0.3))
     with pytest.raises(ResumeMismatchError, match="low_rank 4 against low_rank 8"):
         make_trainer(tmp_path, max_epochs=2).fit(other, datamodule=SyntheticData(), ckpt_path=last_checkpoint(trainer))
+
+
+def test_resuming_with_another_method_is_refused(tiny_bert: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.fit(make_task(tiny_bert, SVD(keep_ratio=0.5)), datamodule=SyntheticData())
+    other = make_task(tiny_bert, FWSVD(keep_ratio=0.5))
+    with pytest.raises(ResumeMismatchError, match="not written by a run with strategy FWSVD"):
+        make_trainer(tmp_path, max_epochs=2).fit(other, datamodule=SyntheticData(), ckpt_path=last_checkpoint(trainer))
+
+
+def test_input_that_never_varies(tiny_bert: str, tmp_path: Path) -> None:
+    """A constant input feature has exactly no influence through the keys: rounding must not make it negative."""
+    task = make_task(tiny_bert, FWSVD("input", keep_ratio=0.5))
+    task.build(SyntheticData().target)
+    with torch.no_grad():
+        for name, parameter in task.encoder.named_parameters():
+            if "LayerNorm.weight" in name:
+                parameter[:8] = 0
+    task.strategy.prepare(task.encoder)
+    assert len(products_in_fit(task, tmp_path)) == 12
+
+
+def test_cache_tells_losses_apart(tiny_bert: str, tmp_path: Path) -> None:
+    class Doubled(SequenceClassification):
+        def losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return (logits**2).sum(1)
+
+    first, second = (
+        cls(tiny_bert, strategy=FWSVD("both", keep_ratio=0.5)) for cls in (SequenceClassification, Doubled)
+    )
+    for task in (first, second):
+        pl.seed_everything(0, verbose=False)
+        products_in_fit(task, tmp_path)
+    assert first.compression is not None
+    assert second.compression is not None
+    assert first.compression.layers[0].weighted_error != second.compression.layers[0].weighted_error
 
 
 def test_factorised_model_is_not_factorised_again(tiny_bert: str, tmp_path: Path) -> None:

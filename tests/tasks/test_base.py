@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError, NotACheckpointError
-from lowrank_pl.errors.numerics import RatioError
-from lowrank_pl.errors.run import MissingArgumentError, TargetKindError
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.run import MissingArgumentError, MonitorModeError, TargetKindError
 from lowrank_pl.strategies import SVD
 from lowrank_pl.surgery import ModelLayout, conform_, read_layout
 from lowrank_pl.tasks import MaskedLM, SequenceClassification
@@ -134,6 +135,88 @@ def test_layout_of_another_version_is_refused(tiny_bert: str, tmp_path: Path) ->
         make_task(None, init_from=str(tmp_path / "new.ckpt")).build()
 
 
+def test_classes_in_another_order_are_refused(tiny_bert: str, tmp_path: Path) -> None:
+    _, path = fitted(tiny_bert, tmp_path)
+    other = make_task(None, init_from=path)
+    with pytest.raises(
+        CheckpointMismatchError, match=r"order \['no', 'yes'\], the data's in the order \['yes', 'no'\]"
+    ):
+        other.build(TargetSpec("synthetic", "classification", ("yes", "no")))
+
+
+def save_folder(task: Any, folder: Path) -> str:
+    task.encoder.save_pretrained(folder)
+    return str(folder)
+
+
+def test_hugging_face_folder_with_another_head_is_refused(tiny_bert: str, tmp_path: Path) -> None:
+    task = make_task(tiny_bert)
+    task.build(TargetSpec("nli", "classification", ("entailment", "neutral", "contradiction")))
+    folder = save_folder(task, tmp_path / "nli")
+    with pytest.raises(CheckpointMismatchError, match="predicts 3 labels"):
+        make_task(None, init_from=folder).build(SyntheticData().target)
+    swapped = TargetSpec("nli", "classification", ("contradiction", "neutral", "entailment"))
+    with pytest.raises(CheckpointMismatchError, match="stand in the order"):
+        make_task(None, init_from=folder).build(swapped)
+    make_task(None, init_from=folder).build(task.target)
+
+
+def test_pretrained_with_another_head_gets_a_new_one(tiny_bert: str, tmp_path: Path) -> None:
+    task = make_task(tiny_bert)
+    task.build(TargetSpec("nli", "classification", ("entailment", "neutral", "contradiction")))
+    other = make_task(save_folder(task, tmp_path / "nli"))
+    other.build(SyntheticData().target)
+    assert other.freshly_initialised_head
+    assert other.encoder.classifier.weight.shape == (2, 32)
+    assert torch.equal(other.encoder.bert.pooler.dense.weight, task.encoder.bert.pooler.dense.weight)
+
+
+def test_half_precision_weights_train_in_the_trainers_precision(tiny_bert: str, tmp_path: Path) -> None:
+    task = make_task(tiny_bert)
+    task.build(SyntheticData().target)
+    task.encoder.half()
+    folder = save_folder(task, tmp_path / "half")
+    for other in (SequenceClassification(init_from=folder), SequenceClassification(pretrained=folder)):
+        other.build(SyntheticData().target)
+        assert {p.dtype for p in other.parameters()} == {torch.float32}
+
+
+def test_language_model_folder_without_tied_keys(tiny_bert: str) -> None:
+    task, reference = MaskedLM(init_from=tiny_bert), MaskedLM(tiny_bert)
+    data = SyntheticData("masked_lm")
+    task.build(data.target)
+    reference.build(data.target)
+    batch = next(iter(data.val_dataloader()))
+    assert torch.equal(task.eval()(batch), reference.eval()(batch))
+
+
+def test_init_from_another_architecture_than_the_tokenizers_is_refused(tiny_bert: str, tmp_path: Path) -> None:
+    _, path = fitted(tiny_bert, tmp_path)
+    distil = str(save_tiny_model("distilbert", tmp_path / "distil"))
+    with pytest.raises(CheckpointMismatchError, match=r"it is a bert with \d+ tokens.* is a distilbert"):
+        make_task(distil, init_from=path).build()
+
+
+def test_checkpoint_callback_that_keeps_the_worst_model_is_refused(tiny_bert: str, tmp_path: Path) -> None:
+    def fit(task: Any, kind: Any, mode: str) -> None:
+        callback = ModelCheckpoint(monitor="val/score", mode=mode)
+        make_trainer(tmp_path, callbacks=[callback], limit_train_batches=1).fit(task, datamodule=SyntheticData(kind))
+
+    fit(MaskedLM(tiny_bert), "masked_lm", "min")
+    fit(make_task(tiny_bert), "classification", "max")
+    with pytest.raises(MonitorModeError, match="best at its minimum"):
+        fit(MaskedLM(tiny_bert), "masked_lm", "max")
+    with pytest.raises(MonitorModeError, match="best at its maximum"):
+        fit(make_task(tiny_bert), "classification", "min")
+
+
+def test_scoring_a_dense_model_under_a_strategy_is_told(
+    tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_trainer(tmp_path).test(make_task(tiny_bert, SVD(keep_ratio=0.5)), SyntheticData(), verbose=False)
+    assert "scores a dense model although the strategy is SVD" in caplog.text
+
+
 def test_data_of_another_kind_is_refused(tiny_bert: str, tmp_path: Path) -> None:
     with pytest.raises(TargetKindError, match="MaskedLM handles masked_lm"):
         make_trainer(tmp_path).fit(MaskedLM(tiny_bert), datamodule=SyntheticData("classification"))
@@ -151,7 +234,7 @@ def test_endless_run_has_no_schedule(tiny_bert: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("warmup", [-0.1, 1.0, float("nan")])
 def test_warmup_outside_its_range(warmup: float) -> None:
-    with pytest.raises(RatioError, match="0 <= warmup < 1"):
+    with pytest.raises(RangeError, match="0 <= warmup < 1"):
         SequenceClassification("x", warmup=warmup)
 
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from lowrank_pl.errors.numerics import BudgetError
-from lowrank_pl.errors.run import CalibrationError, MissingArgumentError, NothingToCompressError, OutputExistsError
+from lowrank_pl.errors.run import (
+    CalibrationError,
+    MissingArgumentError,
+    NothingToCompressError,
+    NothingToScoreError,
+    OutputExistsError,
+    OutputNotWritableError,
+)
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import FWSVD, SVD, NoCompression
 from lowrank_pl.tasks import SequenceClassification
@@ -92,6 +99,20 @@ def test_compress_refusals(tuned: str, tmp_path: Path) -> None:
     with pytest.raises(BudgetError):
         trainer.compress(make_task(None, SVD(keep_ratio=0.01), init_from=tuned), data, out)
     assert not Path(out).exists()
+
+
+def test_compress_without_validation_batches_is_refused(tuned: str, tmp_path: Path) -> None:
+    task = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
+    with pytest.raises(NothingToScoreError):
+        make_trainer(tmp_path, limit_val_batches=0).compress(task, SyntheticData(), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_compress_into_an_impossible_place(tuned: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    task = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
+    with pytest.raises(OutputNotWritableError, match="cannot be made"):
+        make_trainer(tmp_path).compress(task, SyntheticData(), str(tmp_path / "file" / "out"))
 
 
 def test_inspect_needs_no_data_and_tells_everything(

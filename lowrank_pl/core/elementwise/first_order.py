@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank_pl.core.elementwise.line import minimise_quartic
 from lowrank_pl.core.elementwise.problem import WeightedProblem
 from lowrank_pl.core.elementwise.solver import ElementwiseSolver, Iterate
-from lowrank_pl.errors.numerics import RatioError
+from lowrank_pl.errors.numerics import RangeError
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-12
 _SWATS_TOLERANCE = 1e-4
@@ -32,7 +32,7 @@ class SGD(ElementwiseSolver):
     def __init__(self, max_steps: int = 1000, momentum: float = 0.9, tolerance: float = 1e-6) -> None:
         super().__init__(max_steps, tolerance, patience=20)
         if not 0 <= momentum < 1:
-            raise RatioError("momentum", momentum, "0 <= momentum < 1")
+            raise RangeError("momentum", momentum, "0 <= momentum < 1")
         self.momentum = momentum
 
     def iterate(self, problem: WeightedProblem, a: Tensor, b: Tensor) -> Iterator[Iterate]:
@@ -125,7 +125,7 @@ class AdamSGD(ElementwiseSolver):
         super().__init__(max_steps, tolerance, patience=20)
         _check_rate(learning_rate)
         if not 0 < fraction < 1:
-            raise RatioError("fraction", fraction, "0 < fraction < 1, the Adam phase's share of the steps")
+            raise RangeError("fraction", fraction, "0 < fraction < 1, the Adam phase's share of the steps")
         self.learning_rate = learning_rate
         self.switch = switch
         self.fraction = fraction
@@ -180,4 +180,4 @@ class _AdamState:
 
 def _check_rate(learning_rate: float) -> None:
     if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise RatioError("learning_rate", learning_rate, "0 < learning_rate, relative to the factors' entries")
+        raise RangeError("learning_rate", learning_rate, "0 < learning_rate, relative to the factors' entries")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_pl.core.elementwise.problem import WeightedProblem
 from lowrank_pl.core.factors import Factors
-from lowrank_pl.errors.numerics import RatioError, ShapeError
+from lowrank_pl.errors.numerics import RangeError, ShapeError
 
 DIVERGED = "diverged"
 
@@ -54,9 +54,9 @@ class ElementwiseSolver(ABC):
 
     def __init__(self, max_steps: int, tolerance: float, patience: int = 1) -> None:
         if max_steps < 1:
-            raise RatioError("max_steps", max_steps, "a whole number from 1")
+            raise RangeError("max_steps", max_steps, "a whole number from 1")
         if not (math.isfinite(tolerance) and tolerance >= 0):
-            raise RatioError("tolerance", tolerance, "0 <= tolerance, a share of the objective")
+            raise RangeError("tolerance", tolerance, "0 <= tolerance, a share of the objective")
         self.max_steps = max_steps
         self.tolerance = tolerance
         self.patience = patience
