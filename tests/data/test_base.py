@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,13 @@ from torch import Tensor
 
 from lowrank_pl.contract import CalibrationSource, HasTarget
 from lowrank_pl.data import GLUE, TextDataModule
-from lowrank_pl.errors.data import ArgumentRangeError, DataNotReadyError, MaxLengthError, MissingTokenError
+from lowrank_pl.errors.data import (
+    ArgumentRangeError,
+    DataNotReadyError,
+    MaxLengthError,
+    MissingTokenError,
+    TooFewSamplesError,
+)
 from tests.data.samples import write_sst2, write_tsv
 from tests.support.tiny import save_tiny_model, tiny_tokenizer
 
@@ -98,6 +105,38 @@ def test_validation_is_the_same_in_every_epoch(sst2: GLUE) -> None:
     assert same(list(sst2.val_dataloader()), list(sst2.val_dataloader()))
 
 
+def in_process(module: GLUE, rank: int, world_size: int) -> GLUE:
+    """The datamodule as Lightning hands it to one of several processes."""
+    kwargs = {"num_replicas": world_size, "rank": rank}
+    module.trainer = SimpleNamespace(distributed_sampler_kwargs=kwargs)  # type: ignore[assignment]
+    return module
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_evaluate_every_sample_once(sst2: GLUE, world_size: int) -> None:
+    for make, name in [
+        (GLUE.val_dataloader, "validation"),
+        (GLUE.test_dataloader, "validation"),
+        (GLUE.predict_dataloader, "test"),
+    ]:
+        shares = [rows(make(in_process(sst2, rank, world_size))) for rank in range(world_size)]
+        assert sorted(row for share in shares for row in share) == sorted(map(tuple, sst2.split(name)["input_ids"]))
+
+
+def test_processes_validate_on_batches_of_similar_length(tiny_bert: str, tmp_path: Path) -> None:
+    module = ready(tiny_bert, write_sst2(tmp_path / "sst2", validation=200), eval_batch_size=10)
+    for rank in (0, 1):
+        lengths = [batch["attention_mask"].sum(1) for batch in in_process(module, rank, 2).val_dataloader()]
+        assert sum(int(each.max() - each.min()) for each in lengths) / len(lengths) < 4
+
+
+def test_more_processes_than_samples(sst2: GLUE) -> None:
+    told = r"11 sample\(s\) in 'validation split of SST-2'; at least 12 are needed .* Lower trainer.devices"
+    for rank in range(12):
+        with pytest.raises(TooFewSamplesError, match=told):
+            in_process(sst2, rank, 12).val_dataloader()
+
+
 def test_lightning_tells_the_sampler_the_epoch(sst2: GLUE) -> None:
     seen: list[list[tuple[int, ...]]] = [[], []]
 
@@ -173,9 +212,9 @@ def test_calibration_batches_are_sorted_by_length(sst2: GLUE) -> None:
 
 
 def test_calibration_refuses_nonsense(sst2: GLUE) -> None:
-    with pytest.raises(ArgumentRangeError, match=r"batch_size=0; allowed is 1 or more"):
+    with pytest.raises(ArgumentRangeError, match=r"batch_size=0; allowed is 1 or more. Check calibration.batch_size"):
         sst2.calibration_batches(0)
-    with pytest.raises(ArgumentRangeError, match=r"max_samples=0; allowed is 1 or more"):
+    with pytest.raises(ArgumentRangeError, match=r"max_samples=0; allowed is 1 or .*. Check calibration.max_samples"):
         sst2.calibration_batches(1, 0)
 
 

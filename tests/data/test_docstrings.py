@@ -51,6 +51,11 @@ def test_another_version_of_a_package_is_read_anew(tiny_bert: str, packages: Pat
     assert ready(tiny_bert, **arguments).fingerprint != one.fingerprint
 
 
+def test_packages_in_another_order_are_other_labels(tiny_bert: str, packages: Path) -> None:
+    for names in (["bravolib", "charlielib"], ["charlielib", "bravolib"]):
+        assert ready(tiny_bert, packages=names).target.label_names == tuple(names)
+
+
 def test_balance_does_not_depend_on_order_or_on_other_packages() -> None:
     sentences = [Sentence(package, f"{package}.f{at}", f"text {at}") for package in "ab" for at in range(50)]
     kept = balanced(sentences, 10)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from lowrank_pl.data.sampler import LengthGroupedSampler, grouped_by_length
+from lowrank_pl.data.sampler import EvaluationSampler, LengthGroupedSampler, grouped_by_length
 
 _RANDOM = random.Random(0)
 LENGTHS = [_RANDOM.randint(3, 100) for _ in range(1003)]
@@ -79,5 +79,16 @@ def test_no_samples() -> None:
     assert grouped_by_length([], 4, torch.Generator()) == []
 
 
-def test_lightning_leaves_it_alone() -> None:
+def test_lightning_leaves_them_alone() -> None:
     assert isinstance(sampler(), DistributedSampler)
+    assert isinstance(EvaluationSampler(3), DistributedSampler)
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_evaluation_sees_every_sample_once_in_order(size: int, world: int) -> None:
+    samplers = [EvaluationSampler(size, world, rank) for rank in range(world)]
+    assert sorted(index for share in samplers for index in share) == list(range(size))
+    for share in samplers:
+        assert list(share) == sorted(share)
+        assert len(share) == len(list(share)) in (size // world, -(-size // world))

@@ -21,6 +21,7 @@ from lowrank_pl.errors.data import (
     MissingValueError,
     NotANumberError,
     SingleClassError,
+    TooFewSamplesError,
     UnknownColumnError,
     UnknownLabelError,
     UnsupportedFormatError,
@@ -209,11 +210,37 @@ def test_one_class(tiny_bert: str, tmp_path: Path) -> None:
         ready(tiny_bert, train=train)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_empty_file(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
-    path = write(tmp_path / f"train{suffix}", "text,label\n" if suffix == ".csv" else "\n")
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        *((suffix, content) for suffix in (".csv", ".tsv", ".jsonl") for content in ("", "\n", "\n\n", "\ufeff")),
+        (".csv", "text,label\n"),
+        (".tsv", "text\tlabel\n"),
+        (".jsonl", "{}\n"),
+    ],
+)
+def test_empty_file(tiny_bert: str, tmp_path: Path, suffix: str, content: str) -> None:
     with pytest.raises(EmptyDataError, match="no samples in"):
-        ready(tiny_bert, train=str(path))
+        ready(tiny_bert, train=str(write(tmp_path / f"train{suffix}", content)))
+
+
+def test_empty_parquet(tiny_bert: str, tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.table({}), tmp_path / "train.parquet")
+    with pytest.raises(EmptyDataError, match="no samples in"):
+        ready(tiny_bert, train=str(tmp_path / "train.parquet"))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 10])
+def test_a_part_can_be_set_aside_from_two_rows_on(tiny_bert: str, tmp_path: Path, rows: int) -> None:
+    train = save(tmp_path / "train.csv", [{"text": "good", "label": at} for at in range(rows)])
+    arguments: dict[str, Any] = {"train": train, "kind": "regression", "validation_fraction": 0.99}
+    if rows > 1:
+        module = ready(tiny_bert, **arguments)
+        assert (len(module.split("train")), len(module.split("validation"))) == (1, rows - 1)
+        return
+    told = r"1 sample\(s\) in '.*train.csv'; at least 2 are needed to train on .* data.init_args.validation"
+    with pytest.raises(TooFewSamplesError, match=told):
+        ready(tiny_bert, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +274,8 @@ def test_not_utf8(tiny_bert: str, tmp_path: Path) -> None:
     [
         ({"metrics": ["pearson"]}, "metrics='pearson'; allowed is for classification any of accuracy, f1, matthews"),
         ({"metrics": ["f1"], "kind": "regression"}, "allowed is for regression any of pearson, spearman"),
+        ({"label_names": ["a", "a"]}, r"label_names=\['a', 'a'\]; allowed is two or more names, all different. Check"),
+        ({"label_names": ["a"]}, r"label_names=\['a'\]; allowed is two or more names, all different"),
         ({"validation_fraction": 1.0}, "validation_fraction=1.0; allowed is above 0 and below 1"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lowrank_pl.monitoring import PredictionWriter, RankDashboard, ReportWriter, rank_heatmap, write_report
+from lowrank_pl.monitoring import RankDashboard, ReportWriter, rank_heatmap, write_report
 from lowrank_pl.monitoring.rank_picture import grid_position
 from lowrank_pl.monitoring.report import to_markdown
 from lowrank_pl.strategies import FWSVD
@@ -80,19 +80,6 @@ def test_an_older_report_is_kept(run: Path) -> None:
     assert write_report({**report, "task": "other"}, run).name == "report-2.json"
     assert json.loads((run / "report.json").read_text())["task"] == "synthetic"
     assert "other" in (run / "report-2.md").read_text()
-
-
-def test_predictions_by_name_in_order(tiny_bert: str, tmp_path: Path) -> None:
-    data = SyntheticData()
-    task = make_task(tiny_bert)
-    task.build(data.target)
-    trainer = make_trainer(tmp_path, callbacks=[PredictionWriter()])
-    trainer.predict(task, data, return_predictions=False)
-    assert trainer.log_dir is not None
-    rows = [json.loads(line) for line in (Path(trainer.log_dir) / "predictions.jsonl").read_text().splitlines()]
-    assert [row["index"] for row in rows] == list(range(24))
-    for row in rows:
-        assert row["prediction"] == ("yes" if row["logits"][1] > row["logits"][0] else "no")
 
 
 @pytest.mark.parametrize(

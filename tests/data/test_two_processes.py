@@ -1,0 +1,44 @@
+"""Evaluation in two processes over gloo, on splits that they cannot halve."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.samples import write_sst2
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def test_an_odd_split_is_scored_as_in_one_process(tiny_bert: str, tmp_path: Path) -> None:
+    data = write_sst2(tmp_path / "sst2", validation=15, test=5)
+    found: dict[int, list[dict[str, Any]]] = {}
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        command = [sys.executable, str(SCRIPT), str(folder), tiny_bert, str(data), str(devices)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "replicates" not in result.stderr
+        found[devices] = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(devices)]
+    (one,) = found[1]
+    assert [sum(rank["batches"]) for rank in found[2]] == [8, 7]
+    assert [sum(rank["fit"]) for rank in found[2]] == [8, 7]
+    for rank in found[2]:
+        assert rank["accuracy"] == one["accuracy"]
+    whole = predictions(tmp_path / "1" / "predictions.jsonl")
+    shares = [predictions(tmp_path / "2" / f"predictions-{rank}.jsonl") for rank in (0, 1)]
+    assert [list(share) for share in shares] == [[0, 2, 4], [1, 3]]
+    assert list(whole) == [0, 1, 2, 3, 4]
+    for index, logits in {**shares[0], **shares[1]}.items():
+        assert logits == pytest.approx(whole[index], abs=1e-5)
+
+
+def predictions(path: Path) -> dict[int, list[float]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["index"]: row["logits"] for row in rows}
