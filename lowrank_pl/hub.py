@@ -93,7 +93,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         _require(Path(source), _TOKENIZER, "tokenizer (tokenizer.json, vocab.txt, …)")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise ModelFolderError(source, f"usable tokenizer ({_first_line(error)})", _names(source)) from error
         raise HubUnreachableError(name, _first_line(error)) from error
     return tokenizer
 
@@ -145,7 +147,7 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
     except OSError as error:
         raise HubUnreachableError(name, _first_line(error)) from error
     prefix = f"{model.base_model_prefix}."
-    for key, theirs, ours in info["mismatched_keys"]:
+    for key, theirs, ours in sorted(info["mismatched_keys"]):
         if key.startswith(prefix):
             raise CheckpointMismatchError(source, f"{key!r} is {list(theirs)} there and {list(ours)} here")
     # Encoders trained as language models have no pooler; classifiers make a new one, like their head.

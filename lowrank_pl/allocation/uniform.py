@@ -108,7 +108,7 @@ def uniform_ranks(
         ranks[name] = None if rank is None or rank >= shape.break_even_rank else rank
     allocation = Allocation(dict(shapes), ranks)
     if keep_ratio is not None:
-        _fit_budget(allocation, keep_ratio, [name for name in shapes if name not in chosen])
+        _fit_budget(allocation, keep_ratio, multiple_of, [name for name in shapes if name not in chosen])
     return allocation
 
 
@@ -163,7 +163,7 @@ def _match_overrides(names: list[str], overrides: Sequence[LayerOverride]) -> di
     return chosen
 
 
-def _fit_budget(allocation: Allocation, keep_ratio: float, names: list[str]) -> None:
+def _fit_budget(allocation: Allocation, keep_ratio: float, multiple_of: int, names: list[str]) -> None:
     """Takes from the highest ranks what the minimum of one rank elsewhere has overdrawn."""
     shapes = {name: allocation.shapes[name] for name in names}
     dense = sum(shape.dense_params for shape in shapes.values())
@@ -173,4 +173,5 @@ def _fit_budget(allocation: Allocation, keep_ratio: float, names: list[str]) -> 
         raise BudgetError(keep_ratio, floor / dense, floor, dense)
     while sum(allocation.parameters(name) for name in names) > budget:
         highest = max(names, key=lambda name: allocation.ranks[name] or 0)
-        allocation.ranks[highest] = (allocation.ranks[highest] or 1) - 1
+        rank = allocation.ranks[highest] or 1
+        allocation.ranks[highest] = rank - (multiple_of if rank > multiple_of else 1)

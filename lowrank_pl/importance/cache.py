@@ -59,19 +59,17 @@ class FisherCache:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 samples = int(file.metadata()["num_samples"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
-            logger.warning("ignoring the damaged Fisher cache file %s (%s); measuring anew", path, error)
-            return None
-        names = {name.rsplit("/", 1)[0] for name in tensors}
-        return Fisher(
-            {
+            names = sorted({name.rsplit("/", 1)[0] for name in tensors})
+            layers = {
                 name: LayerFisher(
                     tensors[f"{name}/input_sums"], tensors[f"{name}/output_sums"], tensors.get(f"{name}/full")
                 )
-                for name in sorted(names)
-            },
-            samples,
-        )
+                for name in names
+            }
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            logger.warning("ignoring the damaged Fisher cache file %s (%s); measuring anew", path, error)
+            return None
+        return Fisher(layers, samples)
 
     def save(self, key: str, fisher: Fisher) -> None:
         """Saves under a key; atomic, so that a crash or a second process leaves no half file."""

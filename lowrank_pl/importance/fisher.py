@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.importance.squares import Accumulator, AxisSquares, FullSquares, Scratch
-from lowrank_pl.importance.tape import LinearTape, SampleMixingError
+from lowrank_pl.importance.tape import LinearTape, OutputModifiedError, SampleMixingError
 
 logger = logging.getLogger(__name__)
 
@@ -93,24 +93,26 @@ def empirical_fisher(
     References:
         Hsu et al., ICLR 2022, equation 4 (observed labels, over the training data).
     """
-    accumulators: dict[str, Accumulator] = {}
-    scratch = Scratch()
-    for name, layer in layers.items():
-        make = FullSquares if kind is FisherKind.FULL else AxisSquares
-        accumulators[name] = make(layer.out_features, layer.in_features, layer.weight.device, scratch)
     samples = 0
     singly = False
-    with _frozen_eval(model), _Run(layers, per_sample_loss, accumulators) as run:
-        for batch in batches:
-            if not singly:
-                try:
-                    samples += run.add(batch)
-                    continue
-                except SampleMixingError:
-                    logger.info("a layer sees tensors shared by all samples of a batch: measuring one by one")
-                    singly = True
-            samples += sum(run.add(sample) for sample in _single_samples(batch))
-    return _collect(accumulators, samples, kind, reduce_sum)
+    with _frozen_eval(model):
+        accumulators: dict[str, Accumulator] = {}
+        scratch = Scratch()
+        for name, layer in layers.items():
+            make = FullSquares if kind is FisherKind.FULL else AxisSquares
+            accumulators[name] = make(layer.out_features, layer.in_features, layer.weight.device, scratch)
+        run = _Run(layers, per_sample_loss, accumulators)
+        with run:
+            for batch in batches:
+                if not singly:
+                    try:
+                        samples += run.add(batch)
+                        continue
+                    except SampleMixingError:
+                        logger.info("a layer sees tensors shared by all samples of a batch: measuring one by one")
+                        singly = True
+                samples += sum(run.add(sample) for sample in _single_samples(batch))
+        return _collect(accumulators, samples, kind, reduce_sum)
 
 
 class _Run:
@@ -132,14 +134,24 @@ class _Run:
     def add(self, batch: Batch) -> int:
         """Adds one batch; returns its number of samples. Nothing is accumulated if it raises in the forward."""
         size = int(next(iter(batch.values())).shape[0])
-        self._tape.start(size)
         with torch.enable_grad():
-            losses = self._loss(batch)
+            losses = self._forward(batch, size)
             if not bool(torch.isfinite(losses.detach()).all()):
                 raise NonFiniteError("the loss of a calibration batch", int((~torch.isfinite(losses)).sum()))
             losses.sum().backward()
         self._tape.finish()
         return size
+
+    def _forward(self, batch: Batch, size: int) -> Tensor:
+        self._tape.start(size)
+        losses = self._loss(batch)
+        try:
+            self._tape.check_outputs()
+        except OutputModifiedError:
+            self._tape.copy_outputs = True
+            self._tape.start(size)
+            losses = self._loss(batch)
+        return losses
 
 
 def _single_samples(batch: Batch) -> Iterator[Batch]:

@@ -33,7 +33,7 @@ class Scratch:
         """A float32 CPU tensor `[m, n]` with arbitrary content."""
         key = (out_features, in_features)
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(key)
+            self._buffers[key] = torch.empty(key, dtype=torch.float32)
         return self._buffers[key]
 
 
@@ -45,7 +45,7 @@ class FullSquares:
     """
 
     def __init__(self, out_features: int, in_features: int, device: torch.device, scratch: Scratch) -> None:
-        self.total = torch.zeros(out_features, in_features, device=device)
+        self.total = torch.zeros(out_features, in_features, device=device, dtype=torch.float32)
         self._buffer = scratch.get(out_features, in_features) if device.type == "cpu" else None
 
     def add(self, x: Tensor, g: Tensor) -> None:
@@ -74,8 +74,8 @@ class AxisSquares:
     """
 
     def __init__(self, out_features: int, in_features: int, device: torch.device, scratch: Scratch) -> None:
-        self.input_sums = torch.zeros(in_features, device=device)
-        self.output_sums = torch.zeros(out_features, device=device)
+        self.input_sums = torch.zeros(in_features, device=device, dtype=torch.float32)
+        self.output_sums = torch.zeros(out_features, device=device, dtype=torch.float32)
         self._scratch = scratch
 
     def add(self, x: Tensor, g: Tensor) -> None:

@@ -11,6 +11,11 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+
+class OutputModifiedError(RuntimeError):
+    """The model wrote into a layer's output in place; internal, the caller retries with copies."""
+
+
 Consumer = Callable[[str, Tensor, Tensor], None]
 
 
@@ -37,7 +42,9 @@ class LinearTape:
     def __init__(self, modules: Mapping[str, nn.Linear], consumer: Consumer) -> None:
         self._modules = modules
         self._consumer = consumer
+        self.copy_outputs = False
         self._batch_size = 0
+        self._outputs: list[tuple[Tensor, int]] = []
         self._open_calls: dict[str, int] = {}
         self._records: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -58,6 +65,17 @@ class LinearTape:
         self._batch_size = batch_size
         self._open_calls = dict.fromkeys(self._modules, 0)
         self._records = {name: [] for name in self._modules}
+        self._outputs = []
+
+    def check_outputs(self) -> None:
+        """Between forward and backward: raises `OutputModifiedError` if a hook may have been lost.
+
+        Writing into a view in place gives it a new place in the graph, without the hooks of the old one.
+        """
+        modified = any(output._version != version for output, version in self._outputs)
+        self._outputs = []
+        if modified:
+            raise OutputModifiedError
 
     def finish(self) -> None:
         """Hands out what is left after the backward pass: layers with a call that no loss depended on."""
@@ -70,6 +88,8 @@ class LinearTape:
             if not output.requires_grad:
                 # The clone keeps models that write into the output in place working: a leaf may not be.
                 output = output.detach().requires_grad_().clone()
+            elif self.copy_outputs:
+                output = output.clone()
             self._open_calls[name] += 1
 
             def on_gradient(gradient: Tensor) -> None:
@@ -79,6 +99,8 @@ class LinearTape:
                     self._flush(name)
 
             output.register_hook(on_gradient)
+            if output._is_view():
+                self._outputs.append((output, output._version))
             return output
 
         return hook

@@ -24,9 +24,12 @@ def replace_module_(root: nn.Module, name: str, replacement: nn.Module) -> nn.Mo
 @contextmanager
 def swapped(root: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Exchanges modules for the length of a `with` block and puts the present ones back afterwards."""
-    present = {name: replace_module_(root, name, module) for name, module in modules.items()}
+    present: list[tuple[str, nn.Module]] = []
     try:
+        for name, module in modules.items():
+            present.append((name, replace_module_(root, name, module)))
         yield
     finally:
-        for name, module in present.items():
+        # Backwards: a module that was exchanged under two names comes back as it was before the first exchange.
+        for name, module in reversed(present):
             replace_module_(root, name, module)

@@ -25,7 +25,7 @@ from lowrank_pl.core.elementwise import (
 )
 from lowrank_pl.core.elementwise.line import best_step
 from lowrank_pl.core.elementwise.solver import Iterate
-from lowrank_pl.errors.numerics import ImportanceError, NonFiniteError, RankError, RatioError, ShapeError
+from lowrank_pl.errors.numerics import ImportanceError, NonFiniteError, RangeError, RankError, ShapeError
 
 SOLVERS: dict[str, Callable[[], ElementwiseSolver]] = {
     "lbfgs": PreconditionedLBFGS,
@@ -289,5 +289,5 @@ def test_bad_input_is_refused() -> None:
     ],
 )
 def test_bad_settings_are_refused(make: Callable[[], ElementwiseSolver]) -> None:
-    with pytest.raises(RatioError):
+    with pytest.raises(RangeError):
         make()

@@ -1,0 +1,123 @@
+"""What every message owes its reader; which situations raise which error is tested beside the code that raises."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import lowrank_pl.errors
+from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.model import (
+    CheckpointMismatchError,
+    HubUnreachableError,
+    LayoutVersionError,
+    ModelFolderError,
+    NotACheckpointError,
+    NoTargetError,
+    OverrideError,
+    PackageModelError,
+    TiedWeightError,
+)
+from lowrank_pl.errors.numerics import (
+    BudgetError,
+    ImportanceError,
+    NonFiniteError,
+    RangeError,
+    RankError,
+    RatioError,
+    ShapeError,
+)
+from lowrank_pl.errors.run import (
+    CalibrationError,
+    MissingArgumentError,
+    MonitorModeError,
+    NotFactorisedError,
+    NothingToCompressError,
+    NothingToScoreError,
+    OptimizerCoverageError,
+    OutputExistsError,
+    OutputNotWritableError,
+    ResumeMismatchError,
+    StrategyPlacementError,
+    TargetKindError,
+    UnsupportedParallelismError,
+)
+
+# The error, what was given (quoted in the message), and where to turn.
+CASES: list[tuple[LowRankError, list[str], str]] = [
+    (ShapeError("weight", (3,), "[out, in]"), ["weight", "(3,)"], "[out, in]"),
+    (RankError(9, 4), ["9", "4"], "smaller rank"),
+    (RankError(9, 4, "a.b"), ["9", "'a.b'", "4"], "smaller rank"),
+    (RatioError("keep_ratio", 1.5), ["keep_ratio=1.5", "0 < keep_ratio <= 1"], "*kept*"),
+    (RangeError("damping", -1.0, "0 <= damping"), ["damping=-1.0", "0 <= damping"], "Change damping"),
+    (MonitorModeError("val/score", "max", "min", "text"), ["'val/score'", "'max'", "'text'"], "'min'"),
+    (NothingToScoreError(), ["trainer.limit_val_batches=0"], "remove the setting"),
+    (OutputNotWritableError("/x", "no"), ["'/x'", "(no)"], "--output"),
+    (NonFiniteError("the weight", 3, "a.b"), ["the weight", "'a.b'", "3 NaN"], "targets.exclude"),
+    (NonFiniteError("the loss"), ["the loss contains NaN or Inf"], "targets.exclude"),
+    (ImportanceError("importance", -1.0, (0, 2)), ["importance", "-1.0", "(0, 2)"], "0 upwards"),
+    (BudgetError(0.01, 0.05, 5000, 100000), ["keep_ratio=0.01", "5,000", "100,000", "0.050000"], "fewer layers"),
+    (NoTargetError("Bert", ["x"], ["y"], ["a.b"], 0), ["Bert", "['x']", "['y']", "'a.b'"], "targets.include"),
+    (NoTargetError("Bert", None, [], [], 0), ["Bert", "default"], "targets.include"),
+    (NoTargetError("Bert", None, [], [], 7), ["Bert", "7 layers"], "NoCompression"),
+    (TiedWeightError("a", "b"), ["'a'", "'b'"], "targets.exclude"),
+    (OverrideError("*.x", "matches nothing", ["a"]), ["'*.x'", "matches nothing", "'a'"], "init_args.overrides"),
+    (ModelFolderError("/m", "config.json", ["b", "a"]), ["'/m'", "config.json", "'a', 'b'"], "save_pretrained"),
+    (ModelFolderError("/m", "config.json", []), ["nothing"], "save_pretrained"),
+    (PackageModelError("pkg://x", "gone"), ["'pkg://x'", "gone"], "pip install"),
+    (HubUnreachableError("o/m", "timeout"), ["'o/m'", "timeout"], "local folder"),
+    (CheckpointMismatchError("x.ckpt", "bad"), ["x.ckpt", "bad"], "init_args.pretrained"),
+    (CheckpointMismatchError.keys("x.ckpt", ["m"], ["u"]), ["missing 'm'; unexpected 'u'"], "init_args.pretrained"),
+    (LayoutVersionError(7, 1), ["7", "version 1"], "upgrade"),
+    (NotACheckpointError("p", "empty"), ["'p'", "empty"], "*.ckpt"),
+    (OutputExistsError("out"), ["'out'"], "--output"),
+    (StrategyPlacementError("SVD"), ["SVD", "trainer.callbacks"], "model.init_args.strategy"),
+    (UnsupportedParallelismError("SVD", "FSDP"), ["SVD", "FSDP"], "'ddp'"),
+    (CalibrationError("FWSVD", "none"), ["FWSVD", "none"], "datamodule="),
+    (ResumeMismatchError("2 layers"), ["2 layers"], "config.yaml"),
+    (TargetKindError("MaskedLM", ("a", "b"), "MRPC", "c"), ["'MRPC'", "MaskedLM", "a and b", "c"], "Choose"),
+    (MissingArgumentError("it", "Set x."), ["it is missing"], "Set x."),
+    (NotFactorisedError("SVD", ["a", "b"]), ["SVD", "2", "'a'"], "report"),
+    (OptimizerCoverageError(["a", "b"]), ["2", "'a'"], "configure_optimizers"),
+    (NothingToCompressError("NoCompression"), ["NoCompression"], "SVD or FWSVD"),
+]
+
+
+@pytest.mark.parametrize(("error", "given", "remedy"), CASES, ids=lambda v: type(v).__name__)
+def test_messages_quote_what_was_given_and_say_what_to_do(error: LowRankError, given: list[str], remedy: str) -> None:
+    message = str(error)
+    for part in [*given, remedy]:
+        assert part in message, f"{part!r} is not in {message!r}"
+    assert message.endswith(".")
+    assert "  " not in message
+
+
+def every_error(module: str) -> list[type[Exception]]:
+    names = vars(importlib.import_module(module)).values()
+    return [v for v in names if inspect.isclass(v) and v.__module__ == module and issubclass(v, Exception)]
+
+
+def test_every_error_of_the_package_is_a_value_error_with_a_docstring() -> None:
+    found = [
+        error
+        for info in pkgutil.iter_modules(lowrank_pl.errors.__path__, "lowrank_pl.errors.")
+        for error in every_error(info.name)
+    ]
+    assert len(found) > 25
+    for error in found:
+        assert issubclass(error, LowRankError), error
+        assert issubclass(error, ValueError), error
+        assert error.__doc__, error
+
+
+@pytest.mark.parametrize("module", ["lowrank_pl.errors.model", "lowrank_pl.errors.numerics", "lowrank_pl.errors.run"])
+def test_every_message_is_among_the_cases(module: str) -> None:
+    covered = {type(error) for error, _, _ in CASES}
+    assert set(every_error(module)) <= covered
+
+
+def test_long_lists_are_cut() -> None:
+    message = str(CheckpointMismatchError.keys("x", [f"key{i}" for i in range(9)], []))
+    assert "'key2', … (9 in all)" in message
+    assert "key3" not in message

@@ -1,0 +1,173 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lowrank_pl.importance import Fisher, FisherCache, FisherKind, LayerFisher
+from lowrank_pl.importance import cache as cache_module
+from tests.core.matrices import random_importance
+
+CPU = torch.device("cpu")
+
+
+def some_fisher(full: bool = True) -> Fisher:
+    layers = {}
+    for seed, name in enumerate(("encoder.layer.1.query", "encoder.layer.0.key")):
+        information = random_importance(12, seed=seed).view(3, 4)
+        layers[name] = LayerFisher(information.sum(0), information.sum(1), information if full else None)
+    return Fisher(layers, 77)
+
+
+def model() -> nn.Module:
+    root = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3, dtype=torch.bfloat16))
+    for parameter in root.parameters():
+        parameter.data.fill_(0.5)
+    return root
+
+
+def key(
+    root: nn.Module | None = None,
+    names: tuple[str, ...] = ("0", "2"),
+    kind: FisherKind = FisherKind.FULL,
+    data: str = "mrpc",
+) -> str:
+    return FisherCache.key(root or model(), list(names), kind, data)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_round_trip_is_exact(tmp_path: Path, full: bool) -> None:
+    cache, fisher = FisherCache(tmp_path / "not" / "yet"), some_fisher(full)
+    cache.save("k", fisher)
+    given = FisherCache(tmp_path / "not" / "yet").load("k", CPU)
+    assert given is not None
+    assert given.num_samples == 77
+    assert given.layers.keys() == fisher.layers.keys()
+    for name, layer in fisher.layers.items():
+        assert torch.equal(given.layers[name].input_sums, layer.input_sums)
+        assert torch.equal(given.layers[name].output_sums, layer.output_sums)
+        loaded = given.layers[name].full
+        assert (loaded is not None) is full
+        if layer.full is not None and loaded is not None:
+            assert torch.equal(loaded, layer.full)
+
+
+def test_an_unknown_key_is_absent_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = FisherCache(tmp_path)
+    cache.save("k", some_fisher())
+    assert cache.load("other", CPU) is None
+    assert FisherCache(tmp_path / "missing").load("k", CPU) is None
+    assert caplog.records == []
+
+
+def test_saving_leaves_one_file_and_replaces_an_older_one(tmp_path: Path) -> None:
+    cache = FisherCache(tmp_path)
+    cache.save("k", Fisher({}, 1))
+    cache.save("k", some_fisher())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["k.safetensors"]
+    given = cache.load("k", CPU)
+    assert given is not None
+    assert given.num_samples == 77
+
+
+def test_a_crash_while_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = FisherCache(tmp_path)
+
+    def crash(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        Path(path).write_bytes(b"half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cache_module, "save_file", crash)
+    with pytest.raises(OSError, match="no space"):
+        cache.save("k", some_fisher())
+    assert cache.load("k", CPU) is None
+    monkeypatch.undo()
+    cache.save("k", some_fisher())
+    assert cache.load("k", CPU) is not None
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"\x80\x04not safetensors at all" * 9)
+
+
+def without_metadata(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+def without_number(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"num_samples": "many"})
+
+
+def without_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["encoder.layer.0.key/output_sums"]
+    save_file(tensors, path, metadata={"num_samples": "77"})
+
+
+@pytest.mark.parametrize("damage", [cut, empty, garbage, without_metadata, without_number, without_a_tensor])
+def test_a_damaged_file_is_ignored_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    cache = FisherCache(tmp_path)
+    cache.save("k", some_fisher())
+    damage(tmp_path / "k.safetensors")
+    with caplog.at_level(logging.WARNING, logger="lowrank_pl"):
+        assert cache.load("k", CPU) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert str(tmp_path / "k.safetensors") in record.getMessage()
+
+
+def test_equal_inputs_have_equal_keys() -> None:
+    assert key() == key()
+    assert key().isalnum()
+
+
+def nudged(change: Callable[[nn.Module], object]) -> nn.Module:
+    root = model()
+    change(root)
+    return root
+
+
+def nudge_first(root: nn.Module) -> None:
+    weight = next(root.parameters())
+    weight.data[0, 0] = weight.data[0, 0].nextafter(torch.tensor(1.0))
+
+
+def nudge_half(root: nn.Module) -> None:
+    list(root.parameters())[-1].data[0] = 1.0
+
+
+def nudge_buffer(root: nn.Module) -> None:
+    next(root.buffers())[0] = 1.0
+
+
+def test_a_key_changes_with_everything_the_measurement_depends_on() -> None:
+    keys = [
+        key(),
+        key(nudged(nudge_first)),
+        key(nudged(nudge_half)),
+        key(nudged(nudge_buffer)),
+        key(nudged(lambda root: root.double())),
+        key(nn.Sequential(model(), nn.Tanh(), nn.Linear(1, 1))),
+        key(names=("0",)),
+        key(kind=FisherKind.SUMS),
+        key(data="sst2"),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_key_does_not_change_with_mode_flags_or_gradients() -> None:
+    root = model().eval().requires_grad_(False)
+    assert key(root) == key(model().train())

@@ -1,0 +1,121 @@
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_pl.core import truncated_svd
+from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError
+from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.surgery import ModelLayout, TargetSelector, conform_, read_layout, replace_module_
+from tests.surgery.encoders import logits, padded_batch, tiny_model
+
+
+def factorise_(model: nn.Module, rank: int) -> nn.Module:
+    for name, linear in TargetSelector().select(model).items():
+        layer = LowRankLinear.like(linear, rank)
+        layer.assign_(truncated_svd(linear.weight.detach(), rank))
+        replace_module_(model, name, layer)
+    return model
+
+
+def test_a_dense_model_has_an_empty_layout() -> None:
+    assert read_layout(tiny_model("bert")) == ModelLayout({})
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
+def test_layout_survives_json(family: str) -> None:
+    layout = read_layout(factorise_(tiny_model(family), 5))
+    assert set(layout.modules.values()) == {("low_rank", 5)}
+    assert set(layout.modules) == set(TargetSelector().select(tiny_model(family)))
+    fields = json.loads(json.dumps(layout.to_dict()))
+    assert fields["version"] == 1
+    assert ModelLayout.from_dict(fields) == layout
+
+
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_dense_to_low_rank_with_the_state_dict_gives_the_model_back(family: str) -> None:
+    source, batch = factorise_(tiny_model(family), 5), padded_batch()
+    fresh = tiny_model(family, seed=7)
+    conform_(fresh, ModelLayout.from_dict(read_layout(source).to_dict()))
+    fresh.load_state_dict(source.state_dict())
+    assert torch.equal(logits(fresh, batch), logits(source, batch))
+    assert read_layout(fresh) == read_layout(source)
+
+
+def test_low_rank_to_dense_and_to_another_rank() -> None:
+    model = factorise_(tiny_model("bert"), 5)
+    other = read_layout(factorise_(tiny_model("bert"), 3))
+    conform_(model, other)
+    assert read_layout(model) == other
+    conform_(model, ModelLayout({}))
+    assert read_layout(model) == ModelLayout({})
+    dense = tiny_model("bert", seed=3)
+    model.load_state_dict(dense.state_dict())
+    batch = padded_batch()
+    assert torch.equal(logits(model, batch), logits(dense, batch))
+
+
+def test_layers_that_fit_are_not_touched() -> None:
+    model = factorise_(tiny_model("bert"), 5)
+    before = dict(model.named_modules())
+    layout = read_layout(model)
+    name = next(iter(layout.modules))
+    conform_(model, ModelLayout({**layout.modules, name: ("low_rank", 2)}))
+    changed = [key for key, module in model.named_modules() if module is not before[key]]
+    assert changed == [name]
+
+
+def test_conforming_keeps_dtype_bias_and_mode() -> None:
+    root = nn.Sequential(nn.Linear(4, 4, bias=False, dtype=torch.bfloat16), nn.Linear(4, 4)).train()
+    conform_(root, ModelLayout({"0": ("low_rank", 2), "1": ("low_rank", 2)}))
+    first, second = root
+    assert isinstance(first, LowRankLinear)
+    assert isinstance(second, LowRankLinear)
+    assert first.left.dtype is torch.bfloat16
+    assert first.bias is None
+    assert second.bias is not None
+    assert first.training
+    conform_(root.eval(), ModelLayout({}))
+    assert isinstance(root[0], nn.Linear)
+    assert root[0].weight.dtype is torch.bfloat16
+    assert root[0].bias is None
+    assert not root[0].training
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "found"),
+    [("encoder.9", "low_rank", "nothing"), ("1", "low_rank", "Tanh"), ("0", "woven", "Linear")],
+)
+def test_a_layout_that_does_not_fit_is_refused_and_changes_nothing(name: str, kind: str, found: str) -> None:
+    root = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    before = list(root)
+    with pytest.raises(CheckpointMismatchError) as caught:
+        conform_(root, ModelLayout({"2": ("low_rank", 2), name: (kind, 2)}), "checkpoint 'x.ckpt'")
+    for part in ("checkpoint 'x.ckpt'", repr(name), kind, found):
+        assert part in str(caught.value)
+    assert all(now is then for now, then in zip(root, before, strict=True))
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_version_is_refused(version: Any) -> None:
+    fields = {**ModelLayout({}).to_dict(), "version": version}
+    with pytest.raises(LayoutVersionError) as caught:
+        ModelLayout.from_dict(fields)
+    assert f"version {version!r}" in str(caught.value)
+    assert "reads version 1" in str(caught.value)
+
+
+def test_a_missing_version_is_refused() -> None:
+    with pytest.raises(LayoutVersionError, match="version None"):
+        ModelLayout.from_dict({"modules": {}})
+
+
+def test_difference_is_empty_for_equals_and_names_the_first_otherwise() -> None:
+    mine = ModelLayout({"a": ("low_rank", 2), "b": ("low_rank", 3)})
+    assert mine.difference(ModelLayout(dict(mine.modules))) == ""
+    assert mine.difference(ModelLayout({"a": ("low_rank", 2), "b": ("low_rank", 4)})) == (
+        "1 layers, e.g. 'b' is low_rank 3 against low_rank 4"
+    )
+    assert mine.difference(ModelLayout({})) == "2 layers, e.g. 'a' is low_rank 2 against dense 0"

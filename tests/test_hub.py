@@ -1,0 +1,228 @@
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging as transformers_logging
+
+from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.model import (
+    CheckpointMismatchError,
+    HubUnreachableError,
+    ModelFolderError,
+    PackageModelError,
+)
+from lowrank_pl.hub import load_config, load_pretrained, load_tokenizer, resolve_pretrained
+from tests.support.tiny import FAMILIES, save_tiny_model
+
+LOADERS: dict[str, Callable[[str], Any]] = {
+    "config": load_config,
+    "tokenizer": load_tokenizer,
+    "model": lambda name: load_pretrained(AutoModelForSequenceClassification, name),
+}
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("bert", tmp_path_factory.mktemp("hub") / "bert")
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(pristine, tmp_path / "bert"))
+
+
+@pytest.fixture
+def package(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An importable package that carries the model in `sub/model`, and fails when imported."""
+    root = tmp_path / "site" / "carried_model"
+    shutil.copytree(pristine, root / "sub" / "model")
+    (root / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (tmp_path / "site" / "single_file.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return "carried_model"
+
+
+def drop_weights(folder: Path, *keys: str) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for key in keys:
+        del tensors[key]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_package_address_leads_to_its_folder_without_importing_it(package: str, tmp_path: Path) -> None:
+    resolved = resolve_pretrained("pkg://carried_model/sub/model")
+    assert resolved == str(tmp_path / "site" / "carried_model" / "sub" / "model")
+    assert "carried_model" not in sys.modules
+    assert load_config("pkg://carried_model/sub/model").model_type == "bert"
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("pkg://no_such_module/model", "'no_such_module' is not installed"),
+        ("pkg://no_such_module.inner/model", "'no_such_module.inner' is not installed"),
+        ("pkg://carried_model/elsewhere", "'carried_model' is installed but has no folder 'elsewhere'"),
+        ("pkg://carried_model/sub/model/config.json", "has no folder 'sub/model/config.json'"),
+        ("pkg://single_file/model", "'single_file' is not installed"),
+        ("pkg://", "'' is not installed"),
+        ("pkg://.relative/model", "'.relative' is not installed"),
+    ],
+)
+def test_bad_package_addresses_tell_what_is_wrong(package: str, address: str, problem: str) -> None:
+    with pytest.raises(PackageModelError) as caught:
+        resolve_pretrained(address)
+    assert repr(address) in str(caught.value)
+    assert problem in str(caught.value)
+    assert "pkg://module/sub/folder" in str(caught.value)
+
+
+def test_a_package_folder_without_a_config_is_refused(package: str) -> None:
+    with pytest.raises(ModelFolderError, match=r"has no config\.json.*'model'"):
+        resolve_pretrained("pkg://carried_model/sub")
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "google/electra-small-discriminator"])
+def test_a_hub_id_passes_unchanged(name: str) -> None:
+    assert resolve_pretrained(name) == name
+
+
+@pytest.mark.parametrize("name", ["./missing", "/missing/model", "~/missing-model", "a/b/c", "../missing"])
+def test_a_missing_path_is_not_taken_for_a_hub_id(name: str) -> None:
+    with pytest.raises(HubUnreachableError) as caught:
+        resolve_pretrained(name)
+    assert repr(name) in str(caught.value)
+    assert "no such file or folder" in str(caught.value)
+
+
+def test_a_local_folder_wins_over_a_hub_id_and_home_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve_pretrained("~/bert") == str(folder)
+    monkeypatch.chdir(folder.parent)
+    assert resolve_pretrained("bert") == "bert"
+    assert load_config("bert").hidden_size == 32
+
+
+def test_a_file_or_a_folder_without_config_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ModelFolderError, match="it is a file"):
+        resolve_pretrained(str(folder / "config.json"))
+    (tmp_path / "void").mkdir()
+    with pytest.raises(ModelFolderError, match=r"has no config\.json \(found: nothing\)"):
+        resolve_pretrained(str(tmp_path / "void"))
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelFolderError) as caught:
+        resolve_pretrained(str(folder))
+    for part in (repr(str(folder)), "has no config.json", "'model.safetensors'", "'tokenizer.json'"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoder_comes_in_train_mode_with_its_weights_and_a_new_head(family: str, tmp_path: Path) -> None:
+    source = save_tiny_model(family, tmp_path / family)
+    model, fresh = load_pretrained(AutoModelForSequenceClassification, str(source), num_labels=5)
+    assert fresh
+    assert all(module.training for module in model.modules())
+    assert model.config.num_labels == 5
+    saved, loaded = load_file(source / "model.safetensors"), model.state_dict()
+    shared = [key for key in saved if key in loaded and key.startswith(f"{model.base_model_prefix}.")]
+    assert len(shared) > 10
+    assert all(torch.equal(saved[key], loaded[key]) for key in shared)
+
+
+def test_the_head_that_was_saved_is_not_fresh(pristine: Path) -> None:
+    _, fresh = load_pretrained(AutoModelForMaskedLM, str(pristine))
+    assert not fresh
+    _, fresh = load_pretrained(AutoModelForTokenClassification, str(pristine))
+    assert fresh
+
+
+def test_half_precision_weights_are_widened_to_the_default_dtype(folder: Path) -> None:
+    tensors = {key: value.half() for key, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    model, _ = load_pretrained(AutoModelForSequenceClassification, str(folder))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_missing_encoder_weights_are_refused_and_the_log_level_restored(folder: Path) -> None:
+    key = "bert.encoder.layer.1.output.dense.weight"
+    drop_weights(folder, key)
+    before = transformers_logging.get_verbosity()
+    with pytest.raises(CheckpointMismatchError) as caught:
+        load_pretrained(AutoModelForSequenceClassification, str(folder))
+    assert f"missing '{key}'" in str(caught.value)
+    assert repr(str(folder)) in str(caught.value)
+    assert transformers_logging.get_verbosity() == before
+
+
+def test_many_missing_encoder_weights_are_counted(folder: Path) -> None:
+    drop_weights(folder, *(key for key in load_file(folder / "model.safetensors") if ".layer.1." in key))
+    with pytest.raises(CheckpointMismatchError, match=r"… \(16 in all\)"):
+        load_pretrained(AutoModelForSequenceClassification, str(folder))
+
+
+def test_encoder_weights_of_another_size_are_refused_by_name(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(CheckpointMismatchError, match="intermediate"):
+        load_pretrained(AutoModelForSequenceClassification, str(folder))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_broken_config_is_the_folders_fault(folder: Path, loader: str) -> None:
+    (folder / "config.json").write_text("{not json")
+    with pytest.raises(LowRankError) as caught:
+        LOADERS[loader](str(folder))
+    assert repr(str(folder)) in str(caught.value)
+    assert "is not a folder here" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"])
+def test_broken_weights_name_the_folder(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(LowRankError, match="bert"):
+        load_pretrained(AutoModelForSequenceClassification, str(folder))
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelFolderError, match=r"has no weights .*'config\.json'"):
+        load_pretrained(AutoModelForSequenceClassification, str(folder))
+    assert load_config(str(folder), num_labels=7).num_labels == 7
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
+    assert load_tokenizer(str(folder)).pad_token == "[PAD]"
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelFolderError, match=r"has no tokenizer .*'model\.safetensors'"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_hub_id_without_network_tells_what_to_do(loader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to the hub\nand a second line")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", offline)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(HubUnreachableError) as caught:
+        LOADERS[loader]("some/model")
+    for part in ("'some/model'", "We couldn't connect to the hub)", "lowrank-pl[offline]", "pkg://"):
+        assert part in str(caught.value)
+    assert "second line" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
