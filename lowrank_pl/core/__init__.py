@@ -4,6 +4,7 @@ Shapes throughout: `weight` is `[out, in] = [m, n]`, `r` is the rank.
 """
 
 from lowrank_pl.core.axis_weighted import axis_weighted_svd
+from lowrank_pl.core.diagnosis import Diagnosis, diagnose
 from lowrank_pl.core.diagnostics import relative_error
 from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
@@ -11,9 +12,11 @@ from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
 
 __all__ = [
+    "Diagnosis",
     "Factors",
     "LinearShape",
     "axis_weighted_svd",
+    "diagnose",
     "relative_error",
     "singular_values",
     "truncated_svd",

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel
 
 from lowrank_pl.contract import HasTarget, TargetKind, TargetSpec
@@ -84,6 +84,7 @@ class EncoderTask(pl.LightningModule, ABC):
         self._warmup = warmup
         self._configured: list[dict[str, Any]] = []
         self._metrics: dict[str, MetricCollection] = {}
+        self._losses: dict[str, MeanMetric] = {}
         self._random_states: list[dict[str, Tensor]] | None = None
 
     # What a task adds to the encoder.
@@ -232,7 +233,7 @@ class EncoderTask(pl.LightningModule, ABC):
     def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
         logits, labels = self(batch).float(), batch["labels"]
         loss = self.training_loss(logits, labels)
-        self.log(f"{stage}/loss", loss, on_epoch=True, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self._losses[stage].update(loss, len(labels))
         self._metrics[stage].update(*self.metric_inputs(logits, labels))
 
     def _start_metrics(self, stage: str) -> None:
@@ -241,6 +242,8 @@ class EncoderTask(pl.LightningModule, ABC):
                 "what the labels mean", "Pass a datamodule that has a `target`, such as every class of lowrank_pl.data."
             )
         self._metrics[stage] = build_metrics(self.target).to(self.device)
+        # Not self.log with sync_dist: it averages the counts of unequal shards as integers.
+        self._losses[stage] = MeanMetric().to(self.device)
 
     def on_test_start(self) -> None:
         """Tells when a strategy is configured and the model that is scored is dense all the same."""
@@ -266,6 +269,7 @@ class EncoderTask(pl.LightningModule, ABC):
 
     def _log_metrics(self, stage: str) -> None:
         assert self.target is not None
+        self.log(f"{stage}/loss", self._losses[stage].compute(), prog_bar=True)
         values = self._metrics[stage].compute()
         for name, value in values.items():
             self.log(f"{stage}/{name}", value)

@@ -31,6 +31,7 @@ def test_an_odd_split_is_scored_as_in_one_process(tiny_bert: str, tmp_path: Path
     assert [sum(rank["fit"]) for rank in found[2]] == [8, 7]
     for rank in found[2]:
         assert rank["accuracy"] == one["accuracy"]
+        assert rank["loss"] == pytest.approx(one["loss"], abs=1e-6)
     whole = predictions(tmp_path / "1" / "predictions.jsonl")
     shares = [predictions(tmp_path / "2" / f"predictions-{rank}.jsonl") for rank in (0, 1)]
     assert [list(share) for share in shares] == [[0, 2, 4], [1, 3]]

@@ -45,7 +45,7 @@ def run(folder: Path, model: str, data_folder: str, devices: int) -> None:
     counter = Counter()
     trainer = trainer_for(folder, devices, counter)
     (scores,) = trainer.validate(task, data, verbose=False)
-    found = {"batches": counter.batches, "accuracy": scores["val/accuracy"]}
+    found = {"batches": counter.batches, "accuracy": scores["val/accuracy"], "loss": scores["val/loss"]}
     predicted = trainer_for(folder, devices, PredictionWriter())
     predicted.predict(task, data)
     fitted = trainer_for(folder, devices, fit_counter := Counter())
