@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.importance.squares import Accumulator, AxisSquares, FullSquares, Scratch
-from lowrank_pl.importance.tape import LinearTape, OutputModifiedError, SampleMixingError
+from lowrank_pl.importance.tape import LinearTape, SampleMixingError
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +122,7 @@ class _Run:
         self, layers: Mapping[str, nn.Linear], loss: PerSampleLoss, accumulators: Mapping[str, Accumulator]
     ) -> None:
         self._loss = loss
+        self._rehearsed = False
         self._tape = LinearTape(layers, lambda name, x, g: accumulators[name].add(x, g))
 
     def __enter__(self) -> _Run:
@@ -135,23 +136,16 @@ class _Run:
         """Adds one batch; returns its number of samples. Nothing is accumulated if it raises in the forward."""
         size = int(next(iter(batch.values())).shape[0])
         with torch.enable_grad():
-            losses = self._forward(batch, size)
+            if not self._rehearsed:
+                self._rehearsed = True
+                self._tape.rehearse(lambda: self._loss(next(_single_samples(batch))))
+            self._tape.start(size)
+            losses = self._loss(batch)
             if not bool(torch.isfinite(losses.detach()).all()):
                 raise NonFiniteError("the loss of a calibration batch", int((~torch.isfinite(losses)).sum()))
             losses.sum().backward()
         self._tape.finish()
         return size
-
-    def _forward(self, batch: Batch, size: int) -> Tensor:
-        self._tape.start(size)
-        losses = self._loss(batch)
-        try:
-            self._tape.check_outputs()
-        except OutputModifiedError:
-            self._tape.copy_outputs = True
-            self._tape.start(size)
-            losses = self._loss(batch)
-        return losses
 
 
 def _single_samples(batch: Batch) -> Iterator[Batch]:

@@ -11,11 +11,6 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-
-class OutputModifiedError(RuntimeError):
-    """The model wrote into a layer's output in place; internal, the caller retries with copies."""
-
-
 Consumer = Callable[[str, Tensor, Tensor], None]
 
 
@@ -42,9 +37,9 @@ class LinearTape:
     def __init__(self, modules: Mapping[str, nn.Linear], consumer: Consumer) -> None:
         self._modules = modules
         self._consumer = consumer
-        self.copy_outputs = False
+        self._copy_outputs = False
         self._batch_size = 0
-        self._outputs: list[tuple[Tensor, int]] = []
+        self._watched: list[tuple[Tensor, int]] | None = None
         self._open_calls: dict[str, int] = {}
         self._records: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -65,17 +60,18 @@ class LinearTape:
         self._batch_size = batch_size
         self._open_calls = dict.fromkeys(self._modules, 0)
         self._records = {name: [] for name in self._modules}
-        self._outputs = []
 
-    def check_outputs(self) -> None:
-        """Between forward and backward: raises `OutputModifiedError` if a hook may have been lost.
+    def rehearse(self, forward: Callable[[], object]) -> None:
+        """Runs a forward pass over one sample to see whether the model writes into outputs in place.
 
-        Writing into a view in place gives it a new place in the graph, without the hooks of the old one.
+        Writing into a view gives it a new place in the graph, without the hooks of the old one: such a model gets
+        copies from now on. It is found out on one sample because watching keeps every output alive.
         """
-        modified = any(output._version != version for output, version in self._outputs)
-        self._outputs = []
-        if modified:
-            raise OutputModifiedError
+        self.start(1)
+        self._watched = []
+        forward()
+        self._copy_outputs = any(output._version != version for output, version in self._watched)
+        self._watched = None
 
     def finish(self) -> None:
         """Hands out what is left after the backward pass: layers with a call that no loss depended on."""
@@ -88,7 +84,7 @@ class LinearTape:
             if not output.requires_grad:
                 # The clone keeps models that write into the output in place working: a leaf may not be.
                 output = output.detach().requires_grad_().clone()
-            elif self.copy_outputs:
+            elif self._copy_outputs:
                 output = output.clone()
             self._open_calls[name] += 1
 
@@ -99,8 +95,8 @@ class LinearTape:
                     self._flush(name)
 
             output.register_hook(on_gradient)
-            if output._is_view():
-                self._outputs.append((output, output._version))
+            if self._watched is not None and output._is_view():
+                self._watched.append((output, output._version))
             return output
 
         return hook
