@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with two more verbs. Everything else is configuration."""
+"""The command line: LightningCLI with three more verbs. Everything else is configuration."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _CHECKPOINT_WORDS = ("best", "last", "hpc")
 
 
 class LowRankCLI(LightningCLI):
-    """`fit validate test predict` of Lightning, `compress` and `inspect` of this package."""
+    """`fit validate test predict` of Lightning, `compress`, `diagnose` and `inspect` of this package."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The verbs and the arguments that do not come from the command line."""
-        own = {"compress": {"model", "datamodule"}, "inspect": {"model", "datamodule"}}
+        own = {verb: {"model", "datamodule"} for verb in ("compress", "diagnose", "inspect")}
         return {**LightningCLI.subcommands(), **own}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

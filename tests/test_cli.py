@@ -32,7 +32,7 @@ RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 COMPLETE = [*RECIPES, CONFIGS / "quickstart.yaml"]
 OVERLAYS = sorted(set(CONFIGS.rglob("*.yaml")) - set(COMPLETE))
 BASE = CONFIGS / "recipes" / "glue_finetune.yaml"
-VERBS = ("fit", "validate", "test", "predict", "compress", "inspect")
+VERBS = ("fit", "validate", "test", "predict", "compress", "diagnose", "inspect")
 
 
 def ident(path: Path) -> str:

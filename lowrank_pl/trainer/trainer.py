@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.errors.run import (
     CalibrationError,
     MissingArgumentError,
@@ -20,6 +21,7 @@ from lowrank_pl.errors.run import (
     OutputExistsError,
     OutputNotWritableError,
 )
+from lowrank_pl.monitoring.diagnosis_report import diagnosis_table, write_diagnosis
 from lowrank_pl.monitoring.rank_dashboard import RankDashboard
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
@@ -28,13 +30,16 @@ from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.saved import CHECKPOINT_NAME
 from lowrank_pl.trainer.compressor import Compressor
+from lowrank_pl.trainer.diagnoser import Diagnoser
 from lowrank_pl.trainer.inspection import inspect_model
 
 logger = logging.getLogger(__name__)
 
 
 class LowRankTrainer(pl.Trainer):
-    """`lightning.pytorch.Trainer` with `compress` and `inspect`; the arguments are Lightning's."""
+    """`lightning.pytorch.Trainer` with `compress`, `diagnose` and `inspect`; the arguments are Lightning's."""
+
+    callbacks: list[pl.Callback]
 
     def compress(
         self,
@@ -71,14 +76,9 @@ class LowRankTrainer(pl.Trainer):
     ) -> None:
         started = time.monotonic()
         compressor = Compressor()
-        callbacks: list[pl.Callback] = getattr(self, "callbacks")  # noqa: B009, set in Lightning without a type
-        callbacks.append(compressor)
-        try:
-            dense = _scores(self.validate(model, datamodule, ckpt_path=ckpt_path, verbose=False))
-            compressor.armed = True
-            scores = _scores(self.validate(model, datamodule, verbose=False))
-        finally:
-            callbacks.remove(compressor)
+        dense = self._validate_with(compressor, model, datamodule, ckpt_path)
+        compressor.armed = True
+        scores = self._validate_with(compressor, model, datamodule, None)
         if not compressor.done:
             raise NothingToScoreError
         _check_factorised(model)
@@ -97,6 +97,55 @@ class LowRankTrainer(pl.Trainer):
                 f"{scores.get('val/score', float('nan')):.4f} after {report['method']}; "
                 f"{kept:,} of {total:,} parameters; written to {folder}"
             )
+
+    def diagnose(
+        self,
+        model: EncoderTask,
+        datamodule: pl.LightningDataModule | None = None,
+        output: str | None = None,
+        keep_ratio: float = 0.33,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Tells per layer how its importance is spread, which method suits it, and what that gains.
+
+        Measures the full Fisher information of every targeted layer on the training split, tries every method at a
+        budget, and changes nothing.
+
+        Args:
+            model: The task, fine-tuned; its weights come from `init_from` (or `pretrained`). The strategy's `targets`
+                and `calibration` are used.
+            datamodule: Data for calibration.
+            output: Folder for `diagnosis.json`, `diagnosis.md` and `diagnosis.png`; must be new or empty.
+            keep_ratio: The budget at which methods are compared, `0 < keep_ratio <= 1`.
+            ckpt_path: Take the weights from this Lightning checkpoint instead of `init_from`.
+
+        Raises:
+            OutputExistsError: the folder holds something already.
+        """
+        if datamodule is None:
+            raise CalibrationError("diagnose", "no datamodule was given")
+        check_share(keep_ratio, None, 1)
+        if getattr(self, "limit_val_batches", 1) == 0:
+            raise NothingToScoreError
+        with _new_folder(output) as folder:
+            diagnoser = Diagnoser(keep_ratio)
+            dense = self._validate_with(diagnoser, model, datamodule, ckpt_path)
+            if self.is_global_zero:
+                told = {"keep_ratio": keep_ratio, "calibration_samples": diagnoser.samples, "metrics": dense}
+                write_diagnosis(diagnoser.found, diagnoser.ranks, folder, **told)
+                print(diagnosis_table(diagnoser.found, diagnoser.ranks))
+                print(f"written to {folder}")
+
+    def _validate_with(
+        self, callback: pl.Callback, model: EncoderTask, datamodule: pl.LightningDataModule, ckpt_path: str | None
+    ) -> dict[str, float]:
+        """One validation run with a further callback; returns its scores."""
+        self.callbacks = [*self.callbacks, callback]
+        try:
+            return _scores(self.validate(model, datamodule, ckpt_path=ckpt_path, verbose=False))
+        finally:
+            # Lightning makes a new list on the way, when it adds the module's callbacks.
+            self.callbacks = [other for other in self.callbacks if other is not callback]
 
     def inspect(self, model: EncoderTask, datamodule: pl.LightningDataModule | None = None) -> None:
         """Shows what can be factorised and what the configured budget would give; no training, no data.

@@ -142,7 +142,7 @@ def test_resumes_bit_for_bit(tiny_bert: str, tmp_path: Path, make: Make) -> None
         task = make_task(tiny_bert, make())
         trainer = make_trainer(folder, max_epochs=3, limit_train_batches=3)
         if stop is not None:
-            trainer.callbacks.append(StopAfter(stop))  # type: ignore[attr-defined]
+            trainer.callbacks.append(StopAfter(stop))
         trainer.fit(task, datamodule=OrderedData(), ckpt_path=resume)
         return task, trainer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_pl.errors.numerics import BudgetError
+from lowrank_pl.errors.numerics import BudgetError, RatioError
 from lowrank_pl.errors.run import (
     CalibrationError,
     MissingArgumentError,
@@ -113,6 +113,36 @@ def test_compress_into_an_impossible_place(tuned: str, tmp_path: Path) -> None:
     task = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
     with pytest.raises(OutputNotWritableError, match="cannot be made"):
         make_trainer(tmp_path).compress(task, SyntheticData(), str(tmp_path / "file" / "out"))
+
+
+def test_diagnose_tells_per_layer_and_changes_nothing(
+    tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task, out = make_task(None, init_from=tuned), tmp_path / "out"
+    make_trainer(tmp_path).diagnose(task, SyntheticData(), str(out), keep_ratio=0.5)
+    assert sorted(p.name for p in out.iterdir()) == ["diagnosis.json", "diagnosis.md", "diagnosis.png"]
+    fields = json.loads((out / "diagnosis.json").read_text())
+    assert fields["calibration_samples"] == 48
+    assert len(fields["layers"]) == 12
+    for layer in fields["layers"]:
+        assert layer["rank"] in (8, 10)
+        assert layer["objective"]["TFWSVD"] == min(layer["objective"].values())
+        assert f"| {layer['name']} |" in (out / "diagnosis.md").read_text()
+    assert "recommended" in capsys.readouterr().out
+    reference = make_task(None, init_from=tuned)
+    reference.build()
+    state = reference.encoder.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in task.encoder.state_dict().items())
+
+
+def test_diagnose_refusals(tuned: str, tmp_path: Path) -> None:
+    task, data = make_task(None, init_from=tuned), SyntheticData()
+    with pytest.raises(RatioError, match="keep_ratio=0"):
+        make_trainer(tmp_path).diagnose(task, data, str(tmp_path / "out"), keep_ratio=0.0)
+    with pytest.raises(CalibrationError, match="diagnose needs calibration"):
+        make_trainer(tmp_path).diagnose(task, None, str(tmp_path / "out"))
+    with pytest.raises(MissingArgumentError, match="--output"):
+        make_trainer(tmp_path).diagnose(task, data)
 
 
 def test_inspect_needs_no_data_and_tells_everything(

@@ -1,0 +1,70 @@
+"""What a diagnosis of a model's layers looks like to a person and to a program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank_pl.core.diagnosis import SVD, Diagnosis
+
+_HEADER = ("layer", "rank", "φ", "φ/mean²", "within input", "rank-1 residual", "SVD", "best", "gain", "recommended")
+
+
+def diagnosis_table(found: Mapping[str, Diagnosis], ranks: Mapping[str, int]) -> str:
+    """A Markdown table: indicators, the objectives of SVD and of the best method, the gain and the recommendation."""
+    lines = [f"| {' | '.join(_HEADER)} |", "|" + "---|" * len(_HEADER)]
+    for name, d in found.items():
+        cells = [
+            name,
+            str(ranks[name]),
+            f"{d.variance:.3g}",
+            f"{d.relative_variance:.2f}",
+            f"{d.within_input:.2f}",
+            f"{d.rank_one_residual:.3f}",
+            f"{d.objective[SVD]:.4f}",
+            f"{min(d.objective.values()):.4f}",
+            f"{d.gain:.0%}",
+            d.recommendation,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def diagnosis_fields(found: Mapping[str, Diagnosis], ranks: Mapping[str, int], **extra: Any) -> dict[str, Any]:
+    """JSON-ready."""
+    layers = [{"name": name, "rank": ranks[name], "gain": d.gain, **vars(d)} for name, d in found.items()]
+    return {**extra, "layers": layers}
+
+
+def diagnosis_figure(found: Mapping[str, Diagnosis]) -> Any:
+    """Objectives per layer and method, and the indicators below; a matplotlib figure without a window."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 0.28 * len(found), 7), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    places = range(len(found))
+    methods = list(next(iter(found.values())).objective)
+    for method in methods:
+        above.plot(places, [d.objective[method] for d in found.values()], marker=".", label=method)
+    above.set_ylabel("weighted error, share of the weight's")
+    above.legend(fontsize=7, ncols=len(methods))
+    indicators = {
+        "Var(F) / mean(F)²": [d.relative_variance for d in found.values()],
+        "within input": [d.within_input for d in found.values()],
+        "rank-1 residual": [d.rank_one_residual for d in found.values()],
+    }
+    for label, values in indicators.items():
+        below.semilogy(places, [max(value, 1e-3) for value in values], marker=".", label=label)
+    below.legend(fontsize=7)
+    below.set_xticks(places, list(found), rotation=90, fontsize=5)
+    return figure
+
+
+def write_diagnosis(found: Mapping[str, Diagnosis], ranks: Mapping[str, int], folder: Path, **extra: Any) -> None:
+    """Writes `diagnosis.json`, `diagnosis.md` and `diagnosis.png` into a folder."""
+    fields = diagnosis_fields(found, ranks, **extra)
+    (folder / "diagnosis.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    (folder / "diagnosis.md").write_text(diagnosis_table(found, ranks) + "\n", encoding="utf-8")
+    diagnosis_figure(found).savefig(folder / "diagnosis.png", dpi=130)
