@@ -68,6 +68,35 @@ def _package_folder(address: str) -> Path:
     return folder
 
 
+def load_exactly(auto_class: Any, folder: str, config: Any) -> PreTrainedModel:
+    """Loads a dense model from a folder, head included, in train mode: every key and shape must match.
+
+    Goes through `from_pretrained`, which knows the names that older files use.
+
+    Raises:
+        CheckpointMismatchError: a key is missing or unexpected, or a shape differs.
+        ModelFolderError: the weights cannot be read.
+    """
+    try:
+        with _quiet():
+            model, info = auto_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.get_default_dtype(),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except (SafetensorError, OSError) as error:
+        raise ModelFolderError(folder, f"readable weights ({_first_line(error)})", _names(folder)) from error
+    for key, theirs, ours in sorted(info["mismatched_keys"]):
+        raise CheckpointMismatchError(folder, f"{key!r} is {list(theirs)} there and {list(ours)} here")
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing or unexpected:
+        raise CheckpointMismatchError.keys(folder, missing, unexpected)
+    encoder: PreTrainedModel = model.train()
+    return encoder
+
+
 def _names(folder: str) -> list[str]:
     return [entry.name for entry in Path(folder).iterdir()]
 

@@ -27,7 +27,7 @@ from lowrank_pl.errors.run import (
     StrategyPlacementError,
     TargetKindError,
 )
-from lowrank_pl.hub import load_config, load_pretrained
+from lowrank_pl.hub import load_config, load_exactly, load_pretrained
 from lowrank_pl.strategies import CompressionStrategy, NoCompression
 from lowrank_pl.surgery import CompressionRecord, conform_, read_layout
 from lowrank_pl.tasks import optimization, random_state
@@ -165,10 +165,13 @@ class EncoderTask(pl.LightningModule, ABC):
         target = target or saved.target
         if target is not None:
             _check_same_target(saved, target)
-        # Not the configuration's dtype: the trainer's precision decides.
-        encoder = self.auto_class.from_config(saved.config, dtype=torch.get_default_dtype())
-        saved.load_into_(encoder)
-        self.encoder = encoder.train()
+        if saved.dense_folder is not None:
+            self.encoder = load_exactly(self.auto_class, saved.dense_folder, saved.config)
+        else:
+            # Not the configuration's dtype: the trainer's precision decides.
+            encoder = self.auto_class.from_config(saved.config, dtype=torch.get_default_dtype())
+            saved.load_into_(encoder)
+            self.encoder = encoder.train()
         self.target = target
         self.compression = saved.compression
         self.freshly_initialised_head = False

@@ -39,6 +39,7 @@ class SavedModel:
         state: Parameters and buffers of the encoder with its head.
         target: What it predicts, where the file tells.
         compression: How it was compressed, where it was and the file tells.
+        dense_folder: A Hugging Face folder whose weights are still to be read, by its own loader; `state` is empty.
     """
 
     source: str
@@ -47,6 +48,7 @@ class SavedModel:
     state: dict[str, Tensor]
     target: TargetSpec | None = None
     compression: CompressionRecord | None = None
+    dense_folder: str | None = None
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -189,7 +191,9 @@ def _from_folder(folder: Path) -> SavedModel:
         raise NotACheckpointError(str(folder), f"config.json is damaged ({error})") from error
     if "model_type" not in fields:
         raise NotACheckpointError(str(folder), "config.json has no model_type")
-    layout = ModelLayout.from_dict(fields.pop(LAYOUT_KEY)) if LAYOUT_KEY in fields else ModelLayout({})
+    if LAYOUT_KEY not in fields:
+        return SavedModel(str(folder), _config(fields), ModelLayout({}), {}, dense_folder=str(folder))
+    layout = ModelLayout.from_dict(fields.pop(LAYOUT_KEY))
     state: dict[str, Tensor] = {}
     try:
         for file in files:

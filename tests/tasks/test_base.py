@@ -161,6 +161,26 @@ def test_hugging_face_folder_with_another_head_is_refused(tiny_bert: str, tmp_pa
     make_task(None, init_from=folder).build(task.target)
 
 
+def test_hugging_face_folder_that_lacks_a_head_is_refused(tiny_bert: str) -> None:
+    with pytest.raises(CheckpointMismatchError, match=r"missing 'bert\.pooler.*unexpected 'cls\.predictions"):
+        make_task(None, init_from=tiny_bert).build(SyntheticData().target)
+
+
+def test_hugging_face_folder_with_the_names_of_old_files(tiny_bert: str, tmp_path: Path) -> None:
+    task = make_task(tiny_bert)
+    task.build(SyntheticData().target)
+    folder = save_folder(task, tmp_path / "old")
+    state = {n: t.clone() for n, t in task.encoder.state_dict().items()}
+    old = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in state.items()
+    }
+    save_file(old, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    other = make_task(None, init_from=folder)
+    other.build(SyntheticData().target)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.encoder.state_dict().items())
+
+
 def test_pretrained_with_another_head_gets_a_new_one(tiny_bert: str, tmp_path: Path) -> None:
     task = make_task(tiny_bert)
     task.build(TargetSpec("nli", "classification", ("entailment", "neutral", "contradiction")))
