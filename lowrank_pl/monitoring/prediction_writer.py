@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lowrank_pl.tasks import EncoderTask
-from lowrank_pl.tasks.token_classification import IGNORED
+from lowrank_pl.tasks.per_token import IGNORED
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -18,20 +17,19 @@ from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel
 
 from lowrank_pl.contract import HasTarget, TargetKind, TargetSpec
-from lowrank_pl.errors.model import CheckpointMismatchError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import (
     MissingArgumentError,
-    MonitorModeError,
     ResumeMismatchError,
     StrategyPlacementError,
     TargetKindError,
 )
-from lowrank_pl.hub import load_config, load_exactly, load_pretrained
+from lowrank_pl.hub import load_exactly, load_pretrained
 from lowrank_pl.strategies import CompressionStrategy, NoCompression
 from lowrank_pl.surgery import CompressionRecord, conform_, read_layout
 from lowrank_pl.tasks import optimization, random_state
-from lowrank_pl.tasks.metrics import build_metrics, lower_is_better, score
+from lowrank_pl.tasks.compatibility import check_monitor_modes, check_same_architecture, check_same_target
+from lowrank_pl.tasks.metrics import build_metrics, score
 from lowrank_pl.tasks.saved import SavedModel, check_state, describe, from_checkpoint, read_saved_model
 
 logger = logging.getLogger(__name__)
@@ -133,12 +131,8 @@ class EncoderTask(pl.LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Refuses a checkpoint callback that would keep the worst model: some scores are better when lower."""
-        for callback in self.trainer.checkpoint_callbacks:
-            if stage == "fit" and isinstance(callback, ModelCheckpoint) and (callback.monitor or "").endswith("/score"):
-                target = self._target_of_data()
-                wanted = "min" if target is not None and lower_is_better(target) else "max"
-                if target is not None and callback.mode != wanted:
-                    raise MonitorModeError(str(callback.monitor), callback.mode, wanted, target.name)
+        if stage == "fit":
+            check_monitor_modes(self.trainer, self._target_of_data())
 
     def build(self, target: TargetSpec | None = None) -> None:
         """Builds the encoder from `init_from` or `pretrained`, for a target (default: one output per label).
@@ -150,7 +144,7 @@ class EncoderTask(pl.LightningModule, ABC):
         if self.init_from is not None:
             saved = read_saved_model(self.init_from)
             if self.pretrained is not None:
-                _check_same_architecture(saved, self.pretrained)
+                check_same_architecture(saved, self.pretrained)
             self._restore(saved, target)
         elif self.pretrained is not None:
             head = self._head_config(target)
@@ -164,7 +158,7 @@ class EncoderTask(pl.LightningModule, ABC):
     def _restore(self, saved: SavedModel, target: TargetSpec | None) -> None:
         target = target or saved.target
         if target is not None:
-            _check_same_target(saved, target)
+            check_same_target(saved, target)
         if saved.dense_folder is not None:
             self.encoder = load_exactly(self.auto_class, saved.dense_folder, saved.config)
         else:
@@ -328,7 +322,7 @@ class EncoderTask(pl.LightningModule, ABC):
             return
         if saved.target is not None:
             if self.target is not None:
-                _check_same_target(saved, self.target)
+                check_same_target(saved, self.target)
             self.target = saved.target
         layout = read_layout(self.encoder)
         if layout.modules and (difference := layout.difference(saved.layout)) and self._is_fitting():
@@ -340,36 +334,3 @@ class EncoderTask(pl.LightningModule, ABC):
 
     def _is_fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-
-
-def _check_same_target(saved: SavedModel, target: TargetSpec) -> None:
-    """Refuses a head of another size or kind, and one whose classes stand in another order than the data's."""
-    if target.kind == "masked_lm":
-        return
-    names, told = target.label_names, saved.label_names
-    count = len(told) if told else 1
-    if (saved.target is not None and saved.target.kind != target.kind) or count != max(len(names), 1):
-        name, kind = (saved.target.name, saved.target.kind) if saved.target else ("a model folder", "head")
-        raise CheckpointMismatchError(
-            saved.source,
-            f"it predicts {count} labels of {name!r} ({kind}), "
-            f"the data {target.name!r} have {len(names)} ({target.kind})",
-        )
-    if set(told) == set(names) and told != names:
-        raise CheckpointMismatchError(
-            saved.source, f"its classes stand in the order {list(told)}, the data's in the order {list(names)}"
-        )
-    if told != names and not all(label.startswith("LABEL_") for label in told):
-        logger.warning("%s was trained on labels %s, the data have %s", saved.source, told, names)
-
-
-def _check_same_architecture(saved: SavedModel, pretrained: str) -> None:
-    """Refuses weights that do not belong to the tokenizer of `pretrained`."""
-    config = load_config(pretrained)
-    own, other = ((c.model_type, c.vocab_size) for c in (saved.config, config))
-    if own != other:
-        raise CheckpointMismatchError(
-            saved.source,
-            f"it is a {own[0]} with {own[1]} tokens, while pretrained={pretrained!r}, which the tokenizer comes from, "
-            f"is a {other[0]} with {other[1]}",
-        )

@@ -1,0 +1,61 @@
+"""Whether weights, data, tokenizer and callbacks belong together: refusals before any long work."""
+
+from __future__ import annotations
+
+import logging
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lowrank_pl.contract import TargetSpec
+from lowrank_pl.errors.model import CheckpointMismatchError
+from lowrank_pl.errors.run import MonitorModeError
+from lowrank_pl.hub import load_config
+from lowrank_pl.tasks.metrics import lower_is_better
+from lowrank_pl.tasks.saved import SavedModel
+
+logger = logging.getLogger(__name__)
+
+
+def check_same_target(saved: SavedModel, target: TargetSpec) -> None:
+    """Refuses a head of another size or kind, and one whose classes stand in another order than the data's."""
+    if target.kind == "masked_lm":
+        return
+    names, told = target.label_names, saved.label_names
+    count = len(told) if told else 1
+    if (saved.target is not None and saved.target.kind != target.kind) or count != max(len(names), 1):
+        name, kind = (saved.target.name, saved.target.kind) if saved.target else ("a model folder", "head")
+        raise CheckpointMismatchError(
+            saved.source,
+            f"it predicts {count} labels of {name!r} ({kind}), "
+            f"the data {target.name!r} have {len(names)} ({target.kind})",
+        )
+    if set(told) == set(names) and told != names:
+        raise CheckpointMismatchError(
+            saved.source, f"its classes stand in the order {list(told)}, the data's in the order {list(names)}"
+        )
+    if told != names and not all(label.startswith("LABEL_") for label in told):
+        logger.warning("%s was trained on labels %s, the data have %s", saved.source, told, names)
+
+
+def check_same_architecture(saved: SavedModel, pretrained: str) -> None:
+    """Refuses weights that do not belong to the tokenizer of `pretrained`."""
+    config = load_config(pretrained)
+    own, other = ((c.model_type, c.vocab_size) for c in (saved.config, config))
+    if own != other:
+        raise CheckpointMismatchError(
+            saved.source,
+            f"it is a {own[0]} with {own[1]} tokens, while pretrained={pretrained!r}, which the tokenizer comes from, "
+            f"is a {other[0]} with {other[1]}",
+        )
+
+
+def check_monitor_modes(trainer: pl.Trainer, target: TargetSpec | None) -> None:
+    """Refuses a checkpoint callback that would keep the worst model: some scores are better when lower."""
+    if target is None:
+        return
+    wanted = "min" if lower_is_better(target) else "max"
+    for callback in trainer.checkpoint_callbacks:
+        monitor = getattr(callback, "monitor", None) or ""
+        if isinstance(callback, ModelCheckpoint) and monitor.endswith("/score") and callback.mode != wanted:
+            raise MonitorModeError(monitor, callback.mode, wanted, target.name)

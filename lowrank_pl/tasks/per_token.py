@@ -1,0 +1,45 @@
+"""What tasks with one label per token share. b: samples, t: tokens, c: classes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank_pl.tasks.base import EncoderTask
+
+IGNORED = -100
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropies `[b, t]` of logits `[b, t, c]`; 0 where the label is -100."""
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+
+
+def mean_per_sample(losses: Tensor, labels: Tensor) -> Tensor:
+    """Means `[b]` over each sample's labelled tokens; 0 for a sample without any."""
+    return losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
+
+
+def mean_per_token(losses: Tensor, labels: Tensor) -> Tensor:
+    """The mean over all labelled tokens of a batch."""
+    return losses.sum() / (labels != IGNORED).sum().clamp(min=1)
+
+
+class PerTokenTask(EncoderTask):
+    """Cross-entropy over labelled tokens.
+
+    Training minimises the mean over the batch's labelled tokens; a sample's own loss (for importance) is the mean
+    over its own.
+    """
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy over each sample's labelled tokens."""
+        return mean_per_sample(token_losses(logits, labels), labels)
+
+    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy over the batch's labelled tokens."""
+        return mean_per_token(token_losses(logits, labels), labels)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """Class ids `[b, t]`."""
+        return logits.argmax(-1)
