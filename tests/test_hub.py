@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from lowrank_pl.errors.model import (
     ModelFolderError,
     PackageModelError,
 )
-from lowrank_pl.hub import load_config, load_pretrained, load_tokenizer, resolve_pretrained
+from lowrank_pl.hub import load_config, load_exactly, load_pretrained, load_tokenizer, resolve_pretrained
 from tests.support.tiny import FAMILIES, save_tiny_model
 
 LOADERS: dict[str, Callable[[str], Any]] = {
@@ -43,6 +44,14 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(pristine: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(pristine, tmp_path / "bert"))
+
+
+@pytest.fixture
+def tuned(pristine: Path, tmp_path: Path) -> Path:
+    """The encoder with a head for three classes."""
+    model, _ = load_pretrained(AutoModelForSequenceClassification, str(pristine), num_labels=3)
+    model.save_pretrained(tmp_path / "tuned")
+    return tmp_path / "tuned"
 
 
 @pytest.fixture
@@ -150,6 +159,50 @@ def test_the_head_that_was_saved_is_not_fresh(pristine: Path) -> None:
     assert fresh
 
 
+def test_a_head_for_other_labels_is_made_anew(tuned: Path) -> None:
+    saved = load_file(tuned / "model.safetensors")
+    same, fresh = load_pretrained(AutoModelForSequenceClassification, str(tuned), num_labels=3)
+    assert not fresh
+    assert torch.equal(same.state_dict()["classifier.weight"], saved["classifier.weight"])
+    other, fresh = load_pretrained(AutoModelForSequenceClassification, str(tuned), num_labels=2)
+    assert fresh
+    assert other.state_dict()["classifier.weight"].shape == (2, 32)
+    key = "bert.encoder.layer.1.output.dense.weight"
+    assert torch.equal(other.state_dict()[key], saved[key])
+
+
+def test_exact_loading_gives_every_tensor_back_in_train_mode(tuned: Path) -> None:
+    model = load_exactly(AutoModelForSequenceClassification, str(tuned), load_config(str(tuned)))
+    saved = load_file(tuned / "model.safetensors")
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_exact_loading_refuses_a_missing_head(tuned: Path) -> None:
+    drop_weights(tuned, "classifier.bias")
+    with pytest.raises(CheckpointMismatchError, match=r"missing 'classifier\.bias'\."):
+        load_exactly(AutoModelForSequenceClassification, str(tuned), load_config(str(tuned)))
+
+
+def test_exact_loading_refuses_unexpected_weights(tuned: Path) -> None:
+    path = tuned / "model.safetensors"
+    save_file({**load_file(path), "stray.weight": torch.ones(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointMismatchError, match=r"unexpected 'stray\.weight'\."):
+        load_exactly(AutoModelForSequenceClassification, str(tuned), load_config(str(tuned)))
+
+
+def test_exact_loading_refuses_another_shape_with_both(tuned: Path) -> None:
+    with pytest.raises(CheckpointMismatchError, match=r"'classifier\.bias' is \[3\] there and \[2\] here"):
+        load_exactly(AutoModelForSequenceClassification, str(tuned), load_config(str(tuned), num_labels=2))
+
+
+def test_exact_loading_names_unreadable_weights(tuned: Path) -> None:
+    (tuned / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelFolderError, match="readable weights"):
+        load_exactly(AutoModelForSequenceClassification, str(tuned), load_config(str(tuned)))
+
+
 def test_half_precision_weights_are_widened_to_the_default_dtype(folder: Path) -> None:
     tensors = {key: value.half() for key, value in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -163,11 +216,15 @@ def test_missing_encoder_weights_are_refused_and_the_log_level_restored(folder: 
     key = "bert.encoder.layer.1.output.dense.weight"
     drop_weights(folder, key)
     before = transformers_logging.get_verbosity()
-    with pytest.raises(CheckpointMismatchError) as caught:
-        load_pretrained(AutoModelForSequenceClassification, str(folder))
+    transformers_logging.set_verbosity_info()
+    try:
+        with pytest.raises(CheckpointMismatchError) as caught:
+            load_pretrained(AutoModelForSequenceClassification, str(folder))
+        assert transformers_logging.get_verbosity() == logging.INFO
+    finally:
+        transformers_logging.set_verbosity(before)
     assert f"missing '{key}'" in str(caught.value)
     assert repr(str(folder)) in str(caught.value)
-    assert transformers_logging.get_verbosity() == before
 
 
 def test_many_missing_encoder_weights_are_counted(folder: Path) -> None:

@@ -62,6 +62,19 @@ def test_a_ratio_that_pays_exactly_for_a_rank_gets_it() -> None:
         assert uniform_ranks({"a": shape}, keep_ratio=rank / 384).ranks == {"a": rank}
 
 
+def test_a_share_just_short_of_a_rank_does_not_get_it_from_another_layer() -> None:
+    # 9.995 ranks of the square layer; the other one's 15.99 leave enough over to pay for the missing 0.005.
+    shapes = {"square": LinearShape(768, 768), "wide": LinearShape(3072, 768)}
+    assert uniform_ranks(shapes, keep_ratio=9.995 / 384).ranks == {"square": 9, "wide": 15}
+
+
+def test_decimal_ratios_count_as_written() -> None:
+    # In floating point 0.29 · 100 is 28.999999999999996.
+    assert uniform_ranks({"a": LinearShape(100, 300)}, rank_ratio=0.29).ranks == {"a": 29}
+    # 0.575 of 6,000 parameters pay for exactly 15 ranks at 230 each; floating point gives 3449.9999999999995.
+    assert uniform_ranks({"a": LinearShape(30, 200)}, keep_ratio=0.575).ranks == {"a": 15}
+
+
 def test_keeping_all_leaves_all_dense() -> None:
     allocation = uniform_ranks(MIXED, keep_ratio=1.0)
     assert set(allocation.ranks.values()) == {None}

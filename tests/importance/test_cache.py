@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BertConfig
 
 from lowrank_pl.importance import Fisher, FisherCache, FisherKind, LayerFisher
 from lowrank_pl.importance import cache as cache_module
@@ -34,8 +35,9 @@ def key(
     names: tuple[str, ...] = ("0", "2"),
     kind: FisherKind = FisherKind.FULL,
     data: str = "mrpc",
+    loss: str = "",
 ) -> str:
-    return FisherCache.key(root or model(), list(names), kind, data)
+    return FisherCache.key(root or model(), list(names), kind, data, loss)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -164,8 +166,19 @@ def test_a_key_changes_with_everything_the_measurement_depends_on() -> None:
         key(names=("0",)),
         key(kind=FisherKind.SUMS),
         key(data="sst2"),
+        key(loss="mean"),
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_a_key_changes_with_the_configuration_at_equal_weights() -> None:
+    # Two heads or four: the same weights, another function.
+    keys = []
+    for heads in (2, 4, 2):
+        root = model()
+        object.__setattr__(root, "config", BertConfig(num_attention_heads=heads))
+        keys.append(key(root))
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_a_key_does_not_change_with_mode_flags_or_gradients() -> None:
