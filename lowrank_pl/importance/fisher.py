@@ -136,7 +136,7 @@ class _Run:
         """Adds one batch; returns its number of samples. Nothing is accumulated if it raises in the forward."""
         size = int(next(iter(batch.values())).shape[0])
         with torch.enable_grad():
-            if not self._rehearsed:
+            if size and not self._rehearsed:
                 self._rehearsed = True
                 self._tape.rehearse(lambda: self._loss(next(_single_samples(batch))))
             self._tape.start(size)
@@ -185,10 +185,11 @@ def _collect(
             tensor.copy_(part.view_as(tensor))
     layers = {}
     for name, accumulator in accumulators.items():
-        # Sums by Gram matrices can round to slightly below zero where the exact value is zero; NaN stays NaN.
-        parts = [(tensor / max(samples, 1)).clamp_(min=0) for tensor in accumulator.tensors()]
+        parts = [tensor / max(samples, 1) for tensor in accumulator.tensors()]
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise NonFiniteError("the accumulated gradient", layer=name)
+        # Sums by Gram matrices can round to slightly below zero where the exact value is zero.
+        parts = [part.clamp_(min=0) for part in parts]
         if kind is FisherKind.FULL:
             layers[name] = LayerFisher(parts[0].sum(0), parts[0].sum(1), parts[0])
         else:
