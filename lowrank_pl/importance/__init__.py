@@ -1,6 +1,18 @@
-"""How much each weight, input or output of a linear layer matters to the loss. Knows nothing of ranks."""
+"""How much a weight, input, output or singular group of a linear layer matters to the loss. Knows nothing of ranks."""
 
 from lowrank_pl.importance.cache import FisherCache
 from lowrank_pl.importance.fisher import Fisher, FisherKind, LayerFisher, empirical_fisher
+from lowrank_pl.importance.sensitivity import FirstOrder, Groups, GroupSensitivity, Squared, Triplet
 
-__all__ = ["Fisher", "FisherCache", "FisherKind", "LayerFisher", "empirical_fisher"]
+__all__ = [
+    "FirstOrder",
+    "Fisher",
+    "FisherCache",
+    "FisherKind",
+    "GroupSensitivity",
+    "Groups",
+    "LayerFisher",
+    "Squared",
+    "Triplet",
+    "empirical_fisher",
+]

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import ShapeError
+from lowrank_pl.nn.svd_linear import SVDLinear
 
 
 class LowRankLinear(nn.Module):
@@ -42,7 +43,7 @@ class LowRankLinear(nn.Module):
             self.register_parameter("bias", None)
 
     @classmethod
-    def like(cls, linear: nn.Linear | LowRankLinear, rank: int) -> LowRankLinear:
+    def like(cls, linear: nn.Linear | LowRankLinear | SVDLinear, rank: int) -> LowRankLinear:
         """An empty layer of the same features, bias, device, dtype and mode; the bias is copied."""
         reference = linear.weight if isinstance(linear, nn.Linear) else linear.left
         layer = cls(

@@ -54,8 +54,9 @@ class FWSVD(StaticStrategy):
         self.side = side
         self.damping = damping
 
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factorised:
+    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None, samples: int) -> Factorised:
         """Weighted SVD by the chosen side."""
+        del samples
         assert fisher is not None
         inputs = fisher.input_sums if self.side in ("input", "both") else None
         outputs = fisher.output_sums if self.side in ("output", "both") else None

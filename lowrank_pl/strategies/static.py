@@ -83,8 +83,8 @@ class StaticStrategy(CompressionStrategy):
         self._written = False
 
     @abstractmethod
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factorised:
-        """Factorises one weight `[m, n]` at a rank; `fisher` is `None` for methods that need none."""
+    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None, samples: int) -> Factorised:
+        """Factorises one weight `[m, n]` at a rank; `fisher`, from so many samples, is `None` where none is needed."""
 
     def plan(self, encoder: nn.Module) -> Allocation:
         """The ranks for an encoder; changes nothing.
@@ -191,7 +191,7 @@ class StaticStrategy(CompressionStrategy):
             note = f"the Fisher information of {name!r} is zero everywhere: factorised by plain SVD instead"
             logger.warning(note)
             notes.append(note)
-        found = self.factorise(weight, layer.rank, layer_fisher)
+        found = self.factorise(weight, layer.rank, layer_fisher, fisher.num_samples if fisher is not None else 0)
         layer.assign_(found.factors)
         return {
             "error": relative_error(weight, found.factors.product()),

@@ -12,7 +12,7 @@ from lowrank_pl.strategies.static import Factorised, StaticStrategy
 class SVD(StaticStrategy):
     """Minimises `‖W − AB‖_F` per layer; needs no data. See `StaticStrategy` for the arguments."""
 
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factorised:
+    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None, samples: int) -> Factorised:
         """Truncated SVD; the Fisher information plays no part."""
-        del fisher
+        del fisher, samples
         return Factorised(truncated_svd(weight, rank))

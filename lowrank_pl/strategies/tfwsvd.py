@@ -15,6 +15,9 @@ from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.static import Factorised, StaticStrategy
 from lowrank_pl.surgery import TargetSelector
 
+_HALF_AT = 64
+"""Calibration samples at which an importance is as much noise as it is more than rank one."""
+
 
 class TFWSVD(StaticStrategy):
     """Minimises the reconstruction error weighted by the empirical Fisher information of each single weight.
@@ -32,7 +35,9 @@ class TFWSVD(StaticStrategy):
         targets: Which layers to factorise.
         calibration: How importance is measured.
         shrinkage: Share of the importance that is replaced by its two-sided (rank-one) approximation, from 0 (none)
-            to 1 (all: the closed form of FWSVD with side `both`); steadies an importance from few samples.
+            to 1 (all: the closed form of FWSVD with side `both`); steadies an importance from few samples. By default
+            `64 / (64 + samples)`, which is near the best on held-out samples for 64 to 1833 calibration samples of MRPC
+            (`docs/tfwsvd.md`).
     """
 
     fisher_kind = FisherKind.FULL
@@ -46,21 +51,28 @@ class TFWSVD(StaticStrategy):
         overrides: list[LayerOverride] | None = None,
         targets: TargetSelector | None = None,
         calibration: Calibration | None = None,
-        shrinkage: float = 0.0,
+        shrinkage: float | None = None,
     ) -> None:
         super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration)
-        if not 0 <= shrinkage <= 1:
+        if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise RangeError("shrinkage", shrinkage, "0 <= shrinkage <= 1, the share that is replaced")
         self.solver = solver or PreconditionedLBFGS()
         self.shrinkage = shrinkage
 
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None) -> Factorised:
+    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None, samples: int) -> Factorised:
         """The solver's best iterate; its weighted error is that of the importance after shrinkage."""
         assert fisher is not None
         assert fisher.full is not None
-        importance = shrink_importance(fisher.full, self.shrinkage)
+        shrinkage = self.shrinkage_for(samples)
+        importance = shrink_importance(fisher.full, shrinkage)
         result = weighted_low_rank(weight, importance, rank, self.solver)
         return Factorised(result.factors, math.sqrt(result.loss), result.losses, result.reason)
+
+    def shrinkage_for(self, samples: int) -> float:
+        """The shrinkage for a number of calibration samples."""
+        if self.shrinkage is not None:
+            return self.shrinkage
+        return _HALF_AT / (_HALF_AT + samples)
 
     def options(self) -> dict[str, Any]:
         """Adds the solver with its numbers, and the shrinkage."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.nn import LowRankLinear, SVDLinear
 from lowrank_pl.surgery.convert import empty_linear_like
 from lowrank_pl.surgery.swap import replace_module_
 
 LAYOUT_VERSION = 1
 LOW_RANK = "low_rank"
+SINGULAR_GROUPS = "singular_groups"
+_LINEARS = (nn.Linear, LowRankLinear, SVDLinear)
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class ModelLayout:
     """Kind and size of every module that is not what the architecture's own code builds.
 
     Attributes:
-        modules: `{fully qualified name: (kind, size)}`; the only kind so far is `"low_rank"`, its size the rank.
+        modules: `{fully qualified name: (kind, size)}`. `"low_rank"`: two factors, its size the rank.
+            `"singular_groups"`: a layer whose rank still shrinks in training, its size the capacity.
     """
 
     modules: dict[str, tuple[str, int]]
@@ -57,7 +61,25 @@ class ModelLayout:
 
 def read_layout(model: nn.Module) -> ModelLayout:
     """Reads the layout off a model."""
-    return ModelLayout({name: (LOW_RANK, m.rank) for name, m in model.named_modules() if isinstance(m, LowRankLinear)})
+    found = {name: _size(module) for name, module in model.named_modules()}
+    return ModelLayout({name: size for name, size in found.items() if size is not None})
+
+
+def compacted(layout: ModelLayout, ranks: Mapping[str, int], dense: Collection[str] = ()) -> ModelLayout:
+    """The layout that `compact_` leaves behind.
+
+    Args:
+        layout: With layers in singular groups.
+        ranks: Of those layers.
+        dense: Those that become dense.
+    """
+    modules = {}
+    for name, (kind, size) in layout.modules.items():
+        if kind != SINGULAR_GROUPS:
+            modules[name] = (kind, size)
+        elif name not in dense:
+            modules[name] = (LOW_RANK, ranks[name])
+    return ModelLayout(modules)
 
 
 def conform_(model: nn.Module, layout: ModelLayout, source: str = "the checkpoint") -> None:
@@ -70,14 +92,26 @@ def conform_(model: nn.Module, layout: ModelLayout, source: str = "the checkpoin
     """
     modules = dict(model.named_modules())
     for name, (kind, _) in layout.modules.items():
-        if kind != LOW_RANK or not isinstance(modules.get(name), (nn.Linear, LowRankLinear)):
+        if kind not in (LOW_RANK, SINGULAR_GROUPS) or not isinstance(modules.get(name), _LINEARS):
             found = type(modules[name]).__name__ if name in modules else "nothing"
             raise CheckpointMismatchError(source, f"it has a {kind} layer at {name!r}, where the model has {found}")
     for name, module in modules.items():
-        wanted = layout.modules.get(name)
-        if wanted is None and isinstance(module, LowRankLinear):
-            replace_module_(model, name, empty_linear_like(module))
-        elif wanted is not None and isinstance(module, (nn.Linear, LowRankLinear)):
-            rank = wanted[1]
-            if not (isinstance(module, LowRankLinear) and module.rank == rank):
-                replace_module_(model, name, LowRankLinear.like(module, rank))
+        if isinstance(module, _LINEARS) and _size(module) != layout.modules.get(name):
+            replace_module_(model, name, _empty(module, layout.modules.get(name)))
+
+
+def _size(module: nn.Module) -> tuple[str, int] | None:
+    if isinstance(module, LowRankLinear):
+        return LOW_RANK, module.rank
+    if isinstance(module, SVDLinear):
+        return SINGULAR_GROUPS, module.capacity
+    return None
+
+
+def _empty(module: nn.Linear | LowRankLinear | SVDLinear, wanted: tuple[str, int] | None) -> nn.Module:
+    """An empty layer of a kind and size, in the place of another."""
+    dense = module if isinstance(module, nn.Linear) else empty_linear_like(module)
+    if wanted is None:
+        return dense
+    kind, size = wanted
+    return LowRankLinear.like(dense, size) if kind == LOW_RANK else SVDLinear.like(dense, size)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank_pl.core.elementwise.problem import WeightedProblem
+from lowrank_pl.core.elementwise.problem import WeightedProblem, dot
 
 Pair = tuple[Tensor, Tensor]
 
@@ -24,11 +24,11 @@ def quartic(
     q = da @ db
     f_r, f_p = problem.importance * residual, problem.importance * p
     inner = [
-        _dot(f_r, residual),
-        2 * _dot(f_r, p),
-        _dot(f_p, p) + 2 * _dot(f_r, q),
-        2 * _dot(f_p, q),
-        _dot(problem.importance * q, q),
+        dot(f_r, residual),
+        2 * dot(f_r, p),
+        dot(f_p, p) + 2 * dot(f_r, q),
+        2 * dot(f_p, q),
+        dot(problem.importance * q, q),
     ]
     return [value / problem.total for value in inner], p, q
 
@@ -63,7 +63,3 @@ def _real_roots(coefficients: list[float]) -> list[float]:
 def minimise_quartic(problem: WeightedProblem, residual: Tensor, point: Pair, direction: Pair) -> float:
     """The best step along a direction."""
     return best_step(quartic(problem, residual, point, direction)[0])
-
-
-def _dot(x: Tensor, y: Tensor) -> float:
-    return float((x * y).sum(dtype=torch.float64))

@@ -68,7 +68,7 @@ class WeightedProblem:
 
     def loss_of(self, residual: Tensor) -> float:
         """The objective at a residual."""
-        return float((self.importance * residual).mul_(residual).sum(dtype=torch.float64)) / self.total
+        return dot(self.importance * residual, residual) / self.total
 
     def loss(self, a: Tensor, b: Tensor) -> float:
         """The objective."""
@@ -76,5 +76,16 @@ class WeightedProblem:
 
     def gradients(self, a: Tensor, b: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """`∂/∂A [m, r]` and `∂/∂B [r, n]` of the objective at a residual of `A`, `B`."""
-        weighted = (self.importance * residual).mul_(2 / self.total)
-        return weighted @ b.mT, a.mT @ weighted
+        return self.loss_and_gradients(a, b, residual)[1]
+
+    def loss_and_gradients(self, a: Tensor, b: Tensor, residual: Tensor) -> tuple[float, tuple[Tensor, Tensor]]:
+        """The objective and its gradients, sharing what they have in common."""
+        weighted = self.importance * residual
+        loss = dot(weighted, residual) / self.total
+        weighted.mul_(2 / self.total)
+        return loss, (weighted @ b.mT, a.mT @ weighted)
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    """`Σ x y` of matrices: within rows in their dtype, over rows in float64."""
+    return float(torch.linalg.vecdot(x, y).sum(dtype=torch.float64))

@@ -1,0 +1,89 @@
+"""How the budget shrinks over a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.run import ScheduleError
+
+
+@dataclass
+class CubicSchedule:
+    """Constant, then falling like a cube, then constant at the target; lengths are shares of the run.
+
+    Args:
+        warmup: Share of the steps before the budget starts to fall, `0 <= warmup < 1`: scores need a few steps.
+        cooldown: Share of the steps at the end that train at the target, `0 <= cooldown < 1`.
+        interval: Share of the steps between two reallocations, `0 < interval <= 1`; at least one step.
+
+    References:
+        Zhang et al., AdaLoRA, ICLR 2023, equation 12; Hua et al., Dynamic low-rank estimation for transformer-based
+        language models, EMNLP Findings 2023.
+    """
+
+    warmup: float = 0.05
+    cooldown: float = 0.5
+    interval: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Refuses shares that leave no time to fall."""
+        for name, low in (("warmup", 0.0), ("cooldown", 0.0), ("interval", 1e-9)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= 1):
+                raise RangeError(
+                    f"schedule.{name}", value, f"{'0 <' if low else '0 <='} {name} <= 1, a share of the run"
+                )
+        if self.warmup + self.cooldown >= 1:
+            given = f"schedule.warmup={self.warmup!r} and schedule.cooldown={self.cooldown!r}"
+            raise ScheduleError(given, "leave no step in which the budget could fall", "warmup + cooldown < 1")
+
+    def over(self, total_steps: int) -> CubicCurve:
+        """The schedule in optimizer steps.
+
+        Args:
+            total_steps: Optimizer steps of the whole run, `>= 1`.
+
+        Raises:
+            ScheduleError: the run is too short: a reallocation needs at least one step observed before it, and at
+                least one between warm-up and cool-down.
+        """
+        start, end = round(self.warmup * total_steps), total_steps - round(self.cooldown * total_steps)
+        interval = max(1, round(self.interval * total_steps))
+        if end - start < 1 or end < 1:
+            given = f"a run of {total_steps} optimizer steps with {self}"
+            raise ScheduleError(given, "has no step in which the budget could fall", "longer runs or shorter shares")
+        return CubicCurve(start, end, interval)
+
+
+@dataclass(frozen=True)
+class CubicCurve:
+    """A `CubicSchedule` in optimizer steps.
+
+    Attributes:
+        start: Steps before the budget falls.
+        end: The step at which it has reached the target: the last reallocation.
+        interval: Steps between reallocations.
+    """
+
+    start: int
+    end: int
+    interval: int
+
+    def share(self, step: int) -> float:
+        """The share of the way from target to start that is still to go: 1 up to `start`, 0 from `end` on."""
+        if step <= self.start:
+            return 1.0
+        if step >= self.end:
+            return 0.0
+        return (1 - (step - self.start) / (self.end - self.start)) ** 3
+
+    def acts(self, step: int) -> bool:
+        """Whether ranks are reallocated after that many steps."""
+        on_the_way = self.start < step < self.end and (step - self.start) % self.interval == 0
+        return on_the_way or step == self.end
+
+    def budget(self, step: int, first: float, last: float) -> float:
+        """`last + (first − last) · share(step)`."""
+        return last + (first - last) * self.share(step)
