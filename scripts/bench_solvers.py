@@ -167,7 +167,7 @@ def main() -> None:
 
 def write(folder: Path, rows: list[dict[str, Any]], whole: dict[str, float], memory: dict[str, int]) -> None:
     """Writes table, figures and plot."""
-    figures = {"rows": rows, "whole_encoder_seconds": whole, "peak_bytes": memory}
+    figures: dict[str, Any] = {"rows": rows, "whole_encoder_seconds": whole, "peak_bytes": memory}
     figures["threads"] = torch.get_num_threads()
     (folder / "solvers.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     keys = ("layer", "keep_ratio", "rank", "solver", "start", "best", "above_best", "seconds", "seconds_within_0.1%")

@@ -1,5 +1,19 @@
 """Scores, shapes and a budget in; ranks out. Knows nothing of where scores come from."""
 
+from lowrank_pl.allocation.budget import Budget
+from lowrank_pl.allocation.ranking import Cost, RankBounds, globally_ranked, rounded
+from lowrank_pl.allocation.schedule import CubicCurve, CubicSchedule
 from lowrank_pl.allocation.uniform import Allocation, LayerOverride, uniform_ranks
 
-__all__ = ["Allocation", "LayerOverride", "uniform_ranks"]
+__all__ = [
+    "Allocation",
+    "Budget",
+    "Cost",
+    "CubicCurve",
+    "CubicSchedule",
+    "LayerOverride",
+    "RankBounds",
+    "globally_ranked",
+    "rounded",
+    "uniform_ranks",
+]

@@ -1,23 +1,74 @@
-"""Singular groups ranked across all layers, and as many kept as a budget pays for."""
+"""Singular groups ranked across all layers, and as many kept as a budget pays for. m: outputs, n: inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import RangeError, ShapeError
 
 
-@dataclass(frozen=True)
+@dataclass
 class RankBounds:
-    """How few and how many groups a layer may keep, `1 <= low <= high`."""
+    """How few and how many singular groups some layers may end with.
 
+    Args:
+        pattern: Glob over fully qualified names. The first that matches a layer wins.
+        low: At least so many, `>= 1`.
+        high: At most so many; `null`: no limit.
+    """
+
+    pattern: str = "*"
     low: int = 1
     high: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses impossible numbers."""
+        if self.low < 1:
+            raise RangeError(f"bounds[{self.pattern!r}].low", self.low, "a whole number from 1")
+        if self.high is not None and self.high < self.low:
+            raise RangeError(f"bounds[{self.pattern!r}].high", self.high, f"low ({self.low}) or more")
+
+
+def bounds_of(shapes: Mapping[str, LinearShape], bounds: list[RankBounds]) -> dict[str, RankBounds]:
+    """The bounds of every layer.
+
+    Raises:
+        OverrideError: a pattern matches no layer, or asks for more than a layer's full rank.
+    """
+    for bound in bounds:
+        matched = [name for name in shapes if fnmatchcase(name, bound.pattern)]
+        if not matched:
+            raise OverrideError(bound.pattern, "matches no targeted layer", list(shapes))
+        for name in matched:
+            shapes[name].check_rank(bound.low, name)
+    return {name: next((b for b in bounds if fnmatchcase(name, b.pattern)), RankBounds()) for name in shapes}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What ranks cost, in parameters.
+
+    Attributes:
+        allow_dense: Whether a layer at or above its break-even rank may end as a dense weight, which then is cheaper.
+    """
+
+    allow_dense: bool = False
+
+    def of(self, shape: LinearShape, rank: int) -> int:
+        """Parameters of a layer at a rank."""
+        factored = shape.factored_params(rank)
+        return min(factored, shape.dense_params) if self.allow_dense else factored
+
+    def total(self, shapes: Mapping[str, LinearShape], ranks: Mapping[str, int]) -> int:
+        """Parameters of all layers."""
+        return sum(self.of(shape, ranks[name]) for name, shape in shapes.items())
 
 
 def globally_ranked(
@@ -26,18 +77,20 @@ def globally_ranked(
     budget: float,
     bounds: Mapping[str, RankBounds] | None = None,
     per_parameter: bool = False,
+    cost: Cost | None = None,
 ) -> dict[str, Tensor]:
     """Keeps the groups with the highest scores of all layers together, strictly within a budget of parameters.
 
     Every layer first gets its best `low` groups. The others follow in the order of their scores, ties in the order of
-    layers and groups, each if the budget still pays for it (`m + n` parameters, see `LinearShape`).
+    layers and groups, each if the budget still pays for it.
 
     Args:
         scores: Per layer, one score per group that there still is, `[c]`.
         shapes: Of the same layers.
         budget: Parameters that all groups kept may cost together.
-        bounds: Of some layers; 1 to all otherwise.
-        per_parameter: Rank by score divided by the group's parameters.
+        bounds: Of layers by name; one to all groups otherwise.
+        per_parameter: Rank by score divided by the group's `m + n` parameters.
+        cost: What ranks cost.
 
     Returns:
         Per layer the indices of the groups to keep, ascending, on the CPU.
@@ -48,28 +101,69 @@ def globally_ranked(
     """
     if scores.keys() != shapes.keys() or any(score.numel() == 0 for score in scores.values()):
         raise ShapeError("scores", (len(scores),), f"one non-empty score per layer, {len(shapes)} layers")
-    allowed = {name: (bounds or {}).get(name, RankBounds()) for name in scores}
-    orders: dict[str, list[int]] = {}
+    cost = cost or Cost()
+    chosen: dict[str, list[int]] = {}
     candidates: list[tuple[float, str, int]] = []
-    spent = 0
     for name, score in scores.items():
-        cost = shapes[name].params_per_rank
+        bound = (bounds or {}).get(name, RankBounds())
         values = score.detach().double().cpu()
         order = torch.sort(values, descending=True, stable=True).indices.tolist()
-        low = min(allowed[name].low, len(order))
-        orders[name] = order[:low]
-        spent += low * cost
-        scale = cost if per_parameter else 1
-        candidates += [(float(values[index]) / scale, name, index) for index in order[low : allowed[name].high]]
+        chosen[name] = order[: bound.low]
+        scale = shapes[name].params_per_rank if per_parameter else 1
+        candidates += [(float(values[index]) / scale, name, index) for index in order[bound.low : bound.high]]
+    spent = cost.total(shapes, {name: len(order) for name, order in chosen.items()})
     if spent > budget:
         raise RangeError("budget", budget, f"at least {spent:,} parameters, what the lowest ranks cost")
-    cheapest = min(shape.params_per_rank for shape in shapes.values())
-    # Python's sort is stable: equal scores stay in the order of layers.
+    # Python's sort is stable: equal scores stay in the order of layers and groups, so ties never empty a layer.
     for _, name, index in sorted(candidates, key=lambda candidate: -candidate[0]):
-        cost = shapes[name].params_per_rank
-        if spent + cost <= budget:
-            orders[name].append(index)
-            spent += cost
-        elif spent + cheapest > budget:
+        rank = len(chosen[name])
+        price = cost.of(shapes[name], rank + 1) - cost.of(shapes[name], rank)
+        if spent + price <= budget:
+            chosen[name].append(index)
+            spent += price
+    return {name: torch.tensor(sorted(order)) for name, order in chosen.items()}
+
+
+def rounded(
+    kept: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    shapes: Mapping[str, LinearShape],
+    budget: float,
+    multiple_of: int,
+    bounds: Mapping[str, RankBounds] | None = None,
+    cost: Cost | None = None,
+) -> dict[str, Tensor]:
+    """Brings ranks to multiples (hardware likes 8 or 16) without leaving the budget.
+
+    Every rank goes down to a multiple; what that frees pays for whole multiples again, where the groups next in line
+    have the highest scores per parameter. A rank below the multiple stays.
+
+    Args:
+        kept: Groups per layer, as `globally_ranked` returns them.
+        scores: The scores that they were chosen by.
+        shapes: Of the same layers.
+        budget: Parameters.
+        multiple_of: `>= 1`.
+        bounds: Of layers by name.
+        cost: What ranks cost.
+    """
+    cost = cost or Cost()
+    orders = {name: torch.sort(s.detach().double().cpu(), descending=True, stable=True) for name, s in scores.items()}
+    ranks = {name: len(indices) - len(indices) % multiple_of or len(indices) for name, indices in kept.items()}
+    spent = cost.total(shapes, ranks)
+    while True:
+        best, price, gain = None, 0, -1.0
+        for name, rank in ranks.items():
+            more = rank + multiple_of - rank % multiple_of
+            high = (bounds or {}).get(name, RankBounds()).high
+            if more > min(orders[name].values.numel(), high or more):
+                continue
+            extra = cost.of(shapes[name], more) - cost.of(shapes[name], rank)
+            worth = float(orders[name].values[rank:more].sum()) / max(extra, 1)
+            if spent + extra <= budget and worth > gain:
+                best, price, gain = name, extra, worth
+        if best is None:
             break
-    return {name: torch.tensor(sorted(order)) for name, order in orders.items()}
+        ranks[best] += multiple_of - ranks[best] % multiple_of
+        spent += price
+    return {name: orders[name].indices[:rank].sort().values for name, rank in ranks.items()}

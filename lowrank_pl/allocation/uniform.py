@@ -123,7 +123,7 @@ def check_share(keep_ratio: float | None, rank_ratio: float | None, multiple_of:
         )
     for name, ratio in (("keep_ratio", keep_ratio), ("rank_ratio", rank_ratio)):
         if ratio is not None:
-            _check_ratio(name, ratio)
+            check_ratio(name, ratio)
     if multiple_of < 1:
         raise RangeError("multiple_of", multiple_of, "a whole number from 1")
 
@@ -142,7 +142,8 @@ def _rank_by_ratio(
     return max(1, rounded or rank)
 
 
-def _check_ratio(name: str, ratio: float) -> None:
+def check_ratio(name: str, ratio: float) -> None:
+    """Raises `RatioError` unless `0 < ratio <= 1`."""
     if not (math.isfinite(ratio) and 0 < ratio <= 1):
         raise RatioError(name, ratio)
 
@@ -154,7 +155,7 @@ def _match_overrides(names: list[str], overrides: Sequence[LayerOverride]) -> di
         if said != 1:
             raise OverrideError(override.pattern, f"says {said} of keep_ratio, rank and dense, not exactly one", names)
         if override.keep_ratio is not None:
-            _check_ratio(f"overrides[{override.pattern!r}].keep_ratio", override.keep_ratio)
+            check_ratio(f"overrides[{override.pattern!r}].keep_ratio", override.keep_ratio)
         matched = [name for name in names if fnmatchcase(name, override.pattern)]
         if not matched:
             raise OverrideError(override.pattern, "matches no targeted layer", names)

@@ -66,9 +66,18 @@ class ImportanceError(LowRankError):
 class BudgetError(LowRankError):
     """A budget lies below what one singular group per targeted layer costs."""
 
-    def __init__(self, asked: float, floor: float, floor_parameters: int, dense_parameters: int) -> None:
+    def __init__(
+        self,
+        asked: float,
+        floor: float,
+        floor_parameters: int,
+        dense_parameters: int,
+        name: str = "keep_ratio",
+        untargeted: int = 0,
+    ) -> None:
+        beside = f"; {untargeted:,} more parameters of the model are not targeted at all" if untargeted else ""
         super().__init__(
-            f"keep_ratio={asked!r} cannot be reached: one rank in each targeted layer already costs "
-            f"{floor_parameters:,} of {dense_parameters:,} parameters, a keep_ratio of {floor:.6f}. "
+            f"{name}={asked!r} cannot be reached: one rank in each targeted layer already costs "
+            f"{floor_parameters:,} of {dense_parameters:,} parameters, a keep_ratio of {floor:.6f}{beside}. "
             "Ask for more than that, or target fewer layers."
         )

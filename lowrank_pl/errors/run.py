@@ -150,3 +150,37 @@ class ScheduleError(LowRankError):
             f"{given} {problem}; allowed are {allowed}. Change model.init_args.strategy.init_args.schedule, or "
             "trainer.max_epochs or .max_steps."
         )
+
+
+class BudgetAboveStartError(LowRankError):
+    """There would be nothing to prune."""
+
+    def __init__(self, budget: int, start: int, start_ratio: float) -> None:
+        super().__init__(
+            f"the budget of {budget:,} targeted parameters is above the {start:,} that the run would start with at "
+            f"start_ratio={start_ratio!r}: no singular group would ever be dropped. Allowed is a budget up to that. "
+            "Lower keep_ratio, or raise start_ratio."
+        )
+
+
+class BudgetNotReachedError(LowRankError):
+    """A run has ended before its ranks had shrunk to the budget."""
+
+    def __init__(self, kept: int, budget: int, steps: int, total: int) -> None:
+        super().__init__(
+            f"the run ended after {steps} of {total} optimizer steps, before its budget was reached: the targeted "
+            f"weights have {kept:,} parameters, the budget is {budget:,}. The report and the checkpoints are written, "
+            "but the model is larger than asked. Resume with --ckpt_path, or shorten the run with "
+            "trainer.max_epochs or .max_steps so that the schedule fits into it."
+        )
+
+
+class FrozenFactorsError(LowRankError):
+    """Layers whose ranks should shrink in training are not trained."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(
+            f"{len(names)} targeted layers are frozen (requires_grad=False), e.g. {names[0]!r}: without gradients "
+            "their singular groups cannot be scored. Allowed are trainable layers; unfreeze them, or exclude them "
+            "through model.init_args.strategy.init_args.targets.exclude."
+        )

@@ -4,6 +4,8 @@ from lowrank_pl.strategies.base import CompressionStrategy
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.fwsvd import FWSVD
 from lowrank_pl.strategies.no_compression import NoCompression
+from lowrank_pl.strategies.rank_state import Reallocation
+from lowrank_pl.strategies.rankdyna import RankDyna
 from lowrank_pl.strategies.static import Factorised, StaticStrategy
 from lowrank_pl.strategies.svd import SVD
 from lowrank_pl.strategies.tfwsvd import TFWSVD
@@ -16,5 +18,7 @@ __all__ = [
     "CompressionStrategy",
     "Factorised",
     "NoCompression",
+    "RankDyna",
+    "Reallocation",
     "StaticStrategy",
 ]

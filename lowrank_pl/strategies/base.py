@@ -55,6 +55,11 @@ class CompressionStrategy(pl.Callback, ABC):
         self.targets = targets or TargetSelector()
         self.adopted = False  # set by the task that owns it
 
+    @property
+    def at_budget(self) -> bool:
+        """Whether the model has the size that was asked for; scores before that do not count as the method's."""
+        return True
+
     def prepare(self, encoder: nn.Module) -> None:
         """Gives the encoder the shapes it will train in. Called once, when no optimizer exists."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ from lowrank_pl.strategies import CompressionStrategy, NoCompression
 from lowrank_pl.surgery import CompressionRecord, conform_, read_layout
 from lowrank_pl.tasks import optimization, random_state
 from lowrank_pl.tasks.compatibility import check_monitor_modes, check_same_architecture, check_same_target
-from lowrank_pl.tasks.metrics import build_metrics, score
+from lowrank_pl.tasks.metrics import build_metrics, lower_is_better, score
 from lowrank_pl.tasks.saved import SavedModel, check_state, describe, from_checkpoint, read_saved_model
 
 logger = logging.getLogger(__name__)
@@ -270,7 +271,12 @@ class EncoderTask(pl.LightningModule, ABC):
         values = self._metrics[stage].compute()
         for name, value in values.items():
             self.log(f"{stage}/{name}", value)
-        self.log(f"{stage}/score", score(self.target, values), prog_bar=True)
+        found = score(self.target, values)
+        self.log(f"{stage}/score", found, prog_bar=True)
+        if stage == "val":
+            # Under a shrinking budget the best score is always an early, large model's: one to select by.
+            worst = math.inf if lower_is_better(self.target) else -math.inf
+            self.log("val/score_at_budget", found if self.strategy.at_budget else worst)
 
     # Optimizers.
 
@@ -316,6 +322,10 @@ class EncoderTask(pl.LightningModule, ABC):
             ResumeMismatchError: it would resume a run whose factorised layers differ.
         """
         saved = from_checkpoint(checkpoint, "the checkpoint")
+        if not self._is_fitting():
+            # Only a run that goes on needs the training form; Lightning loads what is left in the checkpoint.
+            saved = saved.compacted()
+            checkpoint["state_dict"] = saved.replace_in(checkpoint["state_dict"])
         self._random_states = checkpoint.get(random_state.RANDOM_KEY) if self._is_fitting() else None
         if not self.is_built:
             self._restore(saved, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
-from lowrank_pl.surgery import CompressionRecord, ModelLayout, conform_
+from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, compacted, conform_
+from lowrank_pl.surgery.layout import SINGULAR_GROUPS
 
 CHECKPOINT_NAME = "model.ckpt"
 LAYOUT_KEY = "lowrank_layout"
@@ -57,6 +58,25 @@ class SavedModel:
             return self.target.label_names
         labels = {int(index): name for index, name in (self.config.id2label or {}).items()}
         return tuple(labels[index] for index in sorted(labels)) if len(labels) > 1 else ()
+
+    def compacted(self) -> SavedModel:
+        """The same with layers in singular groups, as they are during training, brought to their exact rank."""
+        ranks = {
+            name: int(self.state[f"{name}.active"])
+            for name, (kind, _) in self.layout.modules.items()
+            if kind == SINGULAR_GROUPS
+        }
+        if not ranks:
+            return self
+        records = self.compression.layers if self.compression is not None else ()
+        dense = [layer.name for layer in records if layer.kind == "dense"]
+        layout = compacted(self.layout, ranks, dense)
+        return replace(self, layout=layout, state=compact_state(self.state, dense))
+
+    def replace_in(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A task's state dict with these entries as those of its encoder."""
+        others = {name: tensor for name, tensor in state.items() if not name.startswith(_ENCODER_PREFIX)}
+        return others | {f"{_ENCODER_PREFIX}{name}": tensor for name, tensor in self.state.items()}
 
     def load_into_(self, encoder: nn.Module) -> None:
         """Gives an encoder this model's shapes and values.
@@ -146,7 +166,7 @@ def read_saved_model(path: str) -> SavedModel:
         location = location / CHECKPOINT_NAME
     if location.is_dir():
         return _from_folder(location)
-    return from_checkpoint(_load(path, location, "init_from"), path)
+    return from_checkpoint(_load(path, location, "init_from"), path).compacted()
 
 
 def check_resumable(path: str) -> None:

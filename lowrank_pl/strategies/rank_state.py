@@ -1,0 +1,70 @@
+"""What a run that reallocates ranks must remember to go on after a stop: primitives and tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lowrank_pl.errors.run import ResumeMismatchError
+
+
+@dataclass(frozen=True)
+class Reallocation:
+    """Ranks as they were set once.
+
+    Attributes:
+        step: Optimizer steps done.
+        scheduled: Parameters that the schedule allowed the targeted weights.
+        kept: Parameters that they cost after it.
+        ranks: Per layer.
+    """
+
+    step: int
+    scheduled: float
+    kept: int
+    ranks: dict[str, int]
+
+
+@dataclass
+class RankState:
+    """Where a run stands.
+
+    Attributes:
+        budget: Parameters that the targeted weights may cost in the end.
+        capacities: Groups per layer at the start.
+        total_steps: Length of the run that the schedule was made for.
+        step: The last optimizer step that was looked at.
+        reached: Whether the budget has been reached: ranks change no more.
+        skipped: Steps left out because a gradient was not finite.
+        history: Every reallocation.
+    """
+
+    budget: int = 0
+    capacities: dict[str, int] = field(default_factory=dict)
+    total_steps: int = 0
+    step: int = 0
+    reached: bool = False
+    skipped: int = 0
+    history: list[Reallocation] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Primitives only."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> RankState:
+        """Inverse of `to_dict`."""
+        return cls(**{**fields, "history": [Reallocation(**entry) for entry in fields["history"]]})
+
+    def check_continues(self, other: RankState) -> None:
+        """Refuses to go on with another budget or other layers than `other`, the state of the stopped run.
+
+        Raises:
+            ResumeMismatchError: what differs, in words.
+        """
+        if self.budget != other.budget:
+            raise ResumeMismatchError(f"a budget of {other.budget:,} parameters there, of {self.budget:,} here")
+        if self.capacities != other.capacities:
+            names = sorted(set(self.capacities.items()) ^ set(other.capacities.items()))
+            raise ResumeMismatchError(f"other layers or starting ranks, e.g. {names[0][0]!r}")

@@ -1,0 +1,342 @@
+"""Ranks reallocated across the whole model while it is fine-tuned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lowrank_pl.allocation import Budget, Cost, CubicCurve, CubicSchedule, RankBounds, globally_ranked, rounded
+from lowrank_pl.allocation.ranking import bounds_of
+from lowrank_pl.core import LinearShape
+from lowrank_pl.core.checks import check_finite
+from lowrank_pl.errors.numerics import NonFiniteError, RangeError
+from lowrank_pl.errors.run import (
+    BudgetAboveStartError,
+    BudgetNotReachedError,
+    FrozenFactorsError,
+    MissingArgumentError,
+    ResumeMismatchError,
+)
+from lowrank_pl.importance import FirstOrder, Groups, GroupSensitivity
+from lowrank_pl.nn import SVDLinear
+from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
+from lowrank_pl.strategies.rank_state import RankState, Reallocation
+from lowrank_pl.surgery import (
+    CompressionRecord,
+    LayerRecord,
+    ModelLayout,
+    TargetSelector,
+    compact_,
+    keep_groups_,
+    read_layout,
+    replace_module_,
+    svd_layers,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class RankDyna(CompressionStrategy):
+    """Dynamic rank pruning: one round of fine-tuning from the pre-trained model ends at the budget.
+
+    Every targeted weight becomes its singular value decomposition, all three parts trained. The singular groups of all
+    layers compete: from time to time those with the lowest scores are dropped for good, until the budget that the
+    schedule allows is met; the last steps train what is left. No parameter changes its shape while an optimizer exists.
+
+    References:
+        Hua et al., Dynamic low-rank estimation for transformer-based language models, EMNLP Findings 2023 (one round,
+        groups ranked across the model by the change of the loss). The score to first order, the schedule's defaults and
+        everything below `sensitivity` are this project's.
+
+    Args:
+        keep_ratio: The budget as share of the targeted weights, in parameters, `0 < keep_ratio <= 1`.
+        parameters: Instead, as parameters of the targeted weights.
+        model_parameters: Instead, as parameters of the whole model.
+        schedule: When the budget shrinks.
+        sensitivity: How groups are scored.
+        per_parameter: Whether groups compete by score per parameter, so that a group of a large matrix must be worth
+            more than one of a small matrix.
+        start_ratio: Share of the full rank to start with, `0 < start_ratio <= 1`; below 1 the smallest singular values
+            go before the first step.
+        bounds: How few and how many groups layers may end with.
+        multiple_of: Bring the final ranks to a multiple, within the budget.
+        allow_dense: Let a layer that ends at or above its break-even rank end dense, and count it as such.
+        targets: Which layers to factorise.
+    """
+
+    def __init__(
+        self,
+        keep_ratio: float | None = None,
+        parameters: int | None = None,
+        model_parameters: int | None = None,
+        schedule: CubicSchedule | None = None,
+        sensitivity: GroupSensitivity | None = None,
+        per_parameter: bool = True,
+        start_ratio: float = 1.0,
+        bounds: list[RankBounds] | None = None,
+        multiple_of: int = 1,
+        allow_dense: bool = False,
+        targets: TargetSelector | None = None,
+    ) -> None:
+        super().__init__(targets)
+        self.budget = Budget(keep_ratio, parameters, model_parameters)
+        if not 0 < start_ratio <= 1:
+            raise RangeError("start_ratio", start_ratio, "0 < start_ratio <= 1, a share of the full rank")
+        if multiple_of < 1:
+            raise RangeError("multiple_of", multiple_of, "a whole number from 1")
+        self.schedule = schedule or CubicSchedule()
+        self.sensitivity = sensitivity or FirstOrder()
+        self.per_parameter = per_parameter
+        self.start_ratio = start_ratio
+        self.bounds = bounds or []
+        self.multiple_of = multiple_of
+        self.cost = Cost(allow_dense)
+        self.state = RankState()
+        self.latest_scores: dict[str, Tensor] = {}
+        self._curve: CubicCurve | None = None
+        self._shapes: dict[str, LinearShape] = {}
+        self._bounds: dict[str, RankBounds] = {}
+        self._restored: RankState | None = None
+
+    @property
+    def at_budget(self) -> bool:
+        """Whether the model has the size that was asked for."""
+        return self.state.reached
+
+    @property
+    def start_cost(self) -> int:
+        """Parameters of the targeted weights at the start."""
+        return self.cost.total(self._shapes, self.state.capacities)
+
+    def plan(self, encoder: nn.Module) -> None:
+        """Refuses an impossible budget; ranks are known only in the end."""
+        self._resolve(encoder)
+
+    def prepare(self, encoder: nn.Module) -> None:
+        """Replaces every target by its singular value decomposition.
+
+        Raises:
+            BudgetError, BudgetAboveStartError, OverrideError, NonFiniteError: before anything is changed.
+        """
+        self.state, self._shapes, self._bounds = self._resolve(encoder)
+        self._restored = None
+        for name, linear in self.targets.select(encoder).items():
+            replace_module_(encoder, name, SVDLinear.from_linear(linear, self.state.capacities[name]))
+
+    def _resolve(self, encoder: nn.Module) -> tuple[RankState, dict[str, LinearShape], dict[str, RankBounds]]:
+        targets = self.targets.select(encoder)
+        shapes = self.targets.shapes(targets)
+        dense = sum(shape.dense_params for shape in shapes.values())
+        budget = self.budget.resolve(shapes, sum(p.numel() for p in encoder.parameters()) - dense)
+        for name, linear in targets.items():
+            check_finite("the weight", linear.weight, name)
+        bounds = bounds_of(shapes, self.bounds)
+        capacities = {name: max(1, int(self.start_ratio * s.full_rank + 1e-9)) for name, s in shapes.items()}
+        lowest = {name: min(bound.low, capacities[name]) for name, bound in bounds.items()}
+        if (floor := self.cost.total(shapes, lowest)) > budget:
+            raise RangeError("budget", budget, f"at least {floor:,} parameters, what the lowest ranks in bounds cost")
+        if budget > (start := self.cost.total(shapes, capacities)):
+            raise BudgetAboveStartError(budget, start, self.start_ratio)
+        return RankState(budget, capacities), shapes, bounds
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Derives the schedule from the length of the run, or goes on where a stopped run was.
+
+        Raises:
+            MissingArgumentError: nobody knows how long the run is.
+            ScheduleError: the schedule does not fit into it.
+            ResumeMismatchError: the run that is resumed had another budget or other layers.
+            OptimizerCoverageError, FrozenFactorsError: factors that would not be trained.
+        """
+        super().on_train_start(trainer, pl_module)
+        layers = svd_layers(as_compressible(pl_module).encoder)
+        frozen = [name for name, layer in layers.items() if not layer.sigma.requires_grad]
+        if frozen:
+            raise FrozenFactorsError(frozen)
+        steps = trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise MissingArgumentError(
+                "the length of the run", "Set trainer.max_epochs or trainer.max_steps: ranks shrink over its length."
+            )
+        self._curve = self.schedule.over(int(steps))
+        if self._restored is not None:
+            self.state.check_continues(self._restored)
+            if self._restored.total_steps != int(steps) and not self._restored.reached:
+                logger.warning(
+                    "the run is now %d optimizer steps long, it was %d: the schedule is that of the new length",
+                    steps,
+                    self._restored.total_steps,
+                )
+            self._take_over()
+        elif trainer.ckpt_path is not None:
+            raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
+        self.state.total_steps = int(steps)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Observes the gradients: unscaled, averaged over processes, not yet clipped."""
+        del trainer, optimizer
+        if self.state.reached:
+            return
+        layers = svd_layers(as_compressible(pl_module).encoder)
+        if not self.sensitivity.observe({name: _groups(layer) for name, layer in layers.items()}):
+            if self.state.skipped == 0:
+                logger.warning("a gradient is not finite: such steps do not count for the scores of singular groups")
+            self.state.skipped += 1
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Reallocates ranks where the schedule says so, once per optimizer step."""
+        del outputs, batch, batch_idx
+        step = trainer.global_step
+        if self.state.reached or step == self.state.step:
+            return  # within an accumulation no optimizer step has happened
+        self.state.step = step
+        assert self._curve is not None
+        if self._curve.acts(step) or step >= self._curve.end:
+            self._reallocate(trainer, pl_module, step)
+
+    def _reallocate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        assert self._curve is not None
+        module = as_compressible(pl_module)
+        layers = svd_layers(module.encoder)
+        final = step >= self._curve.end
+        budget = float(self.state.budget) if final else self._curve.budget(step, self.start_cost, self.state.budget)
+        if self.sensitivity.steps == 0:
+            if not final:
+                return
+            raise NonFiniteError("every gradient so far")
+        self.latest_scores = {name: self.sensitivity.scores(name) for name in layers}
+        # Scores are equal on all processes up to rounding; the first one decides, so that ranks are equal exactly.
+        chosen = self._choose(budget, final) if trainer.is_global_zero else {}
+        kept = trainer.strategy.broadcast(chosen)
+        for name, layer in layers.items():
+            if len(kept[name]) < layer.rank:
+                keep_groups_(layer, kept[name], trainer.optimizers)
+                self.sensitivity.keep(name, kept[name])
+        self.state.reached = final
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        self.state.history.append(Reallocation(step, budget, self.cost.total(self._shapes, ranks), ranks))
+        module.compression = self._record(ranks)
+        if final:
+            kept_parameters = self.state.history[-1].kept
+            logger.info("the budget of %d is reached at step %d: %d kept", self.state.budget, step, kept_parameters)
+
+    def _choose(self, budget: float, final: bool) -> dict[str, Tensor]:
+        scores, shapes = self.latest_scores, self._shapes
+        kept = globally_ranked(scores, shapes, budget, self._within(final), self.per_parameter, self.cost)
+        if final and self.multiple_of > 1:
+            kept = rounded(kept, scores, shapes, budget, self.multiple_of, self._bounds, self.cost)
+        return kept
+
+    def _within(self, final: bool) -> dict[str, RankBounds]:
+        """Upper bounds are for the end: on the way a layer may have more."""
+        return self._bounds if final else {name: RankBounds(low=bound.low) for name, bound in self._bounds.items()}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compacts the model: no step follows."""
+        del trainer
+        self._take_over()
+        module = as_compressible(pl_module)
+        ranks = {name: layer.rank for name, layer in svd_layers(module.encoder).items()}
+        if ranks:
+            module.compression = self._record(ranks)
+            self.finalize(module.encoder)
+
+    def finalize(self, encoder: nn.Module) -> ModelLayout:
+        """Turns the layers into two factors of exact rank each, or into dense ones where that is allowed and smaller.
+
+        Returns:
+            The layout of the encoder after it.
+        """
+        ranks = {name: layer.rank for name, layer in svd_layers(encoder).items()}
+        compact_(encoder, [name for name, rank in ranks.items() if self._is_dense(name, rank)])
+        return read_layout(encoder)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Makes a run fail that has ended before the budget was reached.
+
+        Raises:
+            BudgetNotReachedError: everything has been saved and reported; the model is larger than asked.
+        """
+        del pl_module
+        self._take_over()
+        if stage == "fit" and self.state.capacities and not self.state.reached and trainer.global_step > 0:
+            kept = self.state.history[-1].kept if self.state.history else self.start_cost
+            raise BudgetNotReachedError(kept, self.state.budget, trainer.global_step, self.state.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores and where the run stands."""
+        return {"ranks": self.state.to_dict(), "sensitivity": self.sensitivity.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores `state_dict`'s; whether it fits is looked at in `on_train_start`."""
+        self._restored = RankState.from_dict(state_dict["ranks"])
+        self.sensitivity.load_state_dict(state_dict["sensitivity"])
+
+    def options(self) -> dict[str, Any]:
+        """What identifies the method in reports, as primitives."""
+        sensitivity = {k: v for k, v in vars(self.sensitivity).items() if not k.startswith("_")}
+        return {
+            **vars(self.budget),
+            "schedule": dict(vars(self.schedule)),
+            "sensitivity": {"class": type(self.sensitivity).__name__, **sensitivity},
+            "per_parameter": self.per_parameter,
+            "start_ratio": self.start_ratio,
+            "bounds": [dict(vars(bound)) for bound in self.bounds],
+            "multiple_of": self.multiple_of,
+            "allow_dense": self.cost.allow_dense,
+        }
+
+    def _take_over(self) -> None:
+        """Goes on from a restored state; a run that was resumed at its very end does not even start training."""
+        if self._restored is not None:
+            self.state, self._restored = self._restored, None
+
+    def _is_dense(self, name: str, rank: int) -> bool:
+        return self.cost.allow_dense and rank >= self._shapes[name].break_even_rank
+
+    def _record(self, ranks: Mapping[str, int]) -> CompressionRecord:
+        records = []
+        for name, rank in ranks.items():
+            shape = self._shapes[name]
+            dense = self._is_dense(name, rank)
+            kind, size = ("dense", shape.full_rank) if dense else ("low_rank", rank)
+            cost = self.cost.of(shape, rank)
+            records.append(LayerRecord(name, shape.out_features, shape.in_features, size, kind, cost))
+        notes = []
+        if not self.state.reached:
+            notes.append(f"the budget of {self.state.budget:,} targeted parameters has not been reached")
+        if self.state.skipped:
+            notes.append(f"{self.state.skipped} optimizer steps with gradients that are not finite were left out")
+        return CompressionRecord(type(self).__name__, self.options(), tuple(records), tuple(notes))
+
+
+def _groups(layer: SVDLinear) -> Groups:
+    """The groups that count; a layer that took no part in the step has gradients of zero."""
+    rank = layer.rank
+    left, sigma, right = (p if p.grad is None else p.grad for p in (layer.left, layer.sigma, layer.right))
+    if layer.sigma.grad is None:
+        left, sigma, right = (torch.zeros_like(tensor) for tensor in (left, sigma, right))
+    return Groups(
+        layer.left.detach()[:, :rank],
+        layer.sigma.detach()[:rank],
+        layer.right.detach()[:rank],
+        left[:, :rank],
+        sigma[:rank],
+        right[:rank],
+    )
