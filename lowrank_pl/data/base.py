@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.contract import CalibrationBatches, TargetSpec
@@ -19,6 +19,7 @@ from lowrank_pl.data.calibration import SortedBatches, choose
 from lowrank_pl.data.collate import Collator, PadCollator
 from lowrank_pl.data.prepared import Prepared, tell_truncation
 from lowrank_pl.data.raw import RawData
+from lowrank_pl.data.resuming import ResumableData
 from lowrank_pl.data.sampler import EvaluationSampler, LengthGroupedSampler, grouped_by_length
 from lowrank_pl.data.tokenise import (
     Rows,
@@ -35,7 +36,7 @@ _FORMAT = 1
 """Goes up when the same input would be prepared differently, so that older caches are left alone."""
 
 
-class TextDataModule(LightningDataModule, ABC):
+class TextDataModule(ResumableData, ABC):
     """Texts and labels, tokenised for an encoder.
 
     Args:
@@ -150,7 +151,8 @@ class TextDataModule(LightningDataModule, ABC):
             rank=rank,
             seed=self.seed,
         )
-        return self._loader(dataset, self.batch_size, self.train_collator(), sampler)
+        loader = self._loader(dataset, self.batch_size, self.train_collator(), sampler, StatefulDataLoader)
+        return self.resumable(loader)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation split, in batches of similar length."""
@@ -303,11 +305,21 @@ class TextDataModule(LightningDataModule, ABC):
         where = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         return where.get("rank", 0), where.get("num_replicas", 1)
 
-    def _loader(self, dataset: Dataset, batch_size: int, collate: Collator, sampler: Sampler[int]) -> DataLoader[Any]:
-        return DataLoader(
+    def _loader(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        collate: Collator,
+        sampler: Sampler[int],
+        kind: type[DataLoader[Any]] = DataLoader,
+    ) -> DataLoader[Any]:
+        return kind(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
+            # A loader without one draws a seed from the global random state, and a run that skips an evaluation, as one
+            # does that is resumed after it, would go on with other dropout masks.
+            generator=torch.Generator().manual_seed(self.seed),
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -57,5 +57,9 @@ def check_monitor_modes(trainer: pl.Trainer, target: TargetSpec | None) -> None:
     wanted = "min" if lower_is_better(target) else "max"
     for callback in trainer.checkpoint_callbacks:
         monitor = getattr(callback, "monitor", None) or ""
-        if isinstance(callback, ModelCheckpoint) and monitor.endswith(("/score", "/score_at_budget")) and callback.mode != wanted:
+        if (
+            isinstance(callback, ModelCheckpoint)
+            and monitor.endswith(("/score", "/score_at_budget"))
+            and callback.mode != wanted
+        ):
             raise MonitorModeError(monitor, callback.mode, wanted, target.name)
