@@ -14,7 +14,7 @@ import lowrank_pl.tasks  # noqa: F401, importing the rooms makes short class nam
 from lowrank_pl.data import TextDataModule
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.run import MissingArgumentError
-from lowrank_pl.monitoring import PredictionWriter, RankDashboard, ReportWriter
+from lowrank_pl.monitoring import PredictionWriter, RankDashboard, RankHistory, ReportWriter
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.saved import check_loadable, check_resumable
 from lowrank_pl.trainer import LowRankTrainer
@@ -62,6 +62,7 @@ class LowRankCLI(LightningCLI):
         """The callbacks that every run has, and the tokenizer of the pre-trained encoder for the data."""
         parser.add_lightning_class_args(ReportWriter, "report")
         parser.add_lightning_class_args(RankDashboard, "rank_dashboard")
+        parser.add_lightning_class_args(RankHistory, "rank_history")
         parser.add_lightning_class_args(PredictionWriter, "prediction_writer")
         parser.link_arguments("model.init_args.pretrained", "data.init_args.tokenizer")
 

@@ -250,6 +250,9 @@ class RankDyna(CompressionStrategy):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compacts the model: no step follows."""
         del trainer
+        self._compact(pl_module)
+
+    def _compact(self, pl_module: pl.LightningModule) -> None:
         self._take_over()
         module = as_compressible(pl_module)
         ranks = {name: layer.rank for name, layer in svd_layers(module.encoder).items()}
@@ -268,13 +271,13 @@ class RankDyna(CompressionStrategy):
         return read_layout(encoder)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes a run fail that has ended before the budget was reached.
+        """Makes a run fail that has ended before the budget was reached; compacts one that was resumed at its end.
 
         Raises:
             BudgetNotReachedError: everything has been saved and reported; the model is larger than asked.
         """
-        del pl_module
-        self._take_over()
+        if stage == "fit" and self.state.capacities:
+            self._compact(pl_module)
         if stage == "fit" and self.state.capacities and not self.state.reached and trainer.global_step > 0:
             kept = self.state.history[-1].kept if self.state.history else self.start_cost
             raise BudgetNotReachedError(kept, self.state.budget, trainer.global_step, self.state.total_steps)

@@ -25,20 +25,24 @@ def keep_groups_(layer: SVDLinear, kept: Tensor, optimizers: Iterable[Optimizer]
         optimizers: Those whose state moves along.
 
     Raises:
+        RankError: no group would be left.
         OptimizerStateError: an optimizer keeps something for these parameters that has neither their shape nor is a
-            single number, so that nobody can say which part belongs to which group.
+            single number, so that nobody can say which part belongs to which group. Nothing has been changed then.
     """
-    rank = kept.numel()
-    for parameter, dim in ((layer.left, 1), (layer.sigma, 0), (layer.right, 0)):
-        _keep(parameter.data, dim, kept)
-        for optimizer in optimizers:
+    parts = ((layer.left, 1), (layer.sigma, 0), (layer.right, 0))
+    tensors = [(parameter.data, dim) for parameter, dim in parts]
+    for optimizer in optimizers:
+        for parameter, dim in parts:
             for name, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, Tensor) or value.numel() == 1 != parameter.numel():
+                if not isinstance(value, Tensor):
                     continue
-                if value.shape != parameter.shape:
+                if value.shape == parameter.shape:
+                    tensors.append((value, dim))
+                elif value.numel() != 1:
                     raise OptimizerStateError(type(optimizer).__name__, str(name), tuple(value.shape))
-                _keep(value, dim, kept)
-    layer.rank = rank
+    layer.rank = kept.numel()
+    for tensor, dim in tensors:
+        _keep(tensor, dim, kept)
 
 
 def _keep(tensor: Tensor, dim: int, kept: Tensor) -> None:

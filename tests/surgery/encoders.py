@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from lowrank_pl.nn import SVDLinear
+from lowrank_pl.surgery import TargetSelector, replace_module_
 from tests.support.tiny import VOCAB, tiny_config
 
 HEADS: dict[str, Any] = {
@@ -53,3 +55,15 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(**batch).logits
     return out if out.ndim == 2 else out * batch["attention_mask"][..., None]
+
+
+def in_groups_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Turns the targets into layers in singular groups as training leaves them: neither orthonormal nor full."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, linear in TargetSelector().select(model).items():
+        layer = SVDLinear.from_linear(linear)
+        for parameter in layer.parameters():
+            parameter.data.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
+        layer.rank = int(torch.randint(2, layer.capacity, (), generator=generator))
+        replace_module_(model, name, layer)
+    return model

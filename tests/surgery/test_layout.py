@@ -7,9 +7,18 @@ from torch import nn
 
 from lowrank_pl.core import truncated_svd
 from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError
-from lowrank_pl.nn import LowRankLinear
-from lowrank_pl.surgery import ModelLayout, TargetSelector, conform_, read_layout, replace_module_
-from tests.surgery.encoders import logits, padded_batch, tiny_model
+from lowrank_pl.nn import LowRankLinear, SVDLinear
+from lowrank_pl.surgery import (
+    ModelLayout,
+    TargetSelector,
+    compact_,
+    compacted,
+    conform_,
+    read_layout,
+    replace_module_,
+    svd_layers,
+)
+from tests.surgery.encoders import in_groups_, logits, padded_batch, tiny_model
 
 
 def factorise_(model: nn.Module, rank: int) -> nn.Module:
@@ -119,3 +128,75 @@ def test_difference_is_empty_for_equals_and_names_the_first_otherwise() -> None:
         "1 layers, e.g. 'b' is low_rank 3 against low_rank 4"
     )
     assert mine.difference(ModelLayout({})) == "2 layers, e.g. 'a' is low_rank 2 against dense 0"
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
+def test_a_layout_in_groups_tells_capacities_and_survives_json(family: str) -> None:
+    model = in_groups_(tiny_model(family))
+    layout = read_layout(model)
+    assert layout.modules == {n: ("singular_groups", layer.capacity) for n, layer in svd_layers(model).items()}
+    assert set(layout.modules) == set(TargetSelector().select(tiny_model(family)))
+    assert ModelLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
+
+
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_dense_to_groups_with_the_state_dict_gives_the_model_back_with_its_ranks(family: str) -> None:
+    source, batch = in_groups_(tiny_model(family)), padded_batch()
+    fresh = tiny_model(family, seed=7)
+    conform_(fresh, read_layout(source))
+    fresh.load_state_dict(source.state_dict())
+    assert torch.equal(logits(fresh, batch), logits(source, batch))
+    ranks = [{name: layer.rank for name, layer in svd_layers(model).items()} for model in (fresh, source)]
+    assert ranks[0] == ranks[1]
+
+
+KINDS: dict[str, tuple[str, int] | None] = {
+    "dense": None,
+    "low_rank": ("low_rank", 2),
+    "higher": ("low_rank", 3),
+    "groups": ("singular_groups", 4),
+    "fewer_groups": ("singular_groups", 2),
+}
+
+
+@pytest.mark.parametrize("start", KINDS)
+@pytest.mark.parametrize("end", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_kind_conforms_to_every_other(start: str, end: str, bias: bool) -> None:
+    layouts = {key: ModelLayout({} if kind is None else {"0": kind}) for key, kind in KINDS.items()}
+    root = nn.Sequential(nn.Linear(5, 4, bias, dtype=torch.bfloat16)).eval()
+    conform_(root, layouts[start])
+    assert read_layout(root) == layouts[start]
+    before = root[0]
+    conform_(root, layouts[end])
+    assert read_layout(root) == layouts[end]
+    assert type(root[0]) is {"dense": nn.Linear, "low_rank": LowRankLinear, "higher": LowRankLinear}.get(end, SVDLinear)
+    assert (root[0] is before) is (start == end)
+    assert ("0.bias" in root.state_dict()) is bias
+    assert {parameter.dtype for parameter in root.parameters()} == {torch.bfloat16}
+    assert not root[0].training
+
+
+def test_a_fitting_layer_in_groups_keeps_its_rank_and_values() -> None:
+    layer = SVDLinear.from_linear(nn.Linear(5, 4))
+    layer.rank = 2
+    root = nn.Sequential(layer)
+    conform_(root, ModelLayout({"0": ("singular_groups", 4)}))
+    assert root[0] is layer
+    assert layer.rank == 2
+
+
+@pytest.mark.parametrize("every", [0, 1, 3], ids=["none_dense", "all_dense", "some_dense"])
+def test_the_compacted_layout_is_the_layout_of_the_compacted_model(every: int) -> None:
+    model = in_groups_(tiny_model("bert"))
+    ranks = {name: layer.rank for name, layer in svd_layers(model).items()}
+    dense = list(ranks)[::every] if every else []
+    layout = compacted(read_layout(model), ranks, dense)
+    assert layout == read_layout(compact_(model, dense))
+    assert len(layout.modules) == len(ranks) - len(dense)
+
+
+def test_compacting_a_layout_leaves_low_rank_layers_alone() -> None:
+    layout = ModelLayout({"a": ("low_rank", 2), "b": ("singular_groups", 4), "c": ("singular_groups", 5)})
+    assert compacted(layout, {"b": 3, "c": 1}, ["a", "c"]) == ModelLayout({"a": ("low_rank", 2), "b": ("low_rank", 3)})
+    assert layout.modules["b"] == ("singular_groups", 4)

@@ -1,0 +1,64 @@
+"""Where a model keeps its capacity while its ranks shrink: pictures of a history of reallocations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowrank_pl.core import LinearShape
+from lowrank_pl.monitoring.rank_picture import grid_position, rank_heatmap
+from lowrank_pl.strategies import Reallocation
+from lowrank_pl.surgery import LayerRecord
+
+Shapes = Mapping[str, LinearShape]
+
+
+def kept_by_kind(shapes: Shapes, ranks: Mapping[str, int]) -> dict[str, int]:
+    """Parameters of the factors by kind of matrix, e.g. all query projections together."""
+    kept: dict[str, int] = {}
+    for name, rank in ranks.items():
+        kind = grid_position(name)[1]
+        kept[kind] = kept.get(kind, 0) + shapes[name].factored_params(rank)
+    return kept
+
+
+def dense_parameters(shapes: Shapes) -> int:
+    """Parameters of the targeted weights when dense."""
+    return sum(shape.dense_params for shape in shapes.values())
+
+
+def heatmap_of(shapes: Shapes, ranks: Mapping[str, int]) -> Any:
+    """The heat map of ranks, see `rank_heatmap`."""
+    records = []
+    for name, rank in ranks.items():
+        shape = shapes[name]
+        cost = shape.factored_params(rank)
+        records.append(LayerRecord(name, shape.out_features, shape.in_features, rank, "low_rank", cost))
+    return rank_heatmap(records)
+
+
+def flow_figure(shapes: Shapes, capacities: Mapping[str, int], history: Sequence[Reallocation]) -> Any:
+    """Kept against scheduled share over the steps, and how the parameters divide among kinds of matrices.
+
+    Returns:
+        A matplotlib figure without a window.
+    """
+    from matplotlib.figure import Figure
+
+    dense = dense_parameters(shapes)
+    start = kept_by_kind(shapes, capacities)
+    steps = [0, *(entry.step for entry in history)]
+    flow = [start, *(kept_by_kind(shapes, entry.ranks) for entry in history)]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.step(steps, [sum(kinds.values()) / dense for kinds in flow], where="post", label="kept")
+    left.plot(steps[1:], [entry.scheduled / dense for entry in history], "k.", markersize=3, label="scheduled")
+    left.set_xlabel("optimizer step")
+    left.set_ylabel("parameters / dense targeted parameters")
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8)
+    right.stackplot(steps, [[kinds[kind] / dense for kinds in flow] for kind in start], labels=list(start))
+    right.set_xlabel("optimizer step")
+    right.legend(fontsize=7, loc="upper right")
+    right.set_title("by kind of matrix", fontsize=9)
+    return figure

@@ -1,0 +1,322 @@
+"""Reallocation during training: the budget, when it happens, what it survives, what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lowrank_pl.allocation import CubicSchedule, RankBounds
+from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.model import OverrideError
+from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
+from lowrank_pl.errors.run import (
+    BudgetAboveStartError,
+    BudgetNotReachedError,
+    FrozenFactorsError,
+    MissingArgumentError,
+    ResumeMismatchError,
+    ScheduleError,
+)
+from lowrank_pl.importance import Groups, Squared
+from lowrank_pl.monitoring import RankHistory, ReportWriter
+from lowrank_pl.nn import LowRankLinear, SVDLinear
+from lowrank_pl.strategies import RankDyna
+from lowrank_pl.surgery import TargetSelector, read_layout, svd_layers
+from lowrank_pl.tasks import SequenceClassification
+from tests.support.runs import last_checkpoint, make_task, make_trainer
+from tests.support.synthetic import SyntheticData
+
+DENSE = 16384  # 2 blocks of four 32x32 and two 64x32 weights
+
+
+def fit(pretrained: str, folder: Path, strategy: RankDyna, **arguments: Any) -> tuple[Any, Any]:
+    task = make_task(pretrained, strategy)
+    trainer = make_trainer(folder, **{"max_epochs": 2, **arguments})
+    trainer.fit(task, datamodule=SyntheticData())
+    return task, trainer
+
+
+def test_ends_at_the_budget_with_exact_ranks(tiny_bert: str, tmp_path: Path) -> None:
+    task, _ = fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.4))
+    layers = {n: m for n, m in task.encoder.named_modules() if isinstance(m, LowRankLinear)}
+    kept = sum(m.left.numel() + m.right.numel() for m in layers.values())
+    assert len(layers) == 12
+    assert 0.4 * DENSE - 96 < kept <= 0.4 * DENSE
+    assert not svd_layers(task.encoder)
+    assert {layer.name: layer.rank for layer in task.compression.layers} == {n: m.rank for n, m in layers.items()}
+    assert len({m.rank for m in layers.values()}) > 1  # not the uniform share
+
+
+def test_every_way_to_say_the_budget_gives_the_same(tiny_bert: str, tmp_path: Path) -> None:
+    first, _ = fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.5))
+    untargeted = sum(p.numel() for p in first.encoder.parameters()) - first.compression.targeted_kept
+    for strategy in (RankDyna(parameters=DENSE // 2), RankDyna(model_parameters=untargeted + DENSE // 2)):
+        other, _ = fit(tiny_bert, tmp_path, strategy)
+        assert read_layout(other.encoder) == read_layout(first.encoder)
+
+
+def test_ranks_only_fall_and_follow_the_schedule(tiny_bert: str, tmp_path: Path) -> None:
+    schedule = CubicSchedule(warmup=0.1, cooldown=0.25, interval=0.1)
+    task, _ = fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.3, schedule=schedule), max_epochs=4)
+    history = task.strategy.state.history
+    assert [entry.step for entry in history] == [4, 6, 8, 10, 12, 14, 16, 18]  # of 24: from 2 on, every 2, until 18
+    assert all(entry.kept <= entry.scheduled for entry in history)
+    for before, after in itertools.pairwise(history):
+        assert all(after.ranks[name] <= rank for name, rank in before.ranks.items())
+    assert history[-1].scheduled == math.floor(0.3 * DENSE)
+
+
+def test_dropped_groups_are_zero_and_stay_zero(tiny_bert: str, tmp_path: Path) -> None:
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+            for layer in svd_layers(pl_module.encoder).values():
+                seen.append(layer.capacity - layer.rank)
+                for tensor in (layer.left.T, layer.sigma, layer.right):
+                    assert not tensor[layer.rank :].any()
+                for state in trainer.optimizers[0].state.values():
+                    assert all(torch.isfinite(v).all() for v in state.values())
+
+    fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.3), callbacks=[Look()])
+    assert max(seen) > 10
+
+
+def test_the_best_checkpoint_is_one_at_the_budget(tiny_bert: str, tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/score_at_budget", mode="max")
+    scores = []
+
+    class Scores(pl.Callback):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            scores.append(float(trainer.callback_metrics["val/score_at_budget"]))
+
+    fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.4), callbacks=[best, Scores()], max_epochs=4)
+    assert scores[0] == -math.inf
+    assert best.best_model_score == max(scores[2:]) > -math.inf
+    loaded = SequenceClassification.load_from_checkpoint(best.best_model_path, weights_only=True)
+    assert loaded.compression is not None
+    assert loaded.compression.keep_ratio <= 0.4
+
+
+def test_a_checkpoint_on_the_way_loads_and_trains_on_without_the_strategy(tiny_bert: str, tmp_path: Path) -> None:
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.4), callbacks=[every])
+    path = str(tmp_path / "step=4.ckpt")
+    assert any(key.endswith(".sigma") for key in torch.load(path, weights_only=True)["state_dict"])
+    task = make_task(None, init_from=path)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(task, datamodule=SyntheticData())
+    kinds = {type(m) for m in task.encoder.modules()}
+    assert LowRankLinear in kinds
+    assert SVDLinear not in kinds
+    assert task.compression.notes == ("the budget of 6,553 targeted parameters has not been reached",)
+
+
+def test_accumulation_observes_and_reallocates_once_per_step(tiny_bert: str, tmp_path: Path) -> None:
+    strategy = RankDyna(keep_ratio=0.4, schedule=CubicSchedule(0.0, 0.2, 0.1))
+    task, trainer = fit(tiny_bert, tmp_path, strategy, accumulate_grad_batches=2, max_epochs=4)
+    steps = [entry.step for entry in task.strategy.state.history]
+    assert trainer.global_step == 12
+    assert steps == list(range(1, 11))
+    assert strategy.sensitivity.steps == 10  # none after the budget was reached
+
+
+def test_clipping_does_not_change_scores(tiny_bert: str, tmp_path: Path) -> None:
+    def first_groups(**arguments: Any) -> Groups:
+        seen: list[Groups] = []
+
+        class Spy(Squared):
+            def update(self, name: str, groups: Groups) -> None:
+                seen.append(Groups(*(tensor.clone() for tensor in vars(groups).values())))
+                super().update(name, groups)
+
+        fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.5, sensitivity=Spy()), limit_train_batches=4, **arguments)
+        return seen[0]
+
+    free, clipped = first_groups(), first_groups(gradient_clip_val=1e-9)
+    assert float(free.sigma_grad.abs().max()) > 1e-7
+    assert torch.equal(free.sigma_grad, clipped.sigma_grad)
+
+
+class Poison(pl.Callback):
+    """Makes one gradient NaN at some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.global_step in self.steps:
+            next(iter(svd_layers(pl_module.encoder).values())).sigma.grad.fill_(math.nan)  # type: ignore[union-attr]
+
+
+def test_steps_with_nan_gradients_do_not_count(
+    tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Skip(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            loss = closure()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.nan_to_num_(0.0)
+            super().step()
+            return loss
+
+    task = make_task(tiny_bert, RankDyna(keep_ratio=0.4), optimizer=lambda params: Skip(params, lr=1e-2))
+    trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[Poison(1, 3)])
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(task, datamodule=SyntheticData())
+    assert task.strategy.state.skipped == 2
+    assert caplog.text.count("is not finite") == 1
+    assert all(torch.isfinite(score).all() for score in task.strategy.latest_scores.values())
+    assert task.compression.notes == ("2 optimizer steps with gradients that are not finite were left out",)
+
+
+def test_bounds_multiples_and_dense_layers(tiny_bert: str, tmp_path: Path) -> None:
+    strategy = RankDyna(
+        keep_ratio=0.6,
+        bounds=[RankBounds("*.layer.0.*query", low=7, high=9), RankBounds("*intermediate*", high=4)],
+        multiple_of=4,
+        allow_dense=True,
+    )
+    task, _ = fit(tiny_bert, tmp_path, strategy)
+    records = {layer.name.removeprefix("bert.encoder.layer."): layer for layer in task.compression.layers}
+    assert 4 <= records["0.attention.self.query"].rank <= 9
+    assert records["1.intermediate.dense"].rank <= 4
+    assert all(layer.rank % 4 == 0 for layer in records.values() if layer.kind == "low_rank" and layer.rank > 4)
+    for name, layer in records.items():
+        module = task.encoder.get_submodule(f"bert.encoder.layer.{name}")
+        assert isinstance(module, nn.Linear if layer.kind == "dense" else LowRankLinear)
+    assert task.compression.keep_ratio <= 0.6
+
+
+def test_starting_below_full_rank(tiny_bert: str, tmp_path: Path) -> None:
+    task, _ = fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.3, start_ratio=0.5))
+    assert set(task.strategy.state.capacities.values()) == {16}
+
+
+def test_starts_from_a_task_tuned_model(tiny_bert: str, tmp_path: Path) -> None:
+    dense = make_task(tiny_bert)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(dense, datamodule=SyntheticData())
+    task = make_task(None, RankDyna(keep_ratio=0.4), init_from=last_checkpoint(trainer))
+    make_trainer(tmp_path, max_epochs=2).fit(task, datamodule=SyntheticData())
+    assert task.compression.keep_ratio <= 0.4
+
+
+@pytest.mark.parametrize("arguments", [{"max_steps": 7, "max_epochs": -1}, {"max_epochs": 1, "limit_train_batches": 1}])
+def test_any_length_of_run(tiny_bert: str, tmp_path: Path, arguments: dict[str, Any]) -> None:
+    task, _ = fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.4), **arguments)
+    assert task.strategy.at_budget
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: RankDyna(), MissingArgumentError, "Given: none"),
+        (lambda: RankDyna(0.5, 100), MissingArgumentError, "keep_ratio, parameters"),
+        (lambda: RankDyna(1.5), RatioError, "keep_ratio=1.5"),
+        (lambda: RankDyna(0.5, start_ratio=0.0), RangeError, "start_ratio"),
+        (lambda: RankDyna(0.5, multiple_of=0), RangeError, "multiple_of"),
+        (lambda: RankDyna(0.5, schedule=CubicSchedule(0.6, 0.5)), ScheduleError, "warmup"),
+        (lambda: RankDyna(0.01), BudgetError, "already costs 896 of 16,384"),
+        (lambda: RankDyna(model_parameters=100), BudgetError, "more parameters of the model are not targeted"),
+        (lambda: RankDyna(0.9, start_ratio=0.1), BudgetAboveStartError, "start_ratio=0.1"),
+        (lambda: RankDyna(0.5, bounds=[RankBounds("*.layer.9.*")]), OverrideError, "matches no targeted layer"),
+        (lambda: RankDyna(0.5, bounds=[RankBounds(low=30)]), RangeError, "lowest ranks"),
+    ],
+)
+def test_impossible_requests_are_refused_before_training(
+    tiny_bert: str, tmp_path: Path, make: Callable[[], RankDyna], error: type[LowRankError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fit(tiny_bert, tmp_path, make())
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_frozen_layers_are_refused(tiny_bert: str, tmp_path: Path) -> None:
+    class Frozen(SequenceClassification):
+        def configure_model(self) -> None:
+            super().configure_model()
+            self.encoder.base_model.requires_grad_(False)
+
+    with pytest.raises(FrozenFactorsError, match="12 targeted layers"):
+        make_trainer(tmp_path).fit(Frozen(tiny_bert, strategy=RankDyna(0.5)), datamodule=SyntheticData())
+
+
+def test_a_run_that_ends_too_early_says_so(tiny_bert: str, tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.should_stop = True
+
+    task = make_task(tiny_bert, RankDyna(keep_ratio=0.4))
+    trainer = make_trainer(tmp_path, max_epochs=4, callbacks=[Stop(), ReportWriter(), RankHistory()])
+    with pytest.raises(BudgetNotReachedError, match="after 6 of 24 optimizer steps"):
+        trainer.fit(task, datamodule=SyntheticData())
+    report = json.loads((Path(str(trainer.log_dir)) / "report.json").read_text(encoding="utf-8"))
+    assert report["notes"] == ["the budget of 6,553 targeted parameters has not been reached"]
+    assert report["keep_ratio"] > 0.4
+    assert Path(last_checkpoint(trainer)).exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: RankDyna(keep_ratio=0.3), "a budget of 6,553 parameters there, of 4,915 here"),
+        (lambda: RankDyna(keep_ratio=0.4, start_ratio=0.9), "e.g. "),
+        (lambda: RankDyna(keep_ratio=0.6, targets=TargetSelector(exclude=["*query"])), "layers, e.g. "),
+    ],
+)
+def test_resuming_with_another_budget_or_other_layers_is_refused(
+    tiny_bert: str, tmp_path: Path, other: Callable[[], RankDyna], message: str
+) -> None:
+    _, trainer = fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.4))
+    task = make_task(tiny_bert, other())
+    with pytest.raises(ResumeMismatchError, match=message):
+        make_trainer(tmp_path, max_epochs=3).fit(task, datamodule=SyntheticData(), ckpt_path=last_checkpoint(trainer))
+
+
+def test_resuming_a_dense_run_is_refused(tiny_bert: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.fit(make_task(tiny_bert), datamodule=SyntheticData())
+    task = make_task(tiny_bert, RankDyna(keep_ratio=0.4))
+    with pytest.raises(ResumeMismatchError):
+        make_trainer(tmp_path, max_epochs=3).fit(task, datamodule=SyntheticData(), ckpt_path=last_checkpoint(trainer))
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_bert: str, tmp_path: Path) -> None:
+    done, trainer = fit(tiny_bert, tmp_path, RankDyna(keep_ratio=0.4))
+    task = make_task(tiny_bert, RankDyna(keep_ratio=0.4))
+    make_trainer(tmp_path, max_epochs=2).fit(task, datamodule=SyntheticData(), ckpt_path=last_checkpoint(trainer))
+    assert task.strategy.at_budget
+    assert read_layout(task.encoder) == read_layout(done.encoder)
+
+
+def test_two_processes_agree_with_each_other_and_with_one(tiny_bert: str, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "support" / "rankdyna_processes.py"
+    for devices in ("1", "2"):
+        command = [sys.executable, str(script), str(tmp_path), tiny_bert, devices]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+    names = ("devices-1-rank-0", "devices-2-rank-0", "devices-2-rank-1")
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
+    assert len(one) == len(first) == 13
+    assert len({tuple(step["ranks"].values()) for step in first}) > 5
+    for alone, a, b in zip(one, first, second, strict=True):
+        assert a["ranks"] == b["ranks"] == alone["ranks"]
+        assert all(torch.equal(a["state"][key], b["state"][key]) for key in a["state"])
+        for key, tensor in alone["state"].items():
+            torch.testing.assert_close(a["state"][key], tensor, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,76 @@
+"""Trains and saves ranks and parameters after every step: `rankdyna_processes.py FOLDER MODEL DEVICES`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lowrank_pl.allocation import CubicSchedule
+from lowrank_pl.strategies import RankDyna
+from lowrank_pl.surgery import svd_layers
+from lowrank_pl.tasks import SequenceClassification
+from tests.support.runs import make_task, make_trainer
+from tests.support.synthetic import SyntheticData, collate
+
+GLOBAL_BATCH = 8
+
+
+class SharedBatches(SyntheticData):
+    """The same samples in every step, however many processes share them."""
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        rank, processes = self.trainer.global_rank, self.trainer.world_size
+        mine: Any = self.train[rank::processes]
+        return DataLoader(mine, GLOBAL_BATCH // processes, collate_fn=collate)
+
+
+class Recorder(pl.Callback):
+    """Everything after every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self._record(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._record(pl_module)
+
+    def _record(self, pl_module: SequenceClassification) -> None:
+        layers = svd_layers(pl_module.encoder)
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        self.steps.append({"ranks": ranks, "state": {k: v.clone() for k, v in pl_module.state_dict().items()}})
+
+
+def run(folder: Path, pretrained: str, devices: int) -> None:
+    """One run; every process saves what it saw."""
+    strategy = RankDyna(keep_ratio=0.3, schedule=CubicSchedule(0.0, 0.3, 0.1))
+    task = make_task(pretrained, strategy, optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9))
+    recorder = Recorder()
+    arguments: dict[str, Any] = {"devices": devices, "callbacks": [recorder], "logger": False, "max_epochs": 2}
+    if devices > 1:
+        arguments |= {"strategy": "ddp", "use_distributed_sampler": False}
+    trainer = make_trainer(folder, enable_checkpointing=False, **arguments)
+
+    class NoDropout(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            for module in pl_module.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+
+    trainer.callbacks.append(NoDropout())
+    trainer.fit(task, datamodule=SharedBatches())
+    torch.save(recorder.steps, folder / f"devices-{devices}-rank-{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
