@@ -3,8 +3,8 @@ r"""Wall time and memory of a whole RankDyna run against dense fine-tuning and a
     python scripts/bench_rankdyna.py --path PATH/TO/MRPC --json rankdyna.json
 
 All runs take the same number of optimizer steps per round on the same data, with the callbacks that the command line
-gives every run, each in a process of its own, in turn. Two rounds are: tune dense, factorise by FWSVD, tune again. Run it
-with nothing else running.
+gives every run, each in a process of its own, in turn. Two rounds are: tune dense, factorise by FWSVD, tune again. Run
+it with nothing else running.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class Stopwatch(pl.Callback):
         self.steps: list[float] = []
         self._begin = 0.0
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Starts the clock."""
+        del args, kwargs
         self._begin = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Stops it; strategies run after the callbacks given to the trainer, so their part is timed apart."""
+        del args, kwargs
         self.steps.append(time.perf_counter() - self._begin)
 
 

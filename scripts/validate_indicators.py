@@ -1,7 +1,8 @@
 r"""Which indicator predicts the damage that plain SVD does to a matrix?
 
-Factorises every targeted matrix of a tuned model alone, by SVD at one keep_ratio, measures the rise of the development
-loss, and reports the rank correlation of each indicator of `lowrank-pl diagnose` with it.
+Factorises every targeted matrix of a tuned model alone, by SVD at one keep_ratio, and reports the rank correlation of
+each indicator of `lowrank-pl diagnose` with two measures of damage: the rise of the development loss, and the
+divergence of the predictions from the dense model's (an overconfident model's loss may fall when it is damaged).
 
     python scripts/validate_indicators.py --model RUN/checkpoints/last.ckpt --diagnosis DIR/diagnosis.json \
         --task MRPC --path PATH/TO/MRPC --output logs/indicators
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
 from torchmetrics.functional import spearman_corrcoef
 from tqdm.auto import tqdm
 
@@ -36,16 +38,18 @@ INDICATORS = (
     "svd_objective",
     "svd_error",
 )
+DAMAGES = ("rise", "drift")
 
 
 @torch.no_grad()
-def development_loss(task: SequenceClassification, data: GLUE) -> float:
-    """Mean loss over the validation split."""
-    total, count = 0.0, 0
+def development(task: SequenceClassification, data: GLUE) -> tuple[float, Tensor]:
+    """Mean loss over the validation split, and the logarithms of the predicted probabilities `[samples, classes]`."""
+    losses, predicted = [], []
     for batch in data.val_dataloader():
-        losses = task.per_sample_losses(batch)
-        total, count = total + float(losses.sum()), count + len(losses)
-    return total / count
+        logits = task(batch).float()
+        losses.append(task.losses(logits, batch["labels"]))
+        predicted.append(logits.log_softmax(-1))
+    return float(torch.cat(losses).mean()), torch.cat(predicted)
 
 
 def main() -> None:
@@ -64,7 +68,7 @@ def main() -> None:
     data = GLUE(arguments.pretrained, arguments.task, arguments.path)
     data.prepare_data()
     data.setup("validate")
-    dense = development_loss(task, data)
+    dense, reference = development(task, data)
     rows: list[dict[str, Any]] = []
     for layer in tqdm(json.loads(arguments.diagnosis.read_text(encoding="utf-8"))["layers"], desc="layers"):
         linear = task.encoder.get_submodule(layer["name"])
@@ -73,36 +77,40 @@ def main() -> None:
         factors = truncated_svd(linear.weight.detach(), layer["rank"])
         factored.assign_(factors)
         with swapped(task.encoder, {layer["name"]: factored}):
-            rise = development_loss(task, data) - dense
+            loss, predicted = development(task, data)
+        drift = float(kl_div(predicted, reference, reduction="batchmean", log_target=True))
         error = float(torch.linalg.norm(linear.weight - factors.product()) / torch.linalg.norm(linear.weight))
         told = {key: layer[key] for key in ("variance", "relative_variance", "within_input", "rank_one_residual")}
         told |= {"expected_rise": layer["expected_rise"]["SVD"], "svd_objective": layer["objective"]["SVD"]}
-        rows.append({"name": layer["name"], "rise": rise, **told, "svd_error": error})
-    rises = torch.tensor([row["rise"] for row in rows])
+        rows.append({"name": layer["name"], "rise": loss - dense, "drift": drift, **told, "svd_error": error})
+    columns = {key: torch.tensor([row[key] for row in rows]) for key in (*INDICATORS, *DAMAGES)}
     correlations = {
-        name: float(spearman_corrcoef(torch.tensor([row[name] for row in rows]), rises)) for name in INDICATORS
+        damage: {name: float(spearman_corrcoef(columns[name], columns[damage])) for name in INDICATORS}
+        for damage in DAMAGES
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     figures = {"task": arguments.task, "dense_loss": dense, "spearman": correlations, "layers": rows}
     (arguments.output / "indicators.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    lines = ["| indicator | rank correlation with the rise of the development loss |", "|---|---|"]
-    lines += [f"| {name} | {value:+.3f} |" for name, value in sorted(correlations.items(), key=lambda x: -x[1])]
+    lines = ["| indicator | rank correlation with the rise of the loss | with the divergence |", "|---|---|---|"]
+    for name in sorted(INDICATORS, key=lambda name: -correlations["drift"][name]):
+        lines.append(f"| {name} | {correlations['rise'][name]:+.3f} | {correlations['drift'][name]:+.3f} |")
     (arguments.output / "indicators.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
-    plot(rows, correlations, arguments.output / "indicators.png")
+    plot(rows, correlations["drift"], arguments.output / "indicators.png")
 
 
 def plot(rows: list[dict[str, Any]], correlations: dict[str, float], path: Path) -> None:
-    """Every indicator against the rise."""
+    """Every indicator against the divergence."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     for place, name in enumerate(INDICATORS, start=1):
         axes = figure.add_subplot(2, 4, place)
-        axes.scatter([row[name] for row in rows], [row["rise"] for row in rows], s=12)
+        axes.scatter([row[name] for row in rows], [row["drift"] for row in rows], s=12)
         axes.set_xscale("log")
+        axes.set_yscale("log")
         axes.set_title(f"{name}: {correlations[name]:+.2f}", fontsize=9)
-        axes.set_ylabel("rise of the loss", fontsize=8)
+        axes.set_ylabel("divergence of the predictions", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -40,7 +40,8 @@ def bounds_of(shapes: Mapping[str, LinearShape], bounds: list[RankBounds]) -> di
     """The bounds of every layer.
 
     Raises:
-        OverrideError: a pattern matches no layer, or asks for more than a layer's full rank.
+        OverrideError: a pattern matches no layer.
+        RankError: a pattern asks for more than a layer's full rank.
     """
     for bound in bounds:
         matched = [name for name in shapes if fnmatchcase(name, bound.pattern)]
@@ -136,7 +137,8 @@ def rounded(
     """Brings ranks to multiples (hardware likes 8 or 16) without leaving the budget.
 
     Every rank goes down to a multiple; what that frees pays for whole multiples again, where the groups next in line
-    have the highest scores per parameter. A rank below the multiple stays.
+    have the highest scores per parameter. A rank stays where the multiple is below its lowest, or saves nothing because
+    the layer ends dense either way.
 
     Args:
         kept: Groups per layer, as `globally_ranked` returns them.
@@ -149,7 +151,12 @@ def rounded(
     """
     cost = cost or Cost()
     orders = {name: torch.sort(s.detach().double().cpu(), descending=True, stable=True) for name, s in scores.items()}
-    ranks = {name: len(indices) - len(indices) % multiple_of or len(indices) for name, indices in kept.items()}
+    ranks = {}
+    for name, indices in kept.items():
+        rank, low = len(indices), (bounds or {}).get(name, RankBounds()).low
+        down = rank - rank % multiple_of
+        saves = down >= low and cost.of(shapes[name], down) < cost.of(shapes[name], rank)
+        ranks[name] = down if saves else rank
     spent = cost.total(shapes, ranks)
     while True:
         best, price, gain = None, 0, -1.0

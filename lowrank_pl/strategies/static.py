@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lowrank_pl.allocation import Allocation, LayerOverride, uniform_ranks
 from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.core import Factors, relative_error
-from lowrank_pl.core.checks import check_finite
+from lowrank_pl.core.checks import check_finite, check_importance
+from lowrank_pl.core.elementwise.solver import DIVERGED
 from lowrank_pl.errors.run import NotFactorisedError, ResumeMismatchError
 from lowrank_pl.importance import Fisher, FisherKind, LayerFisher
 from lowrank_pl.nn import LowRankLinear
@@ -191,7 +192,11 @@ class StaticStrategy(CompressionStrategy):
             note = f"the Fisher information of {name!r} is zero everywhere: factorised by plain SVD instead"
             logger.warning(note)
             notes.append(note)
+        if layer_fisher is not None:
+            _check_fisher(name, layer_fisher)
         found = self.factorise(weight, layer.rank, layer_fisher, fisher.num_samples if fisher is not None else 0)
+        if found.outcome is not None and found.outcome.startswith(DIVERGED):
+            notes.append(f"the solver of {name!r} {found.outcome}: the best of its iterates is used")
         layer.assign_(found.factors)
         return {
             "error": relative_error(weight, found.factors.product()),
@@ -225,3 +230,11 @@ class StaticStrategy(CompressionStrategy):
                 )
             )
         return tuple(records)
+
+
+def _check_fisher(name: str, fisher: LayerFisher) -> None:
+    """Refuses an importance that is negative or not finite, with the layer's name and the entry."""
+    for what, importance in (("sums by input", fisher.input_sums), ("sums by output", fisher.output_sums)):
+        check_importance(f"the Fisher information ({what}) of layer {name!r}", importance, tuple(importance.shape))
+    if fisher.full is not None:
+        check_importance(f"the Fisher information of layer {name!r}", fisher.full, tuple(fisher.full.shape))

@@ -129,8 +129,9 @@ def test_compact_factors_are_balanced_and_their_product_is_the_same(dtype: torch
 
 
 def test_compact_layers_named_dense_become_linears() -> None:
-    root = nn.Sequential(trained(2), nn.Linear(4, 5), trained(3))
-    product, untouched = root[2].product().detach(), root[1]  # type: ignore[operator]
+    untouched, last = nn.Linear(4, 5), trained(3)
+    product = last.product().detach()
+    root = nn.Sequential(trained(2), untouched, last)
     compact_(root, ["2"])
     assert isinstance(root[0], LowRankLinear)
     assert root[1] is untouched
@@ -140,8 +141,10 @@ def test_compact_layers_named_dense_become_linears() -> None:
 
 
 def test_a_compacted_model_trains() -> None:
-    root = compact_(nn.Sequential(trained(2), nn.Tanh(), trained(3)), ["x"])
+    root = compact_(nn.Sequential(trained(2), nn.Linear(4, 5), trained(3)), ["2"])
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in root.parameters())
+    root(random_matrix(3, 5, seed=9)).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in root.parameters())
 
 
 def test_a_shared_layer_stays_shared_when_compacted() -> None:
@@ -152,6 +155,16 @@ def test_a_shared_layer_stays_shared_when_compacted() -> None:
     assert isinstance(first, LowRankLinear)
     state = nn.Sequential(shared, nn.Tanh(), shared).state_dict()
     assert compact_state(state).keys() == root.state_dict().keys()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a state dict does not tell that two names are one layer; `dense` has one of them"
+)
+def test_a_shared_layer_is_dense_under_all_its_names() -> None:
+    shared = SVDLinear.from_linear(nn.Linear(4, 4), 3)
+    root = nn.Sequential(shared, nn.Tanh(), shared)
+    state = compact_state(root.state_dict(), ["0"])
+    assert state.keys() == compact_(root, ["0"]).state_dict().keys()
 
 
 def test_compacting_leaves_a_model_without_groups_alone() -> None:

@@ -1,0 +1,112 @@
+"""What may be kept, said in three ways."""
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from lowrank_pl.allocation import Budget
+from lowrank_pl.core import LinearShape
+from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
+from lowrank_pl.errors.run import MissingArgumentError
+
+# Dense 2,500 + 625 + 375 = 3,500 parameters; one group in each costs 100 + 50 + 40 = 190.
+SHAPES = {"a": LinearShape(50, 50), "b": LinearShape(25, 25), "c": LinearShape(15, 25)}
+UNTARGETED = 1_000
+
+
+@pytest.mark.parametrize("share", [Fraction(n, 100) for n in (8, 29, 33, 50, 57, 58, 75, 100)])
+def test_the_three_ways_to_say_it_agree(share: Fraction) -> None:
+    dense = sum(shape.dense_params for shape in SHAPES.values())
+    wanted = int(share * dense)
+    for budget in (
+        Budget(keep_ratio=float(share)),
+        Budget(parameters=wanted),
+        Budget(model_parameters=wanted + UNTARGETED),
+    ):
+        assert budget.resolve(SHAPES, UNTARGETED) == wanted
+
+
+@pytest.mark.parametrize("hundredths", range(8, 101))
+def test_a_ratio_counts_as_written_and_is_never_exceeded(hundredths: int) -> None:
+    # In floating point 0.29 · 100 is 28.999999999999996.
+    shapes = {"a": LinearShape(100, 100)}
+    assert Budget(keep_ratio=hundredths / 100).resolve(shapes, 0) == 100 * hundredths
+    odd = {"a": LinearShape(101, 97)}
+    assert Budget(keep_ratio=hundredths / 100).resolve(odd, 0) == 101 * 97 * hundredths // 100
+
+
+def test_bert_base_to_the_size_in_the_papers() -> None:
+    layer = {
+        **{f"attention.{i}": LinearShape(768, 768) for i in range(4)},
+        "up": LinearShape(3072, 768),
+        "down": LinearShape(768, 3072),
+    }
+    shapes = {f"{block}.{name}": shape for block in range(12) for name, shape in layer.items()}
+    untargeted = 109_482_240 - 84_934_656
+    # 66.5 million in all is what rank 253 everywhere comes to.
+    assert Budget(model_parameters=untargeted + 41_969_664).resolve(shapes, untargeted) == 41_969_664
+    assert Budget(keep_ratio=1.0).resolve(shapes, untargeted) == 84_934_656
+    assert Budget(keep_ratio=0.5).resolve(shapes, untargeted) == 42_467_328
+
+
+def test_only_the_size_of_the_model_counts_what_is_not_targeted() -> None:
+    for budget in (Budget(keep_ratio=0.5), Budget(parameters=1_600)):
+        assert budget.resolve(SHAPES, 0) == budget.resolve(SHAPES, 10**9)
+    budget = Budget(model_parameters=2_000)
+    assert budget.resolve(SHAPES, 1_000) - budget.resolve(SHAPES, 1_100) == 100
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "Given: none"),
+        ({"keep_ratio": 0.5, "parameters": 100}, "Given: keep_ratio, parameters"),
+        ({"keep_ratio": 0.5, "model_parameters": 100}, "Given: keep_ratio, model_parameters"),
+        ({"parameters": 90, "model_parameters": 100}, "Given: parameters, model_parameters"),
+        ({"keep_ratio": 0.5, "parameters": 9, "model_parameters": 100}, "keep_ratio, parameters, model_parameters"),
+    ],
+)
+def test_exactly_one_is_given(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(MissingArgumentError, match=said):
+        Budget(**given)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.0001, 33.0, float("nan"), float("inf")])
+def test_a_ratio_out_of_range_is_refused(ratio: float) -> None:
+    with pytest.raises(RatioError) as caught:
+        Budget(keep_ratio=ratio)
+    assert f"keep_ratio={ratio!r} is out of range: allowed is 0 < keep_ratio <= 1" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["parameters", "model_parameters"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_number_below_one_is_refused(name: str, value: int) -> None:
+    with pytest.raises(RangeError, match=rf"^{name}={value} is out of range: allowed is a whole number from 1"):
+        Budget(**{name: value})
+
+
+def test_one_group_in_each_layer_is_the_least() -> None:
+    assert Budget(parameters=190).resolve(SHAPES, UNTARGETED) == 190
+    assert Budget(model_parameters=1_190).resolve(SHAPES, UNTARGETED) == 190
+    assert Budget(keep_ratio=190 / 3_500).resolve(SHAPES, UNTARGETED) == 190
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"keep_ratio": 0.05}, "keep_ratio=0.05"), ({"parameters": 189}, "parameters=189")],
+)
+def test_less_is_refused_with_the_floor(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget(**given).resolve(SHAPES, UNTARGETED)
+    for part in (said, "cannot be reached", "190 of 3,500 parameters", f"keep_ratio of {190 / 3500:.6f}"):
+        assert part in str(caught.value)
+    assert "not targeted" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", [1_189, 1_000, 999, 1])
+def test_a_model_too_small_is_refused_with_what_is_not_targeted(asked: int) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget(model_parameters=asked).resolve(SHAPES, UNTARGETED)
+    for part in (f"model_parameters={asked}", "190 of 3,500", "1,000 more parameters of the model are not targeted"):
+        assert part in str(caught.value)
