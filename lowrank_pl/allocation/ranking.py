@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.model import OverrideError
-from lowrank_pl.errors.numerics import RangeError, ShapeError
+from lowrank_pl.errors.numerics import NonFiniteError, RangeError, ShapeError
 
 
 @dataclass
@@ -46,7 +46,7 @@ def bounds_of(shapes: Mapping[str, LinearShape], bounds: list[RankBounds]) -> di
     for bound in bounds:
         matched = [name for name in shapes if fnmatchcase(name, bound.pattern)]
         if not matched:
-            raise OverrideError(bound.pattern, "matches no targeted layer", list(shapes))
+            raise OverrideError(bound.pattern, "matches no targeted layer", list(shapes), "bounds")
         for name in matched:
             shapes[name].check_rank(bound.low, name)
     return {name: next((b for b in bounds if fnmatchcase(name, b.pattern)), RankBounds()) for name in shapes}
@@ -98,10 +98,14 @@ def globally_ranked(
 
     Raises:
         ShapeError: scores and shapes are of different layers, or a layer has no group.
+        NonFiniteError: a score is NaN or Inf.
         RangeError: the budget does not pay for the lowest ranks.
     """
     if scores.keys() != shapes.keys() or any(score.numel() == 0 for score in scores.values()):
         raise ShapeError("scores", (len(scores),), f"one non-empty score per layer, {len(shapes)} layers")
+    for name, score in scores.items():
+        if not bool(torch.isfinite(score).all()):
+            raise NonFiniteError("the score of singular groups", int((~torch.isfinite(score)).sum()), name)
     cost = cost or Cost()
     chosen: dict[str, list[int]] = {}
     candidates: list[tuple[float, str, int]] = []

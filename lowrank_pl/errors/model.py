@@ -52,10 +52,10 @@ class TiedWeightError(LowRankError):
 class OverrideError(LowRankError):
     """A per-layer override matches nothing or says contradictory things."""
 
-    def __init__(self, pattern: str, problem: str, names: Sequence[str]) -> None:
+    def __init__(self, pattern: str, problem: str, names: Sequence[str], argument: str = "overrides") -> None:
         super().__init__(
-            f"the override for {pattern!r} {problem}. Targeted layers are {_some(names)}. "
-            "Check model.init_args.strategy.init_args.overrides."
+            f"the entry of {argument} for {pattern!r} {problem}. Targeted layers are {_some(names)}. "
+            f"Check model.init_args.strategy.init_args.{argument}."
         )
 
 

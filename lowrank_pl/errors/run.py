@@ -104,9 +104,9 @@ class OptimizerCoverageError(LowRankError):
 class OptimizerStateError(LowRankError):
     """An optimizer keeps something of a layer that cannot be divided among its singular groups."""
 
-    def __init__(self, optimizer: str, name: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, optimizer: str, name: str, shape: str) -> None:
         super().__init__(
-            f"{optimizer} keeps {name!r} of shape {list(shape)} for the factors, of which nobody can say which part "
+            f"{optimizer} keeps {name!r} of shape {shape} for the factors, of which nobody can say which part "
             "belongs to which singular group. Allowed are optimizers whose state has the shape of the parameter or "
             "is a single number, such as AdamW, Adam, SGD, RMSprop, Lion. Set model.init_args.optimizer to one."
         )

@@ -72,8 +72,10 @@ class GroupSensitivity(ABC):
             Whether the step counted.
         """
         gradients = [g for groups in layers.values() for g in (groups.left_grad, groups.sigma_grad, groups.right_grad)]
-        # One number per tensor (a sum is NaN or Inf where an entry is) and one look at all of them.
-        if not bool(torch.isfinite(torch.stack([gradient.sum() for gradient in gradients])).all()):
+        # One number per tensor (a sum is NaN or Inf where an entry is) and one look at all of them;
+        # in float32, where half precisions would overflow.
+        sums = [gradient.sum(dtype=torch.float32) for gradient in gradients]
+        if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
             return False
         self._steps += 1
         for name, groups in layers.items():
@@ -81,13 +83,18 @@ class GroupSensitivity(ABC):
         return True
 
     def average(self, name: str, quantity: str, value: Tensor, beta: float | None = None) -> Tensor:
-        """Moves an average towards a value `[c, …]`; returns it, corrected for its start at zero."""
+        """Moves an average, in float32, towards a value `[c, …]`; returns it, corrected for its start at zero."""
         beta = self.beta if beta is None else beta
+        value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
         kept = self._averages.setdefault(name, {})
         before = kept.get(quantity)
         before = torch.zeros_like(value) if before is None else before.to(value.device)
         kept[quantity] = torch.lerp(before, value, 1 - beta)
         return self.averaged(name, quantity, beta)
+
+    def uncorrected(self, name: str, quantity: str) -> Tensor:
+        """An average as it is."""
+        return self._averages[name][quantity]
 
     def averaged(self, name: str, quantity: str, beta: float | None = None) -> Tensor:
         """An average, corrected for its start at zero."""
@@ -148,7 +155,7 @@ class Triplet(GroupSensitivity):
     plus the means of `Ī U` over `left_k` and `right_k`.
 
     Args:
-        beta: Weight of the past for the sensitivity, `0 <= beta < 1`.
+        beta: Weight of the past for the sensitivity, `0 < beta < 1`.
         beta_uncertainty: The same for the uncertainty.
 
     References:
@@ -158,6 +165,8 @@ class Triplet(GroupSensitivity):
 
     def __init__(self, beta: float = 0.85, beta_uncertainty: float = 0.85) -> None:
         super().__init__(beta)
+        if beta == 0:
+            raise RangeError("beta", beta, "0 < beta < 1: without a past no value deviates from it")
         if not (math.isfinite(beta_uncertainty) and 0 <= beta_uncertainty < 1):
             raise RangeError("beta_uncertainty", beta_uncertainty, "0 <= beta_uncertainty < 1")
         self.beta_uncertainty = beta_uncertainty
@@ -171,14 +180,15 @@ class Triplet(GroupSensitivity):
         }
         for part, product in parts.items():
             sensitivity = product.abs()
-            smoothed = self.average(name, part, sensitivity)
-            deviation = (sensitivity - smoothed).abs()
+            self.average(name, part, sensitivity)
+            # Uncorrected, as in the paper: a corrected average is the first value itself, whose deviation says nothing.
+            deviation = (sensitivity - self.uncorrected(name, part)).abs()
             self.average(name, f"{part}_uncertainty", deviation, self.beta_uncertainty)
 
     def scores(self, name: str) -> Tensor:
         """Sum of the three means."""
         total = torch.zeros(())
         for part in ("left", "sigma", "right"):
-            uncertainty = self.averaged(name, f"{part}_uncertainty", self.beta_uncertainty)
-            total = total.to(uncertainty.device) + (self.averaged(name, part) * uncertainty).mean(1)
+            uncertainty = self.uncorrected(name, f"{part}_uncertainty")
+            total = total.to(uncertainty.device) + (self.uncorrected(name, part) * uncertainty).mean(1)
         return total

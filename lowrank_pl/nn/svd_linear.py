@@ -60,7 +60,7 @@ class SVDLinear(nn.Module):
         made = cls(*features, capacity, has_bias, reference.device, reference.dtype)
         if made.bias is not None and layer.bias is not None:
             made.bias.data.copy_(layer.bias.data)
-        return made.train(layer.training)
+        return made.requires_grad_(reference.requires_grad).train(layer.training)
 
     @classmethod
     @torch.no_grad()
@@ -130,7 +130,7 @@ class SVDLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._rank = int(self.active)
+        self.rank = int(self.active)  # refuses what the capacity does not hold
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

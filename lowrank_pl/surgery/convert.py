@@ -64,7 +64,11 @@ def compact_state(state: Mapping[str, Tensor], dense: Collection[str] = ()) -> d
         state: Of a model, names as in the model.
         dense: Names of layers that become dense.
     """
-    layers = [name.removesuffix(".active") for name in state if name.endswith(".active")]
+    layers = [name.removesuffix(".sigma") for name in state if name.endswith(".sigma")]
+    layers = [layer for layer in layers if f"{layer}.active" in state]
+    # A layer with several names shares its tensors, also after a checkpoint has been read.
+    places = {state[f"{layer}.left"].data_ptr() for layer in layers if layer in dense}
+    dense = [layer for layer in layers if state[f"{layer}.left"].data_ptr() in places]
     found = dict(state)
     for layer in layers:
         rank = int(found.pop(f"{layer}.active"))

@@ -34,12 +34,11 @@ def keep_groups_(layer: SVDLinear, kept: Tensor, optimizers: Iterable[Optimizer]
     for optimizer in optimizers:
         for parameter, dim in parts:
             for name, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, Tensor):
-                    continue
-                if value.shape == parameter.shape:
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
                     tensors.append((value, dim))
-                elif value.numel() != 1:
-                    raise OptimizerStateError(type(optimizer).__name__, str(name), tuple(value.shape))
+                elif isinstance(value, (list, tuple, dict)) or (isinstance(value, Tensor) and value.numel() != 1):
+                    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise OptimizerStateError(type(optimizer).__name__, str(name), str(shape))
     layer.rank = kept.numel()
     for tensor, dim in tensors:
         _keep(tensor, dim, kept)

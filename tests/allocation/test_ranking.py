@@ -351,11 +351,12 @@ def test_what_rounding_frees_looks_at_the_next_groups_alone() -> None:
 def test_what_rounding_frees_goes_by_the_score_per_parameter() -> None:
     shapes = {"large": LinearShape(24, 8), "small": LinearShape(8, 8)}  # 32 and 16 parameters a group
     kept = {"large": torch.arange(6), "small": torch.arange(6)}
+    # Down to 4 and 4, which cost 192; 128 are left, for four of either.
     # The next four of the large layer are worth 12 for 128 parameters, those of the small one 8 for 64.
     scores = {"large": torch.tensor([9.0] * 4 + [3.0] * 4), "small": torch.tensor([9.0] * 4 + [2.0] * 4)}
-    assert ranks_of(rounded(kept, scores, shapes, 6 * 48, 4)) == {"large": 4, "small": 8}
+    assert ranks_of(rounded(kept, scores, shapes, 320, 4)) == {"large": 4, "small": 8}
     scores["small"][4:] = 1.4
-    assert ranks_of(rounded(kept, scores, shapes, 8 * 32 + 4 * 16, 4)) == {"large": 8, "small": 4}
+    assert ranks_of(rounded(kept, scores, shapes, 320, 4)) == {"large": 8, "small": 4}
 
 
 def test_a_rank_below_the_multiple_stays_or_grows_to_it() -> None:

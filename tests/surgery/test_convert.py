@@ -157,9 +157,6 @@ def test_a_shared_layer_stays_shared_when_compacted() -> None:
     assert compact_state(state).keys() == root.state_dict().keys()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a state dict does not tell that two names are one layer; `dense` has one of them"
-)
 def test_a_shared_layer_is_dense_under_all_its_names() -> None:
     shared = SVDLinear.from_linear(nn.Linear(4, 4), 3)
     root = nn.Sequential(shared, nn.Tanh(), shared)
