@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -14,6 +15,7 @@ import lowrank_pl.tasks  # noqa: F401, importing the rooms makes short class nam
 from lowrank_pl.data import TextDataModule
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.export import export
 from lowrank_pl.monitoring import PredictionWriter, RankDashboard, RankHistory, ReportWriter
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.saved import check_loadable, check_resumable
@@ -25,6 +27,8 @@ _LOGGER = {
 }
 
 
+_DESCRIPTION = """Low-rank compression of transformers. Beside the verbs below,
+`export --ckpt_path CHECKPOINT --output DIR` writes a Hugging Face folder, see `export --help`."""
 _CHECKPOINT_WORDS = ("best", "last", "hpc")
 
 
@@ -87,6 +91,11 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
 
 
 def _run(args: list[str] | dict[str, Any] | None) -> None:
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == ["export"]:
+        # A checkpoint tells everything that is needed: no trainer, model or data to configure.
+        print(f"written to {auto_cli(export, args=words[1:], as_positional=False, prog='lowrank-pl export')}")
+        return
     LowRankCLI(
         model_class=EncoderTask,
         datamodule_class=TextDataModule,
@@ -97,6 +106,7 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
         seed_everything_default=0,
         # Lightning's own would take the parameters that exist at parse time, before any layer is swapped.
         auto_configure_optimizers=False,
+        parser_kwargs={"description": _DESCRIPTION},
         args=args,
     )
 

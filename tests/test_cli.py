@@ -273,3 +273,24 @@ def test_two_processes_write_the_same_factors(arguments: list[str], tmp_path: Pa
     single = torch.load(tmp_path / "alone" / "rank-0.pt", weights_only=True)["written"]
     for name, tensor in first["written"].items():
         torch.testing.assert_close(single[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_export_needs_a_checkpoint_and_nothing_else(arguments: list[str], tmp_path: Path) -> None:
+    recipe = str(CONFIGS / "recipes" / "glue_svd.yaml")
+    main(["compress", "--config", recipe, *arguments, f"--output={tmp_path / 'small'}"])
+    main(["export", "--ckpt_path", str(tmp_path / "small"), "--output", str(tmp_path / "folder")])
+    found = {path.name for path in (tmp_path / "folder").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_lowrank.py", "README.md"} <= found
+    assert {"report.json", "ranks.png"} <= found
+    card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
+    assert "method: SVD" in card
+    assert "score before compression" in card
+    with pytest.raises(NotACheckpointError, match="no such file"):
+        main(["export", "--ckpt_path", "nowhere.ckpt", "--output", str(tmp_path / "other")])
+
+
+def test_help_tells_of_export(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["export", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "--ckpt_path" in capsys.readouterr().out

@@ -15,10 +15,9 @@ class OutputNotWritableError(LowRankError):
 class OutputExistsError(LowRankError):
     """An output folder already holds something."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, remedy: str = "Give another --output, or move the folder away.") -> None:
         super().__init__(
-            f"the output folder {path!r} exists and is not empty; nothing is ever overwritten unasked. "
-            "Give another --output, or move the folder away."
+            f"the output folder {path!r} exists and is not empty; nothing is ever overwritten unasked. {remedy}"
         )
 
 

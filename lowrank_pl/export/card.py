@@ -1,0 +1,57 @@
+"""The README.md of an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lowrank_pl import __version__
+from lowrank_pl.surgery import read_layout
+from lowrank_pl.tasks.saved import SavedModel
+
+
+def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, Any], form: str) -> str:
+    """Composes the card.
+
+    Args:
+        model: As it is written.
+        saved: Where it came from.
+        report: Of the run that made it; may be empty.
+        form: `"factored"` or `"dense"`.
+    """
+    assert saved.target is not None
+    base = getattr(saved.config, "_name_or_path", "") or saved.config.model_type
+    record = saved.compression
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines = ["---", "library_name: transformers", "tags:", "- low-rank", "---", ""]
+    lines += [f"# {saved.target.name}, low-rank" if form == "factored" else f"# {saved.target.name}", ""]
+    lines += [f"* base model: `{base}`", f"* task: {saved.target.name} ({saved.target.kind})"]
+    lines += [f"* parameters: {total:,}"]
+    if record is not None:
+        lines += [
+            f"* method: {record.method} of lowrank_pl {__version__}",
+            f"* targeted weights: {record.targeted_kept:,} of {record.targeted_dense:,} kept "
+            f"(keep_ratio {record.keep_ratio:.4f})",
+        ]
+    if report:
+        score = report.get("score")
+        told = "n/a" if score is None else f"{score:.4f}"
+        lines.append(f"* score: {told} ({report.get('metric')}, {report.get('split')} split)")
+        if report.get("score_dense") is not None:
+            lines.append(f"* score before compression: {report['score_dense']:.4f}")
+        lines.append(f"* command: `{report.get('command')}`")
+        lines += [f"* {name} {version}" for name, version in report.get("versions", {}).items()]
+    if form == "factored":
+        lines += ["", "```python", f"from transformers import {_auto_class(model)}", ""]
+        lines += [f'model = {_auto_class(model)}.from_pretrained("…", trust_remote_code=True)', "```", ""]
+        lines += ["or, without running code of this folder,", "", "```python"]
+        lines += ["from lowrank_pl.export import from_pretrained", "", 'model = from_pretrained("…")', "```", ""]
+        lines += ["| layer | rank |", "|---|---|"]
+        lines += [f"| {name} | {rank} |" for name, (_, rank) in read_layout(model).modules.items()]
+    return "\n".join([*lines, ""])
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    return next(iter(getattr(model.config, "auto_map", {})), "AutoModel")

@@ -1,0 +1,78 @@
+"""Loading an exported folder without running any code from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
+from lowrank_pl.export.module_file import MODULE, class_name, module_text
+from lowrank_pl.surgery import read_layout
+from lowrank_pl.tasks.saved import LAYOUT_KEY, read_saved_model
+
+BASE_KEY = "lowrank_base"
+
+
+class _Factorised:
+    """What a factorised model can do beyond its parent: write itself so that it loads again."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the layout in config.json and the module file beside it."""
+        base = next(c for c in type(self).__mro__ if c.__module__.startswith("transformers.models."))
+        self.config.update(config_fields(self, base.__name__))  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        (Path(save_directory) / f"{MODULE}.py").write_text(module_text(base.__name__), encoding="utf-8")
+
+
+def config_fields(model: Any, base: str) -> dict[str, Any]:
+    """What config.json needs beyond the architecture's own fields."""
+    auto = [name for name in AUTO_CLASSES if getattr(transformers, base) in _classes_of(name)]
+    return {
+        BASE_KEY: base,
+        LAYOUT_KEY: read_layout(model).to_dict(),
+        "auto_map": {name: f"{MODULE}.{class_name(base)}" for name in auto},
+    }
+
+
+AUTO_CLASSES = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForMaskedLM")
+
+
+def _classes_of(auto_class: str) -> list[type]:
+    return list(getattr(transformers, auto_class)._model_mapping.values())
+
+
+def factorised_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of an architecture whose `save_pretrained` keeps the factors."""
+    made: type[PreTrainedModel] = type(class_name(base.__name__), (_Factorised, base), {"__module__": __name__})
+    return made
+
+
+def from_pretrained(folder: str) -> PreTrainedModel:
+    """Loads a model that `lowrank-pl export` has written, in eval mode; no code of the folder is run.
+
+    Args:
+        folder: With config.json and safetensors.
+
+    Returns:
+        The model with its factorised layers; its `save_pretrained` writes the same folder again.
+
+    Raises:
+        NotACheckpointError: there is no readable model, or not one of this package.
+        LayoutVersionError: an incompatible release has written it.
+        CheckpointMismatchError: config.json and the weights disagree.
+    """
+    saved = read_saved_model(folder)
+    name = getattr(saved.config, BASE_KEY, None)
+    if saved.dense_folder is not None or name is None:
+        raise NotACheckpointError(folder, f"config.json names no {BASE_KEY!r}: a dense model loads by transformers")
+    base = getattr(transformers, str(name), None)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        raise CheckpointMismatchError(folder, f"transformers {transformers.__version__} has no class {name!r}")
+    model = factorised_class(base)(saved.config)
+    saved.load_into_(model)
+    model.config.update(config_fields(model, str(name)))
+    loaded: PreTrainedModel = model.eval()
+    return loaded

@@ -1,0 +1,238 @@
+"""An exported model loads in every way that is promised, with the same logits; and nothing half-written ever does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from lowrank_pl.contract import TargetSpec
+from lowrank_pl.core import truncated_svd
+from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError, NotACheckpointError
+from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
+from lowrank_pl.export import export, folder, from_pretrained
+from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.strategies import RankDyna
+from lowrank_pl.surgery import TargetSelector, read_layout, replace_module_
+from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
+from lowrank_pl.tasks.saved import describe
+from tests.support.runs import last_checkpoint, make_task, make_trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.tiny import FAMILIES, save_tiny_model
+
+CLASSES = TargetSpec("films", "classification", ("bad", "good"), ("accuracy",))
+KINDS: dict[str, tuple[Any, TargetSpec]] = {
+    "classification": (SequenceClassification, CLASSES),
+    "regression": (SequenceClassification, TargetSpec("stars", "regression", (), ("pearson",))),
+    "token_classification": (TokenClassification, TargetSpec("names", "token_classification", ("O", "B-X", "I-X"))),
+    "masked_lm": (MaskedLM, TargetSpec("text", "masked_lm", (), ("perplexity",))),
+}
+INPUTS = {"input_ids": torch.tensor([[2, 9, 30, 7, 3], [2, 40, 3, 0, 0]])}
+INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    result: Tensor = model.eval()(**INPUTS).logits
+    return result
+
+
+def checkpoint(pretrained: str, path: Path, kind: str = "classification") -> Any:
+    """Factorises all targets but one and writes a checkpoint; returns the task."""
+    task_class, target = KINDS[kind]
+    task = task_class(pretrained)
+    task.build(target)
+    layers = list(TargetSelector().select(task.encoder).items())
+    for index, (name, linear) in enumerate(layers[1:]):
+        layer = LowRankLinear.like(linear, 2 + index % 3)
+        layer.assign_(truncated_svd(linear.weight.detach(), layer.rank))
+        replace_module_(task.encoder, name, layer)
+    told = describe(task.encoder.config, read_layout(task.encoder), target, None)
+    torch.save({"state_dict": task.state_dict(), **told}, path)
+    return task
+
+
+REMOTE = """
+import sys
+sys.modules["lowrank_pl"] = None  # as where it is not installed
+import json, torch, transformers
+folder, auto = sys.argv[1:3]
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+inputs = torch.load(folder + "-inputs.pt", weights_only=True)
+with torch.no_grad():
+    torch.save(model(**inputs).logits, folder + "-logits.pt")
+model.save_pretrained(folder + "-again")
+"""
+
+
+def load_remotely(where: Path, auto_class: str, tmp_path: Path) -> Tensor:
+    torch.save(INPUTS, f"{where}-inputs.pt")
+    command = [sys.executable, "-c", REMOTE, str(where), auto_class]
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: Tensor = torch.load(f"{where}-logits.pt", weights_only=True)
+    return found
+
+
+def same_content(first: Path, second: Path) -> None:
+    assert json.loads((first / "config.json").read_text()) == json.loads((second / "config.json").read_text())
+    assert (first / "modeling_lowrank.py").read_text() == (second / "modeling_lowrank.py").read_text()
+    one, two = (load_file(where / "model.safetensors") for where in (first, second))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_loads_identically_here(family: str, tmp_path: Path) -> None:
+    pretrained = str(save_tiny_model(family, tmp_path / "pretrained"))
+    task = checkpoint(pretrained, tmp_path / "model.ckpt")
+    where = export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
+    expected = logits(task.encoder)
+    loaded = from_pretrained(str(where))
+    assert torch.equal(logits(loaded), expected)
+    again = SequenceClassification(init_from=str(where))
+    again.build(CLASSES)
+    assert torch.equal(logits(again.encoder), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    same_content(where, tmp_path / "again")
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2", "modernbert"])
+def test_loads_identically_where_the_package_is_not_installed(family: str, tmp_path: Path) -> None:
+    pretrained = str(save_tiny_model(family, tmp_path / "pretrained"))
+    task = checkpoint(pretrained, tmp_path / "model.ckpt")
+    where = export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
+    assert torch.equal(load_remotely(where, "AutoModelForSequenceClassification", tmp_path), logits(task.encoder))
+    same_content(where, Path(f"{where}-again"))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_task(tiny_bert: str, tmp_path: Path, kind: str) -> None:
+    task = checkpoint(tiny_bert, tmp_path / "model.ckpt", kind)
+    where = export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
+    assert torch.equal(logits(from_pretrained(str(where))), logits(task.encoder))
+    auto_map = json.loads((where / "config.json").read_text())["auto_map"]
+    assert list(auto_map) == [task.auto_class.__name__]
+
+
+def test_dense_loads_in_a_vanilla_class(tiny_bert: str, tmp_path: Path) -> None:
+    task = checkpoint(tiny_bert, tmp_path / "model.ckpt")
+    where = export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), format="dense")
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(where, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert type(loaded).__module__.startswith("transformers.")
+    assert sum(type(module) is nn.Linear for module in loaded.modules()) == 14
+    torch.testing.assert_close(logits(loaded), logits(task.encoder), rtol=0, atol=1e-5)
+    config = json.loads((where / "config.json").read_text())
+    assert not {"auto_map", "lowrank_layout", "lowrank_base"} & config.keys()
+
+
+def test_a_checkpoint_of_a_run_with_shrinking_ranks(tiny_bert: str, tmp_path: Path) -> None:
+    task = make_task(tiny_bert, RankDyna(keep_ratio=0.4))
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer.fit(task, datamodule=SyntheticData())
+    where = export(last_checkpoint(trainer), str(tmp_path / "out"))
+    assert torch.equal(logits(from_pretrained(str(where))), logits(task.encoder))
+    assert (where / "ranks.png").exists()
+    card = (where / "README.md").read_text()
+    assert "RankDyna" in card
+    assert f"| {task.compression.layers[0].name} | {task.compression.layers[0].rank} |" in card
+
+
+def test_exporting_a_model_tuned_from_an_export(tiny_bert: str, tmp_path: Path) -> None:
+    checkpoint(tiny_bert, tmp_path / "model.ckpt")
+    where = export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
+    task = make_task(None, init_from=str(where))
+    trainer = make_trainer(tmp_path)
+    trainer.fit(task, datamodule=SyntheticData())
+    for form in ("factored", "dense"):
+        again = export(last_checkpoint(trainer), str(tmp_path / form), form, tokenizer=tiny_bert)
+        model: Any = AutoModelForSequenceClassification if form == "dense" else None
+        loaded = model.from_pretrained(again) if model else from_pretrained(str(again))
+        torch.testing.assert_close(logits(loaded), logits(task.encoder), rtol=0, atol=1e-5)
+
+
+def test_nothing_is_overwritten_unasked(tiny_bert: str, tmp_path: Path) -> None:
+    checkpoint(tiny_bert, tmp_path / "model.ckpt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), overwrite=True)
+    assert not (tmp_path / "out" / "mine.txt").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_interruption_leaves_no_folder(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tiny_bert, tmp_path / "model.ckpt")
+
+    def stop(*args: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "model_card", stop)  # after the weights are written
+    with pytest.raises(KeyboardInterrupt):
+        export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def damaged(where: Path, how: str) -> None:
+    weights = where / "model.safetensors"
+    config = json.loads((where / "config.json").read_text())
+    layout = config["lowrank_layout"]
+    name = next(iter(layout["modules"]))
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "missing":
+        state = load_file(weights)
+        del state[f"{name}.left"]
+        save_file(state, weights)
+    elif how == "extra":
+        save_file({**load_file(weights), "more": torch.zeros(1)}, weights)
+    elif how == "rank":
+        layout["modules"][name][1] += 1
+    elif how == "version":
+        layout["version"] = 99
+    elif how == "architecture":
+        config["lowrank_base"] = "NobodyKnowsThisModel"
+    (where / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ("truncated", NotACheckpointError),
+        ("missing", CheckpointMismatchError),
+        ("extra", CheckpointMismatchError),
+        ("rank", CheckpointMismatchError),
+        ("version", LayoutVersionError),
+        ("architecture", CheckpointMismatchError),
+    ],
+)
+def test_a_damaged_folder_is_refused(tiny_bert: str, tmp_path: Path, how: str, error: type[Exception]) -> None:
+    checkpoint(tiny_bert, tmp_path / "model.ckpt")
+    where = export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
+    damaged(where, how)
+    with pytest.raises(error):
+        from_pretrained(str(where))
+
+
+def test_other_things_are_refused(tiny_bert: str, tmp_path: Path) -> None:
+    with pytest.raises(NotACheckpointError):
+        export(str(tmp_path / "nothing.ckpt"), str(tmp_path / "out"))
+    with pytest.raises(NotACheckpointError, match="transformers"):
+        from_pretrained(tiny_bert)
+    checkpoint(tiny_bert, tmp_path / "model.ckpt")
+    with pytest.raises(MissingArgumentError, match="report"):
+        export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), report=str(tmp_path / "no.json"))
+    assert not (tmp_path / "out").exists()
