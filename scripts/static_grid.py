@@ -23,6 +23,7 @@ METHODS: dict[str, list[str]] = {
     "FWSVD both": ["both"],
     "TFWSVD": [],
 }
+_UNSHOWN = ("score", "score_at_budget", "collapsed")
 Report = dict[str, Any]
 
 
@@ -79,7 +80,7 @@ class Grid:
 
 def describe(report: Report) -> str:
     """Scores of a report in a cell: every metric, the loss, and a warning of collapse."""
-    metrics = {name: value for name, value in report["metrics"].items() if name not in ("score", "collapsed")}
+    metrics = {name: value for name, value in report["metrics"].items() if name not in _UNSHOWN}
     cell = " ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
     return cell + (" (one class)" if report["metrics"].get("collapsed") else "")
 
