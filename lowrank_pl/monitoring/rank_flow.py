@@ -37,8 +37,8 @@ def heatmap_of(shapes: Shapes, ranks: Mapping[str, int]) -> Any:
     return rank_heatmap(records)
 
 
-def flow_figure(shapes: Shapes, capacities: Mapping[str, int], history: Sequence[Reallocation]) -> Any:
-    """Kept against scheduled share over the steps, and how the parameters divide among kinds of matrices.
+def flow_figure(shapes: Shapes, capacities: Mapping[str, int], history: Sequence[Reallocation], last_step: int) -> Any:
+    """Kept against scheduled share over the steps up to the last, and how parameters divide among kinds of matrices.
 
     Returns:
         A matplotlib figure without a window.
@@ -47,17 +47,19 @@ def flow_figure(shapes: Shapes, capacities: Mapping[str, int], history: Sequence
 
     dense = dense_parameters(shapes)
     start = kept_by_kind(shapes, capacities)
-    steps = [0, *(entry.step for entry in history)]
+    reallocations = [entry.step for entry in history]
+    steps = [0, *reallocations, last_step]
     flow = [start, *(kept_by_kind(shapes, entry.ranks) for entry in history)]
+    flow.append(flow[-1])
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.step(steps, [sum(kinds.values()) / dense for kinds in flow], where="post", label="kept")
-    left.plot(steps[1:], [entry.scheduled / dense for entry in history], "k.", markersize=3, label="scheduled")
+    left.plot(reallocations, [entry.scheduled / dense for entry in history], "k.", markersize=3, label="scheduled")
     left.set_xlabel("optimizer step")
     left.set_ylabel("parameters / dense targeted parameters")
     left.set_ylim(bottom=0)
     left.legend(fontsize=8)
-    right.stackplot(steps, [[kinds[kind] / dense for kinds in flow] for kind in start], labels=list(start))
+    right.stackplot(steps, [[kinds[kind] / dense for kinds in flow] for kind in start], labels=list(start), step="post")
     right.set_xlabel("optimizer step")
     right.legend(fontsize=7, loc="upper right")
     right.set_title("by kind of matrix", fontsize=9)

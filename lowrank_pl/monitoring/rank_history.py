@@ -68,7 +68,7 @@ class RankHistory(pl.Callback):
             _log_hyperparameters(logger, strategy, score)
         folder = trainer.log_dir
         if folder is not None and not getattr(trainer, "fast_dev_run", False):
-            self._write(Path(folder), strategy)
+            self._write(Path(folder), strategy, trainer.global_step)
 
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = _strategy(trainer, pl_module)
@@ -96,7 +96,7 @@ class RankHistory(pl.Callback):
                 writer.add_histogram(f"importance/{kind}", torch.cat(mine).clamp(min=1e-30).log10(), entry.step)
         writer.add_figure("ranks", heatmap_of(self._shapes, entry.ranks), entry.step)
 
-    def _write(self, folder: Path, strategy: RankDyna) -> None:
+    def _write(self, folder: Path, strategy: RankDyna, last_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = strategy.state
         told = {
@@ -109,7 +109,7 @@ class RankHistory(pl.Callback):
             "history": [vars(entry) for entry in state.history],
         }
         (folder / "rank_history.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        flow_figure(self._shapes, state.capacities, state.history).savefig(folder / "rank_flow.png", dpi=130)
+        flow_figure(self._shapes, state.capacities, state.history, last_step).savefig(folder / "rank_flow.png", dpi=130)
 
 
 def _strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankDyna | None:

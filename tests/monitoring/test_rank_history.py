@@ -91,6 +91,7 @@ def test_flow_counts_parameters_by_kind() -> None:
     shapes = {"h.0.up": LinearShape(8, 4), "h.1.up": LinearShape(8, 4), "h.0.down": LinearShape(4, 8)}
     assert kept_by_kind(shapes, {"h.0.up": 2, "h.1.up": 3, "h.0.down": 1}) == {"up": 60, "down": 12}
     history = [Reallocation(5, 90.0, 72, {"h.0.up": 2, "h.1.up": 3, "h.0.down": 1})]
-    left, right = flow_figure(shapes, {"h.0.up": 4, "h.1.up": 4, "h.0.down": 4}, history).axes
-    assert list(left.lines[0].get_ydata()) == pytest.approx([144 / 96, 72 / 96])
+    left, right = flow_figure(shapes, {"h.0.up": 4, "h.1.up": 4, "h.0.down": 4}, history, 9).axes
+    assert list(left.lines[0].get_ydata()) == pytest.approx([144 / 96, 72 / 96, 72 / 96])
+    assert list(left.lines[0].get_xdata()) == [0, 5, 9]
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["up", "down"]
