@@ -12,13 +12,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_pl.allocation import Budget, Cost, CubicCurve, CubicSchedule, RankBounds, globally_ranked, rounded
-from lowrank_pl.allocation.ranking import bounds_of
-from lowrank_pl.core import LinearShape
-from lowrank_pl.core.checks import check_finite
+from lowrank_pl.allocation import Budget, Cost, CubicCurve, CubicSchedule, RankBounds
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import (
-    BudgetAboveStartError,
     BudgetNotReachedError,
     FrozenFactorsError,
     MissingArgumentError,
@@ -27,10 +23,10 @@ from lowrank_pl.errors.run import (
 from lowrank_pl.importance import FirstOrder, Groups, GroupSensitivity
 from lowrank_pl.nn import SVDLinear
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
+from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
 from lowrank_pl.surgery import (
     CompressionRecord,
-    LayerRecord,
     ModelLayout,
     TargetSelector,
     compact_,
@@ -100,9 +96,8 @@ class RankDyna(CompressionStrategy):
         self.cost = Cost(allow_dense)
         self.state = RankState()
         self.latest_scores: dict[str, Tensor] = {}
+        self._plan = RankPlan()
         self._curve: CubicCurve | None = None
-        self._shapes: dict[str, LinearShape] = {}
-        self._bounds: dict[str, RankBounds] = {}
         self._restored: RankState | None = None
 
     @property
@@ -110,14 +105,9 @@ class RankDyna(CompressionStrategy):
         """Whether the model has the size that was asked for."""
         return self.state.reached
 
-    @property
-    def start_cost(self) -> int:
-        """Parameters of the targeted weights at the start."""
-        return self.cost.total(self._shapes, self.state.capacities)
-
     def plan(self, encoder: nn.Module) -> None:
         """Refuses an impossible budget; ranks are known only in the end."""
-        self._resolve(encoder)
+        self._plan_for(encoder)
 
     def prepare(self, encoder: nn.Module) -> None:
         """Replaces every target by its singular value decomposition.
@@ -125,26 +115,14 @@ class RankDyna(CompressionStrategy):
         Raises:
             BudgetError, BudgetAboveStartError, OverrideError, NonFiniteError: before anything is changed.
         """
-        self.state, self._shapes, self._bounds = self._resolve(encoder)
+        self._plan = self._plan_for(encoder)
+        self.state = RankState(self._plan.budget, dict(self._plan.capacities))
         self._restored = None
         for name, linear in self.targets.select(encoder).items():
-            replace_module_(encoder, name, SVDLinear.from_linear(linear, self.state.capacities[name]))
+            replace_module_(encoder, name, SVDLinear.from_linear(linear, self._plan.capacities[name]))
 
-    def _resolve(self, encoder: nn.Module) -> tuple[RankState, dict[str, LinearShape], dict[str, RankBounds]]:
-        targets = self.targets.select(encoder)
-        shapes = self.targets.shapes(targets)
-        dense = sum(shape.dense_params for shape in shapes.values())
-        budget = self.budget.resolve(shapes, sum(p.numel() for p in encoder.parameters()) - dense)
-        for name, linear in targets.items():
-            check_finite("the weight", linear.weight, name)
-        bounds = bounds_of(shapes, self.bounds)
-        capacities = {name: max(1, int(self.start_ratio * s.full_rank + 1e-9)) for name, s in shapes.items()}
-        lowest = {name: min(bound.low, capacities[name]) for name, bound in bounds.items()}
-        if (floor := self.cost.total(shapes, lowest)) > budget:
-            raise RangeError("budget", budget, f"at least {floor:,} parameters, what the lowest ranks in bounds cost")
-        if budget > (start := self.cost.total(shapes, capacities)):
-            raise BudgetAboveStartError(budget, start, self.start_ratio)
-        return RankState(budget, capacities), shapes, bounds
+    def _plan_for(self, encoder: nn.Module) -> RankPlan:
+        return RankPlan.of(encoder, self.targets, self.budget, self.bounds, self.start_ratio, self.cost)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Derives the schedule from the length of the run, or goes on where a stopped run was.
@@ -215,14 +193,18 @@ class RankDyna(CompressionStrategy):
         module = as_compressible(pl_module)
         layers = svd_layers(module.encoder)
         final = step >= self._curve.end
-        budget = float(self.state.budget) if final else self._curve.budget(step, self.start_cost, self.state.budget)
+        budget = (
+            float(self.state.budget) if final else self._curve.budget(step, self._plan.start_cost, self.state.budget)
+        )
         if self.sensitivity.steps == 0:
             if not final:
                 return
             raise NonFiniteError("every gradient so far")
         self.latest_scores = {name: self.sensitivity.scores(name) for name in layers}
         # Scores are equal on all processes up to rounding; the first one decides, so that ranks are equal exactly.
-        chosen = self._choose(budget, final) if trainer.is_global_zero else {}
+        chosen = {}
+        if trainer.is_global_zero:
+            chosen = self._plan.choose(self.latest_scores, budget, self.per_parameter, final, self.multiple_of)
         kept = trainer.strategy.broadcast(chosen)
         for name, layer in layers.items():
             if len(kept[name]) < layer.rank:
@@ -230,22 +212,11 @@ class RankDyna(CompressionStrategy):
                 self.sensitivity.keep(name, kept[name])
         self.state.reached = final
         ranks = {name: layer.rank for name, layer in layers.items()}
-        self.state.history.append(Reallocation(step, budget, self.cost.total(self._shapes, ranks), ranks))
+        self.state.history.append(Reallocation(step, budget, self._plan.kept(ranks), ranks))
         module.compression = self._record(ranks)
         if final:
             kept_parameters = self.state.history[-1].kept
             logger.info("the budget of %d is reached at step %d: %d kept", self.state.budget, step, kept_parameters)
-
-    def _choose(self, budget: float, final: bool) -> dict[str, Tensor]:
-        scores, shapes = self.latest_scores, self._shapes
-        kept = globally_ranked(scores, shapes, budget, self._within(final), self.per_parameter, self.cost)
-        if final and self.multiple_of > 1:
-            kept = rounded(kept, scores, shapes, budget, self.multiple_of, self._bounds, self.cost)
-        return kept
-
-    def _within(self, final: bool) -> dict[str, RankBounds]:
-        """Upper bounds are for the end: on the way a layer may have more."""
-        return self._bounds if final else {name: RankBounds(low=bound.low) for name, bound in self._bounds.items()}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compacts the model: no step follows."""
@@ -267,7 +238,7 @@ class RankDyna(CompressionStrategy):
             The layout of the encoder after it.
         """
         ranks = {name: layer.rank for name, layer in svd_layers(encoder).items()}
-        compact_(encoder, [name for name, rank in ranks.items() if self._is_dense(name, rank)])
+        compact_(encoder, self._plan.dense_layers(ranks))
         return read_layout(encoder)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -279,7 +250,7 @@ class RankDyna(CompressionStrategy):
         if stage == "fit" and self.state.capacities:
             self._compact(pl_module)
         if stage == "fit" and self.state.capacities and not self.state.reached and trainer.global_step > 0:
-            kept = self.state.history[-1].kept if self.state.history else self.start_cost
+            kept = self.state.history[-1].kept if self.state.history else self._plan.start_cost
             raise BudgetNotReachedError(kept, self.state.budget, trainer.global_step, self.state.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -310,23 +281,13 @@ class RankDyna(CompressionStrategy):
         if self._restored is not None:
             self.state, self._restored = self._restored, None
 
-    def _is_dense(self, name: str, rank: int) -> bool:
-        return self.cost.allow_dense and rank >= self._shapes[name].break_even_rank
-
     def _record(self, ranks: Mapping[str, int]) -> CompressionRecord:
-        records = []
-        for name, rank in ranks.items():
-            shape = self._shapes[name]
-            dense = self._is_dense(name, rank)
-            kind, size = ("dense", shape.full_rank) if dense else ("low_rank", rank)
-            cost = self.cost.of(shape, rank)
-            records.append(LayerRecord(name, shape.out_features, shape.in_features, size, kind, cost))
         notes = []
         if not self.state.reached:
             notes.append(f"the budget of {self.state.budget:,} targeted parameters has not been reached")
         if self.state.skipped:
             notes.append(f"{self.state.skipped} optimizer steps with gradients that are not finite were left out")
-        return CompressionRecord(type(self).__name__, self.options(), tuple(records), tuple(notes))
+        return CompressionRecord(type(self).__name__, self.options(), self._plan.records(ranks), tuple(notes))
 
 
 def _groups(layer: SVDLinear) -> Groups:

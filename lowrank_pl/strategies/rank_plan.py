@@ -1,0 +1,108 @@
+"""What reallocation has to keep to: shapes, starting ranks, bounds, costs and the budget. No training in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lowrank_pl.allocation import Budget, Cost, RankBounds, globally_ranked, rounded
+from lowrank_pl.allocation.ranking import bounds_of
+from lowrank_pl.core import LinearShape
+from lowrank_pl.core.checks import check_finite
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.run import BudgetAboveStartError
+from lowrank_pl.surgery import LayerRecord, TargetSelector
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The frame of one run.
+
+    Attributes:
+        budget: Parameters that the targeted weights may cost in the end.
+        shapes: The targeted layers.
+        capacities: Singular groups per layer at the start.
+        bounds: How few and how many groups each layer may end with.
+        cost: What ranks cost.
+    """
+
+    budget: int = 0
+    shapes: Mapping[str, LinearShape] = field(default_factory=dict)
+    capacities: Mapping[str, int] = field(default_factory=dict)
+    bounds: Mapping[str, RankBounds] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+
+    @classmethod
+    def of(
+        cls,
+        encoder: nn.Module,
+        targets: TargetSelector,
+        budget: Budget,
+        bounds: list[RankBounds],
+        start_ratio: float,
+        cost: Cost,
+    ) -> RankPlan:
+        """The plan for an encoder; changes nothing.
+
+        Raises:
+            NoTargetError, TiedWeightError, OverrideError, RankError: a bad choice of layers or bounds.
+            NonFiniteError: a targeted weight contains NaN or Inf.
+            BudgetError, RangeError: the budget is below the floor, or below what the bounds cost.
+            BudgetAboveStartError: there would be nothing to prune.
+        """
+        layers = targets.select(encoder)
+        shapes = targets.shapes(layers)
+        dense = sum(shape.dense_params for shape in shapes.values())
+        resolved = budget.resolve(shapes, sum(p.numel() for p in encoder.parameters()) - dense)
+        for name, linear in layers.items():
+            check_finite("the weight", linear.weight, name)
+        capacities = {name: max(1, int(start_ratio * s.full_rank + 1e-9)) for name, s in shapes.items()}
+        plan = cls(resolved, shapes, capacities, bounds_of(shapes, bounds), cost)
+        lowest = {name: min(bound.low, capacities[name]) for name, bound in plan.bounds.items()}
+        if (floor := cost.total(shapes, lowest)) > resolved:
+            raise RangeError("budget", resolved, f"at least {floor:,} parameters, what the lowest ranks in bounds cost")
+        if resolved > plan.start_cost:
+            raise BudgetAboveStartError(resolved, plan.start_cost, start_ratio)
+        return plan
+
+    @property
+    def start_cost(self) -> int:
+        """Parameters of the targeted weights at the start."""
+        return self.kept(self.capacities)
+
+    def kept(self, ranks: Mapping[str, int]) -> int:
+        """Parameters of the targeted weights at some ranks."""
+        return self.cost.total(self.shapes, ranks)
+
+    def choose(
+        self, scores: Mapping[str, Tensor], budget: float, per_parameter: bool, final: bool, multiple_of: int
+    ) -> dict[str, Tensor]:
+        """The groups to keep; upper bounds and multiples are for the end: on the way a layer may have any rank.
+
+        Raises:
+            NonFiniteError: a score is NaN or Inf.
+        """
+        bounds = self.bounds if final else {name: RankBounds(low=bound.low) for name, bound in self.bounds.items()}
+        kept = globally_ranked(scores, self.shapes, budget, bounds, per_parameter, self.cost)
+        if final and multiple_of > 1:
+            kept = rounded(kept, scores, self.shapes, budget, multiple_of, self.bounds, self.cost)
+        return kept
+
+    def dense_layers(self, ranks: Mapping[str, int]) -> list[str]:
+        """The layers that end dense at some ranks."""
+        if not self.cost.allow_dense:
+            return []
+        return [name for name, rank in ranks.items() if rank >= self.shapes[name].break_even_rank]
+
+    def records(self, ranks: Mapping[str, int]) -> tuple[LayerRecord, ...]:
+        """What a report tells of the layers."""
+        dense = set(self.dense_layers(ranks))
+        records = []
+        for name, rank in ranks.items():
+            shape = self.shapes[name]
+            kind, size = ("dense", shape.full_rank) if name in dense else ("low_rank", rank)
+            cost = self.cost.of(shape, rank)
+            records.append(LayerRecord(name, shape.out_features, shape.in_features, size, kind, cost))
+        return tuple(records)
