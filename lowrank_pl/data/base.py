@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +152,10 @@ class TextDataModule(ResumableData, ABC):
             rank=rank,
             seed=self.seed,
         )
-        loader = self._loader(dataset, self.batch_size, self.train_collator(), sampler, StatefulDataLoader)
+        with warnings.catch_warnings():
+            # About a call inside torchdata, which no user can change.
+            warnings.filterwarnings("ignore", message=".*set_vital.*")
+            loader = self._loader(dataset, self.batch_size, self.train_collator(), sampler, StatefulDataLoader)
         return self.resumable(loader)
 
     def val_dataloader(self) -> DataLoader[Any]:
