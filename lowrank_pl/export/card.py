@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
     """
     assert saved.target is not None
     base = getattr(saved.config, "_name_or_path", "") or saved.config.model_type
+    if Path(base).is_absolute():
+        base = f"{saved.config.model_type}, from a local folder"  # whose path would mean nothing to others
     record = saved.compression
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = ["---", "library_name: transformers", "tags:", "- low-rank", "---", ""]

@@ -146,6 +146,7 @@ def test_a_checkpoint_of_a_run_with_shrinking_ranks(tiny_bert: str, tmp_path: Pa
     assert (where / "ranks.png").exists()
     card = (where / "README.md").read_text()
     assert "RankDyna" in card
+    assert "base model: `bert, from a local folder`" in card
     assert f"| {task.compression.layers[0].name} | {task.compression.layers[0].rank} |" in card
 
 
