@@ -1,6 +1,7 @@
 """Scores, shapes and a budget in; ranks out. Knows nothing of where scores come from."""
 
 from lowrank_pl.allocation.budget import Budget
+from lowrank_pl.allocation.measure import Flops, Latency, Measure, Parameters
 from lowrank_pl.allocation.ranking import Cost, RankBounds, globally_ranked, rounded
 from lowrank_pl.allocation.schedule import CubicCurve, CubicSchedule
 from lowrank_pl.allocation.uniform import Allocation, LayerOverride, uniform_ranks
@@ -11,7 +12,11 @@ __all__ = [
     "Cost",
     "CubicCurve",
     "CubicSchedule",
+    "Flops",
+    "Latency",
     "LayerOverride",
+    "Measure",
+    "Parameters",
     "RankBounds",
     "globally_ranked",
     "rounded",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
+from lowrank_pl.allocation.measure import Measure, Parameters
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError, ShapeError
@@ -54,21 +55,23 @@ def bounds_of(shapes: Mapping[str, LinearShape], bounds: list[RankBounds]) -> di
 
 @dataclass(frozen=True)
 class Cost:
-    """What ranks cost, in parameters.
+    """What ranks cost.
 
     Attributes:
         allow_dense: Whether a layer at or above its break-even rank may end as a dense weight, which then is cheaper.
+        measure: In which unit.
     """
 
     allow_dense: bool = False
+    measure: Measure = field(default_factory=Parameters)
 
     def of(self, shape: LinearShape, rank: int) -> int:
-        """Parameters of a layer at a rank."""
-        factored = shape.factored_params(rank)
-        return min(factored, shape.dense_params) if self.allow_dense else factored
+        """Of a layer at a rank."""
+        factored = self.measure.factored(shape, rank)
+        return min(factored, self.measure.dense(shape)) if self.allow_dense else factored
 
     def total(self, shapes: Mapping[str, LinearShape], ranks: Mapping[str, int]) -> int:
-        """Parameters of all layers."""
+        """Of all layers."""
         return sum(self.of(shape, ranks[name]) for name, shape in shapes.items())
 
 
@@ -80,7 +83,7 @@ def globally_ranked(
     per_parameter: bool = False,
     cost: Cost | None = None,
 ) -> dict[str, Tensor]:
-    """Keeps the groups with the highest scores of all layers together, strictly within a budget of parameters.
+    """Keeps the groups with the highest scores of all layers together, strictly within a budget.
 
     Every layer first gets its best `low` groups. The others follow in the order of their scores, ties in the order of
     layers and groups, each if the budget still pays for it.
@@ -88,9 +91,10 @@ def globally_ranked(
     Args:
         scores: Per layer, one score per group that there still is, `[c]`.
         shapes: Of the same layers.
-        budget: Parameters that all groups kept may cost together.
+        budget: What all groups kept may cost together, in the unit of `cost`.
         bounds: Of layers by name; one to all groups otherwise.
-        per_parameter: Rank by score divided by the group's `m + n` parameters.
+        per_parameter: Rank by score divided by what a group of its layer costs: `m + n` parameters, or the mean over
+            the layer's groups in another unit.
         cost: What ranks cost.
 
     Returns:
@@ -114,11 +118,11 @@ def globally_ranked(
         values = score.detach().double().cpu()
         order = torch.sort(values, descending=True, stable=True).indices.tolist()
         chosen[name] = order[: bound.low]
-        scale = shapes[name].params_per_rank if per_parameter else 1
+        scale = cost.measure.per_rank(shapes[name]) if per_parameter else 1
         candidates += [(float(values[index]) / scale, name, index) for index in order[bound.low : bound.high]]
     spent = cost.total(shapes, {name: len(order) for name, order in chosen.items()})
     if spent > budget:
-        raise RangeError("budget", budget, f"at least {spent:,} parameters, what the lowest ranks cost")
+        raise RangeError("budget", budget, f"at least {spent:,} {cost.measure.unit}, what the lowest ranks cost")
     # Python's sort is stable: equal scores stay in the order of layers and groups, so ties never empty a layer.
     for _, name, index in sorted(candidates, key=lambda candidate: -candidate[0]):
         rank = len(chosen[name])
@@ -141,14 +145,14 @@ def rounded(
     """Brings ranks to multiples (hardware likes 8 or 16) without leaving the budget.
 
     Every rank goes down to a multiple; what that frees pays for whole multiples again, where the groups next in line
-    have the highest scores per parameter. A rank stays where the multiple is below its lowest, or saves nothing because
-    the layer ends dense either way.
+    have the highest scores per unit of cost. A rank stays where the multiple is below its lowest, or saves nothing, as
+    when the layer ends dense either way.
 
     Args:
         kept: Groups per layer, as `globally_ranked` returns them.
         scores: The scores that they were chosen by.
         shapes: Of the same layers.
-        budget: Parameters.
+        budget: In the unit of `cost`.
         multiple_of: `>= 1`.
         bounds: Of layers by name.
         cost: What ranks cost.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from lowrank_pl.allocation.measure import Measure, Parameters
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
@@ -58,9 +59,9 @@ class Allocation:
         return sum(shape.dense_params for shape in self.shapes.values())
 
 
-def floor_parameters(shapes: Mapping[str, LinearShape]) -> int:
-    """What the layers cost at least: one rank each, or the dense weight where that is smaller."""
-    return sum(min(shape.params_per_rank, shape.dense_params) for shape in shapes.values())
+def floor_cost(shapes: Mapping[str, LinearShape], cost: Measure) -> int:
+    """What the layers cost at least: one rank each, or the dense weight where that is cheaper."""
+    return sum(min(cost.factored(shape, 1), cost.dense(shape)) for shape in shapes.values())
 
 
 def uniform_ranks(
@@ -69,16 +70,18 @@ def uniform_ranks(
     rank_ratio: float | None = None,
     multiple_of: int = 1,
     overrides: Sequence[LayerOverride] = (),
+    cost: Measure | None = None,
 ) -> Allocation:
     """Gives every layer the same share.
 
     Args:
         shapes: The targeted layers.
-        keep_ratio: Share of each layer's weights to keep, in parameters: the largest rank with
+        keep_ratio: Share of what each dense layer costs: in parameters the largest rank with
             `r (m + n) <= keep_ratio · m n`. At 1 everything stays dense.
         rank_ratio: The papers' measure instead: `r = int(rank_ratio · min(m, n))`.
         multiple_of: Round ranks down to a multiple (hardware likes 8 or 16); a rank below the multiple stays.
         overrides: Exceptions by name; they neither draw from nor add to the other layers' share.
+        cost: What ranks cost; parameters by default.
 
     Returns:
         Ranks; a layer whose factors would cost as much as its dense weight stays dense.
@@ -89,26 +92,28 @@ def uniform_ranks(
         RankError: an override asks for an impossible rank.
         OverrideError: an override matches no layer or does not say exactly one thing.
         BudgetError: the keep_ratio is below what rank 1 everywhere costs.
+        LatencyTableError: the cost knows nothing of a layer's shape.
     """
+    cost = cost or Parameters()
     check_share(keep_ratio, rank_ratio, multiple_of)
     chosen = _match_overrides(list(shapes), overrides)
     ranks: dict[str, int | None] = {}
     for name, shape in shapes.items():
         override = chosen.get(name)
         if override is None:
-            rank = _rank_by_ratio(shape, keep_ratio, rank_ratio, multiple_of)
+            rank = _rank_by_ratio(shape, keep_ratio, rank_ratio, multiple_of, cost)
         elif override.dense:
             rank = None
         elif override.rank is not None:
             shape.check_rank(override.rank, name)
             rank = override.rank
         else:
-            rank = _rank_by_ratio(shape, override.keep_ratio, None, multiple_of)
-        # At or above break-even the dense weight is smaller.
-        ranks[name] = None if rank is None or rank >= shape.break_even_rank else rank
+            rank = _rank_by_ratio(shape, override.keep_ratio, None, multiple_of, cost)
+        # At or above break-even the dense weight is cheaper.
+        ranks[name] = None if rank is None or rank >= cost.break_even(shape) else rank
     allocation = Allocation(dict(shapes), ranks)
     if keep_ratio is not None:
-        _fit_budget(allocation, keep_ratio, multiple_of, [name for name in shapes if name not in chosen])
+        _fit_budget(allocation, keep_ratio, multiple_of, [name for name in shapes if name not in chosen], cost)
     return allocation
 
 
@@ -129,12 +134,12 @@ def check_share(keep_ratio: float | None, rank_ratio: float | None, multiple_of:
 
 
 def _rank_by_ratio(
-    shape: LinearShape, keep_ratio: float | None, rank_ratio: float | None, multiple_of: int
+    shape: LinearShape, keep_ratio: float | None, rank_ratio: float | None, multiple_of: int, cost: Measure
 ) -> int | None:
     if keep_ratio == 1.0:
         return None
     if keep_ratio is not None:
-        rank = math.floor(keep_ratio * shape.dense_params / shape.params_per_rank + 1e-9)
+        rank = cost.largest_rank(shape, keep_ratio * cost.dense(shape) + 1e-6)
     else:
         assert rank_ratio is not None
         rank = int(rank_ratio * shape.full_rank + 1e-9)
@@ -164,15 +169,19 @@ def _match_overrides(names: list[str], overrides: Sequence[LayerOverride]) -> di
     return chosen
 
 
-def _fit_budget(allocation: Allocation, keep_ratio: float, multiple_of: int, names: list[str]) -> None:
+def _fit_budget(allocation: Allocation, keep_ratio: float, multiple_of: int, names: list[str], cost: Measure) -> None:
     """Takes from the highest ranks what the minimum of one rank elsewhere has overdrawn."""
     shapes = {name: allocation.shapes[name] for name in names}
-    dense = sum(shape.dense_params for shape in shapes.values())
+    dense = sum(cost.dense(shape) for shape in shapes.values())
     budget = keep_ratio * dense + 1e-6
-    if floor_parameters(shapes) > budget:
-        floor = floor_parameters(shapes)
-        raise BudgetError(keep_ratio, floor / dense, floor, dense)
-    while sum(allocation.parameters(name) for name in names) > budget:
+    if (floor := floor_cost(shapes, cost)) > budget:
+        raise BudgetError(keep_ratio, floor / dense, floor, dense, unit=cost.unit)
+
+    def spent(name: str) -> int:
+        rank = allocation.ranks[name]
+        return cost.dense(shapes[name]) if rank is None else cost.factored(shapes[name], rank)
+
+    while sum(spent(name) for name in names) > budget:
         highest = max(names, key=lambda name: allocation.ranks[name] or 0)
         rank = allocation.ranks[highest] or 1
         allocation.ranks[highest] = rank - (multiple_of if rank > multiple_of else 1)

@@ -70,14 +70,35 @@ class BudgetError(LowRankError):
         self,
         asked: float,
         floor: float,
-        floor_parameters: int,
-        dense_parameters: int,
+        floor_cost: int,
+        dense_cost: int,
         name: str = "keep_ratio",
         untargeted: int = 0,
+        unit: str = "parameters",
     ) -> None:
         beside = f"; {untargeted:,} more parameters of the model are not targeted at all" if untargeted else ""
         super().__init__(
             f"{name}={asked!r} cannot be reached: one rank in each targeted layer already costs "
-            f"{floor_parameters:,} of {dense_parameters:,} parameters, a keep_ratio of {floor:.6f}{beside}. "
+            f"{floor_cost:,} of {dense_cost:,} {unit}, a keep_ratio of {floor:.6f}{beside}. "
             "Ask for more than that, or target fewer layers."
+        )
+
+
+class LatencyTableError(LowRankError):
+    """A table of measured times cannot serve as the cost of ranks."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(
+            f"the latency table {path!r} cannot be used: {problem}. Allowed is the latency.json that "
+            "`lowrank-pl benchmark` writes for a model with the same layers; measure one, or use another cost."
+        )
+
+
+class BudgetUnitError(LowRankError):
+    """A budget in parameters together with a cost that is none."""
+
+    def __init__(self, name: str, unit: str) -> None:
+        super().__init__(
+            f"{name} is a budget in parameters, and cost is measured in {unit}. Say the budget as keep_ratio, the "
+            "share of what the dense layers cost, or leave cost at Parameters."
         )

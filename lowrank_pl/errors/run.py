@@ -154,9 +154,9 @@ class ScheduleError(LowRankError):
 class BudgetAboveStartError(LowRankError):
     """There would be nothing to prune."""
 
-    def __init__(self, budget: int, start: int, start_ratio: float) -> None:
+    def __init__(self, budget: int, start: int, start_ratio: float, unit: str = "parameters") -> None:
         super().__init__(
-            f"the budget of {budget:,} targeted parameters is above the {start:,} that the run would start with at "
+            f"the budget of {budget:,} targeted {unit} is above the {start:,} that the run would start with at "
             f"start_ratio={start_ratio!r}: no singular group would ever be dropped. Allowed is a budget up to that. "
             "Lower keep_ratio, or raise start_ratio."
         )
@@ -165,10 +165,10 @@ class BudgetAboveStartError(LowRankError):
 class BudgetNotReachedError(LowRankError):
     """A run has ended before its ranks had shrunk to the budget."""
 
-    def __init__(self, kept: int, budget: int, steps: int, total: int) -> None:
+    def __init__(self, kept: int, budget: int, steps: int, total: int, unit: str = "parameters") -> None:
         super().__init__(
             f"the run ended after {steps} of {total} optimizer steps, before its budget was reached: the targeted "
-            f"weights have {kept:,} parameters, the budget is {budget:,}. The report and the checkpoints are written, "
+            f"weights cost {kept:,} {unit}, the budget is {budget:,}. The report and the checkpoints are written, "
             "but the model is larger than asked. Resume with --ckpt_path, or shorten the run with "
             "trainer.max_epochs or .max_steps so that the schedule fits into it."
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from lowrank_pl.core import LinearShape
 from lowrank_pl.monitoring.rank_picture import grid_position, rank_heatmap
-from lowrank_pl.strategies import Reallocation
+from lowrank_pl.strategies import RankPlan, Reallocation
 from lowrank_pl.surgery import LayerRecord
 
 Shapes = Mapping[str, LinearShape]
@@ -37,7 +37,7 @@ def heatmap_of(shapes: Shapes, ranks: Mapping[str, int]) -> Any:
     return rank_heatmap(records)
 
 
-def flow_figure(shapes: Shapes, capacities: Mapping[str, int], history: Sequence[Reallocation], last_step: int) -> Any:
+def flow_figure(plan: RankPlan, history: Sequence[Reallocation], last_step: int) -> Any:
     """Kept against scheduled share over the steps up to the last, and how parameters divide among kinds of matrices.
 
     Returns:
@@ -45,22 +45,25 @@ def flow_figure(shapes: Shapes, capacities: Mapping[str, int], history: Sequence
     """
     from matplotlib.figure import Figure
 
-    dense = dense_parameters(shapes)
-    start = kept_by_kind(shapes, capacities)
+    dense = dense_parameters(plan.shapes)
+    start = kept_by_kind(plan.shapes, plan.capacities)
     reallocations = [entry.step for entry in history]
     steps = [0, *reallocations, last_step]
-    flow = [start, *(kept_by_kind(shapes, entry.ranks) for entry in history)]
+    flow = [start, *(kept_by_kind(plan.shapes, entry.ranks) for entry in history)]
     flow.append(flow[-1])
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.step(steps, [sum(kinds.values()) / dense for kinds in flow], where="post", label="kept")
-    left.plot(reallocations, [entry.scheduled / dense for entry in history], "k.", markersize=3, label="scheduled")
+    kept = [plan.start_cost, *(entry.kept for entry in history)]
+    left.step(steps, [cost / plan.dense_cost for cost in [*kept, kept[-1]]], where="post", label="kept")
+    scheduled = [entry.scheduled / plan.dense_cost for entry in history]
+    left.plot(reallocations, scheduled, "k.", markersize=3, label="scheduled")
     left.set_xlabel("optimizer step")
-    left.set_ylabel("parameters / dense targeted parameters")
+    left.set_ylabel(f"{plan.cost.measure.unit} / those of the dense layers")
     left.set_ylim(bottom=0)
     left.legend(fontsize=8)
     right.stackplot(steps, [[kinds[kind] / dense for kinds in flow] for kind in start], labels=list(start), step="post")
     right.set_xlabel("optimizer step")
     right.legend(fontsize=7, loc="upper right")
+    right.set_ylabel("parameters / dense targeted parameters")
     right.set_title("by kind of matrix", fontsize=9)
     return figure

@@ -21,7 +21,7 @@ from lowrank_pl.tasks import EncoderTask
 class RankHistory(pl.Callback):
     """Shows every reallocation of `RankDyna`.
 
-    In TensorBoard: `budget/kept` and `budget/scheduled` (shares of the dense targeted parameters), `rank/<layer>`,
+    In TensorBoard: `budget/kept` and `budget/scheduled` (shares of what the dense layers cost), `rank/<layer>`,
     `kept_by_kind/<kind>`, histograms `importance/<kind>` (log10 of the scores that decided), the heat map `ranks`, a
     layout that puts the curves that belong together in one chart (tab Custom Scalars); at the end `rank_table` and the
     hyper-parameters with the score at the budget. In the run folder: `rank_history.json` and `rank_flow.png`.
@@ -81,12 +81,12 @@ class RankHistory(pl.Callback):
         self._shown = len(history)
         for entry in fresh:
             for logger in _writers(trainer):
-                self._log(logger.experiment, entry, strategy.latest_scores)
+                self._log(logger.experiment, entry, strategy)
 
-    def _log(self, writer: Any, entry: Reallocation, scores: dict[str, torch.Tensor]) -> None:
-        dense = dense_parameters(self._shapes)
-        writer.add_scalar("budget/kept", entry.kept / dense, entry.step)
-        writer.add_scalar("budget/scheduled", entry.scheduled / dense, entry.step)
+    def _log(self, writer: Any, entry: Reallocation, strategy: RankDyna) -> None:
+        dense, scores = dense_parameters(self._shapes), strategy.latest_scores
+        writer.add_scalar("budget/kept", entry.kept / strategy.frame.dense_cost, entry.step)
+        writer.add_scalar("budget/scheduled", entry.scheduled / strategy.frame.dense_cost, entry.step)
         for name, rank in entry.ranks.items():
             writer.add_scalar(f"rank/{name}", rank, entry.step)
         for kind, kept in kept_by_kind(self._shapes, entry.ranks).items():
@@ -101,7 +101,8 @@ class RankHistory(pl.Callback):
         state = strategy.state
         told = {
             "budget": state.budget,
-            "dense": dense_parameters(self._shapes),
+            "dense": strategy.frame.dense_cost,
+            "unit": strategy.frame.cost.measure.unit,
             "reached": state.reached,
             "skipped_steps": state.skipped,
             "shapes": {name: [shape.out_features, shape.in_features] for name, shape in self._shapes.items()},
@@ -109,7 +110,7 @@ class RankHistory(pl.Callback):
             "history": [vars(entry) for entry in state.history],
         }
         (folder / "rank_history.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        flow_figure(self._shapes, state.capacities, state.history, last_step).savefig(folder / "rank_flow.png", dpi=130)
+        flow_figure(strategy.frame, state.history, last_step).savefig(folder / "rank_flow.png", dpi=130)
 
 
 def _strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankDyna | None:

@@ -4,6 +4,7 @@ from lowrank_pl.strategies.base import CompressionStrategy
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.fwsvd import FWSVD
 from lowrank_pl.strategies.no_compression import NoCompression
+from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import Reallocation
 from lowrank_pl.strategies.rankdyna import RankDyna
 from lowrank_pl.strategies.static import Factorised, StaticStrategy
@@ -19,6 +20,7 @@ __all__ = [
     "Factorised",
     "NoCompression",
     "RankDyna",
+    "RankPlan",
     "Reallocation",
     "StaticStrategy",
 ]

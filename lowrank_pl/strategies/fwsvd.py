@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lowrank_pl.allocation import LayerOverride
+from lowrank_pl.allocation import LayerOverride, Measure
 from lowrank_pl.core import axis_weighted_svd, relative_error
 from lowrank_pl.core.axis_weighted import DEFAULT_DAMPING
 from lowrank_pl.errors.numerics import RangeError
@@ -26,13 +26,14 @@ class FWSVD(StaticStrategy):
 
     Args:
         side: `input` weighs by input feature (the paper), `output` by output feature, `both` by their product.
-        keep_ratio: Share of the targeted weights to keep, in parameters, `0 < keep_ratio <= 1`.
+        keep_ratio: Share of what each targeted layer costs to keep, `0 < keep_ratio <= 1`.
         rank_ratio: Instead of keep_ratio, the papers' measure: rank `int(rank_ratio * min(out, in))`.
         multiple_of: Round ranks down to a multiple.
         overrides: Exceptions for layers by name.
         targets: Which layers to factorise.
         calibration: How importance is measured.
         damping: Added to every importance, relative to the layer's mean importance.
+        cost: What keep_ratio is a share of; see `StaticStrategy`.
     """
 
     fisher_kind = FisherKind.SUMS
@@ -47,8 +48,9 @@ class FWSVD(StaticStrategy):
         targets: TargetSelector | None = None,
         calibration: Calibration | None = None,
         damping: float = DEFAULT_DAMPING,
+        cost: Measure | None = None,
     ) -> None:
-        super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration)
+        super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost)
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean importance")
         self.side = side

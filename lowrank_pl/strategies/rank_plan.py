@@ -21,7 +21,7 @@ class RankPlan:
     """The frame of one run.
 
     Attributes:
-        budget: Parameters that the targeted weights may cost in the end.
+        budget: What the targeted weights may cost in the end, in the unit of `cost`.
         shapes: The targeted layers.
         capacities: Singular groups per layer at the start.
         bounds: How few and how many groups each layer may end with.
@@ -51,29 +51,36 @@ class RankPlan:
             NonFiniteError: a targeted weight contains NaN or Inf.
             BudgetError, RangeError: the budget is below the floor, or below what the bounds cost.
             BudgetAboveStartError: there would be nothing to prune.
+            BudgetUnitError, LatencyTableError: a cost that does not fit the budget or the layers.
         """
         layers = targets.select(encoder)
         shapes = targets.shapes(layers)
         dense = sum(shape.dense_params for shape in shapes.values())
-        resolved = budget.resolve(shapes, sum(p.numel() for p in encoder.parameters()) - dense)
+        resolved = budget.resolve(shapes, sum(p.numel() for p in encoder.parameters()) - dense, cost.measure)
         for name, linear in layers.items():
             check_finite("the weight", linear.weight, name)
         capacities = {name: max(1, int(start_ratio * s.full_rank + 1e-9)) for name, s in shapes.items()}
         plan = cls(resolved, shapes, capacities, bounds_of(shapes, bounds), cost)
         lowest = {name: min(bound.low, capacities[name]) for name, bound in plan.bounds.items()}
         if (floor := cost.total(shapes, lowest)) > resolved:
-            raise RangeError("budget", resolved, f"at least {floor:,} parameters, what the lowest ranks in bounds cost")
+            allowed = f"at least {floor:,} {cost.measure.unit}, what the lowest ranks in bounds cost"
+            raise RangeError("budget", resolved, allowed)
         if resolved > plan.start_cost:
-            raise BudgetAboveStartError(resolved, plan.start_cost, start_ratio)
+            raise BudgetAboveStartError(resolved, plan.start_cost, start_ratio, cost.measure.unit)
         return plan
 
     @property
     def start_cost(self) -> int:
-        """Parameters of the targeted weights at the start."""
+        """Of the targeted weights at the start."""
         return self.kept(self.capacities)
 
+    @property
+    def dense_cost(self) -> int:
+        """Of the targeted weights when dense."""
+        return sum(self.cost.measure.dense(shape) for shape in self.shapes.values())
+
     def kept(self, ranks: Mapping[str, int]) -> int:
-        """Parameters of the targeted weights at some ranks."""
+        """What the targeted weights cost at some ranks."""
         return self.cost.total(self.shapes, ranks)
 
     def choose(
@@ -94,7 +101,7 @@ class RankPlan:
         """The layers that end dense at some ranks."""
         if not self.cost.allow_dense:
             return []
-        return [name for name, rank in ranks.items() if rank >= self.shapes[name].break_even_rank]
+        return [name for name, rank in ranks.items() if rank >= self.cost.measure.break_even(self.shapes[name])]
 
     def records(self, ranks: Mapping[str, int]) -> tuple[LayerRecord, ...]:
         """What a report tells of the layers."""
@@ -103,6 +110,6 @@ class RankPlan:
         for name, rank in ranks.items():
             shape = self.shapes[name]
             kind, size = ("dense", shape.full_rank) if name in dense else ("low_rank", rank)
-            cost = self.cost.of(shape, rank)
-            records.append(LayerRecord(name, shape.out_features, shape.in_features, size, kind, cost))
+            parameters = shape.dense_params if name in dense else shape.factored_params(rank)
+            records.append(LayerRecord(name, shape.out_features, shape.in_features, size, kind, parameters))
         return tuple(records)

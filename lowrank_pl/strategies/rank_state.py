@@ -15,8 +15,8 @@ class Reallocation:
 
     Attributes:
         step: Optimizer steps done.
-        scheduled: Parameters that the schedule allowed the targeted weights.
-        kept: Parameters that they cost after it.
+        scheduled: What the schedule allowed the targeted weights to cost, in the unit of the budget.
+        kept: What they cost after it.
         ranks: Per layer.
     """
 
@@ -31,7 +31,7 @@ class RankState:
     """Where a run stands.
 
     Attributes:
-        budget: Parameters that the targeted weights may cost in the end.
+        budget: What the targeted weights may cost in the end, in the unit of the strategy's `cost`.
         capacities: Groups per layer at the start.
         total_steps: Length of the run that the schedule was made for.
         step: The last optimizer step that was looked at.
@@ -64,7 +64,7 @@ class RankState:
             ResumeMismatchError: what differs, in words.
         """
         if self.budget != other.budget:
-            raise ResumeMismatchError(f"a budget of {other.budget:,} parameters there, of {self.budget:,} here")
+            raise ResumeMismatchError(f"a budget of {other.budget:,} there, of {self.budget:,} here")
         if self.capacities != other.capacities:
             names = sorted(set(self.capacities.items()) ^ set(other.capacities.items()))
             raise ResumeMismatchError(f"other layers or starting ranks, e.g. {names[0][0]!r}")

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_pl.allocation import Budget, Cost, CubicCurve, CubicSchedule, RankBounds
+from lowrank_pl.allocation import Budget, Cost, CubicCurve, CubicSchedule, Measure, Parameters, RankBounds
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import (
     BudgetNotReachedError,
@@ -52,18 +52,20 @@ class RankDyna(CompressionStrategy):
         everything below `sensitivity` are this project's.
 
     Args:
-        keep_ratio: The budget as share of the targeted weights, in parameters, `0 < keep_ratio <= 1`.
+        keep_ratio: The budget as share of what the targeted weights cost when dense, `0 < keep_ratio <= 1`.
         parameters: Instead, as parameters of the targeted weights.
         model_parameters: Instead, as parameters of the whole model.
         schedule: When the budget shrinks.
         sensitivity: How groups are scored.
-        per_parameter: Whether groups compete by score per parameter, so that a group of a large matrix must be worth
-            more than one of a small matrix.
+        per_parameter: Whether groups compete by score per parameter (per unit of `cost`), so that a group of a large
+            matrix must be worth more than one of a small matrix.
         start_ratio: Share of the full rank to start with, `0 < start_ratio <= 1`; below 1 the smallest singular values
             go before the first step.
         bounds: How few and how many groups layers may end with.
         multiple_of: Bring the final ranks to a multiple, within the budget.
         allow_dense: Let a layer that ends at or above its break-even rank end dense, and count it as such.
+        cost: In what the budget is measured, and groups are paid: `Parameters`, `Flops`, or `Latency` with a table of
+            times.
         targets: Which layers to factorise.
     """
 
@@ -79,6 +81,7 @@ class RankDyna(CompressionStrategy):
         bounds: list[RankBounds] | None = None,
         multiple_of: int = 1,
         allow_dense: bool = False,
+        cost: Measure | None = None,
         targets: TargetSelector | None = None,
     ) -> None:
         super().__init__(targets)
@@ -93,12 +96,17 @@ class RankDyna(CompressionStrategy):
         self.start_ratio = start_ratio
         self.bounds = bounds or []
         self.multiple_of = multiple_of
-        self.cost = Cost(allow_dense)
+        self.cost = Cost(allow_dense, cost or Parameters())
         self.state = RankState()
         self.latest_scores: dict[str, Tensor] = {}
         self._plan = RankPlan()
         self._curve: CubicCurve | None = None
         self._restored: RankState | None = None
+
+    @property
+    def frame(self) -> RankPlan:
+        """The layers, where they start, and what ranks cost; empty before `prepare`."""
+        return self._plan
 
     @property
     def at_budget(self) -> bool:
@@ -215,8 +223,8 @@ class RankDyna(CompressionStrategy):
         self.state.history.append(Reallocation(step, budget, self._plan.kept(ranks), ranks))
         module.compression = self._record(ranks)
         if final:
-            kept_parameters = self.state.history[-1].kept
-            logger.info("the budget of %d is reached at step %d: %d kept", self.state.budget, step, kept_parameters)
+            told = (self.state.budget, self.cost.measure.unit, step, self.state.history[-1].kept)
+            logger.info("the budget of %d %s is reached at step %d: %d kept", *told)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compacts the model: no step follows."""
@@ -251,7 +259,8 @@ class RankDyna(CompressionStrategy):
             self._compact(pl_module)
         if stage == "fit" and self.state.capacities and not self.state.reached and trainer.global_step > 0:
             kept = self.state.history[-1].kept if self.state.history else self._plan.start_cost
-            raise BudgetNotReachedError(kept, self.state.budget, trainer.global_step, self.state.total_steps)
+            told = (kept, self.state.budget, trainer.global_step, self.state.total_steps)
+            raise BudgetNotReachedError(*told, unit=self.cost.measure.unit)
 
     def state_dict(self) -> dict[str, Any]:
         """The scores and where the run stands."""
@@ -274,6 +283,7 @@ class RankDyna(CompressionStrategy):
             "bounds": [dict(vars(bound)) for bound in self.bounds],
             "multiple_of": self.multiple_of,
             "allow_dense": self.cost.allow_dense,
+            "cost": self.cost.measure.options(),
         }
 
     def _take_over(self) -> None:
@@ -284,7 +294,7 @@ class RankDyna(CompressionStrategy):
     def _record(self, ranks: Mapping[str, int]) -> CompressionRecord:
         notes = []
         if not self.state.reached:
-            notes.append(f"the budget of {self.state.budget:,} targeted parameters has not been reached")
+            notes.append(f"the budget of {self.state.budget:,} {self.cost.measure.unit} has not been reached")
         if self.state.skipped:
             notes.append(f"{self.state.skipped} optimizer steps with gradients that are not finite were left out")
         return CompressionRecord(type(self).__name__, self.options(), self._plan.records(ranks), tuple(notes))

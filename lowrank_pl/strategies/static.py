@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.allocation import Allocation, LayerOverride, uniform_ranks
+from lowrank_pl.allocation import Allocation, LayerOverride, Measure, Parameters, uniform_ranks
 from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.core import Factors, relative_error
 from lowrank_pl.core.checks import check_finite, check_importance
@@ -52,12 +52,13 @@ class StaticStrategy(CompressionStrategy):
     there. In `compress` the same happens without a training step.
 
     Args:
-        keep_ratio: Share of the targeted weights to keep, in parameters, `0 < keep_ratio <= 1`.
+        keep_ratio: Share of what each targeted layer costs to keep, `0 < keep_ratio <= 1`.
         rank_ratio: Instead of keep_ratio, the papers' measure: rank `int(rank_ratio * min(out, in))`.
         multiple_of: Round ranks down to a multiple.
         overrides: Exceptions for layers by name.
         targets: Which layers to factorise.
         calibration: How importance is measured; unused by methods that need none.
+        cost: What keep_ratio is a share of: `Parameters`, `Flops`, or `Latency` with a table of times.
     """
 
     fisher_kind: FisherKind | None = None
@@ -71,6 +72,7 @@ class StaticStrategy(CompressionStrategy):
         overrides: list[LayerOverride] | None = None,
         targets: TargetSelector | None = None,
         calibration: Calibration | None = None,
+        cost: Measure | None = None,
     ) -> None:
         super().__init__(targets)
         check_share(keep_ratio, rank_ratio, multiple_of)
@@ -79,6 +81,7 @@ class StaticStrategy(CompressionStrategy):
         self.multiple_of = multiple_of
         self.overrides: Sequence[LayerOverride] = overrides or []
         self.calibration = calibration or Calibration()
+        self.cost = cost or Parameters()
         self._allocation: Allocation | None = None
         self._originals: dict[str, nn.Linear] = {}
         self._written = False
@@ -94,7 +97,7 @@ class StaticStrategy(CompressionStrategy):
             NoTargetError, TiedWeightError, BudgetError, RangeError, RankError, OverrideError: bad input.
         """
         shapes = self.targets.shapes(self.targets.select(encoder))
-        return uniform_ranks(shapes, self.keep_ratio, self.rank_ratio, self.multiple_of, self.overrides)
+        return uniform_ranks(shapes, self.keep_ratio, self.rank_ratio, self.multiple_of, self.overrides, self.cost)
 
     def check(self, encoder: nn.Module) -> None:
         """Refuses an impossible plan, and weights that are not finite."""
@@ -149,6 +152,7 @@ class StaticStrategy(CompressionStrategy):
             "rank_ratio": self.rank_ratio,
             "multiple_of": self.multiple_of,
             "overrides": [vars(override) for override in self.overrides],
+            "cost": self.cost.options(),
         }
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_pl.allocation import LayerOverride
+from lowrank_pl.allocation import LayerOverride, Measure
 from lowrank_pl.core.elementwise import ElementwiseSolver, PreconditionedLBFGS, shrink_importance, weighted_low_rank
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import FisherKind, LayerFisher
@@ -28,7 +28,7 @@ class TFWSVD(StaticStrategy):
 
     Args:
         solver: How the objective is minimised, from the best closed form on.
-        keep_ratio: Share of the targeted weights to keep, in parameters, `0 < keep_ratio <= 1`.
+        keep_ratio: Share of what each targeted layer costs to keep, `0 < keep_ratio <= 1`.
         rank_ratio: Instead of keep_ratio, the papers' measure: rank `int(rank_ratio * min(out, in))`.
         multiple_of: Round ranks down to a multiple.
         overrides: Exceptions for layers by name.
@@ -38,6 +38,7 @@ class TFWSVD(StaticStrategy):
             to 1 (all: the closed form of FWSVD with side `both`); steadies an importance from few samples. By default
             `64 / (64 + samples)`, which is near the best on held-out samples for 64 to 1833 calibration samples of MRPC
             (`docs/tfwsvd.md`).
+        cost: What keep_ratio is a share of; see `StaticStrategy`.
     """
 
     fisher_kind = FisherKind.FULL
@@ -52,8 +53,9 @@ class TFWSVD(StaticStrategy):
         targets: TargetSelector | None = None,
         calibration: Calibration | None = None,
         shrinkage: float | None = None,
+        cost: Measure | None = None,
     ) -> None:
-        super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration)
+        super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost)
         if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise RangeError("shrinkage", shrinkage, "0 <= shrinkage <= 1, the share that is replaced")
         self.solver = solver or PreconditionedLBFGS()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowrank_pl.allocation.uniform import Allocation, floor_parameters
+from lowrank_pl.allocation import Allocation, Parameters
+from lowrank_pl.allocation.uniform import floor_cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.nn import LowRankLinear
@@ -63,7 +64,7 @@ def _planned(plan: Allocation | None, name: str) -> tuple[str, str]:
 def _summary(task: EncoderTask, targets: dict[str, LinearShape], plan: Allocation | None) -> list[str]:
     total = sum(parameter.numel() for parameter in task.encoder.parameters())
     dense = sum(shape.dense_params for shape in targets.values())
-    floor = floor_parameters(targets)
+    floor = floor_cost(targets, Parameters())
     lines = [f"model: {type(task.encoder).__name__}, {total:,} parameters"]
     if targets:
         lines += [

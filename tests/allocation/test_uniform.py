@@ -3,8 +3,8 @@ from fractions import Fraction
 
 import pytest
 
-from lowrank_pl.allocation import Allocation, LayerOverride, uniform_ranks
-from lowrank_pl.allocation.uniform import floor_parameters
+from lowrank_pl.allocation import Allocation, LayerOverride, Parameters, uniform_ranks
+from lowrank_pl.allocation.uniform import floor_cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RankError, RatioError
@@ -152,7 +152,7 @@ def test_what_is_taken_from_others_leaves_them_at_a_multiple() -> None:
 def test_a_budget_that_pays_exactly_for_one_rank_each_is_met() -> None:
     shapes = {"a": LinearShape(8, 8), "b": LinearShape(2, 16), "c": LinearShape(1, 9)}
     # One rank each costs 16 and 18; the single row costs less dense (9) than in factors (10).
-    assert floor_parameters(shapes) == 16 + 18 + 9
+    assert floor_cost(shapes, Parameters()) == 16 + 18 + 9
     allocation = uniform_ranks(shapes, keep_ratio=43 / 105)
     assert allocation.ranks == {"a": 1, "b": 1, "c": None}
     assert allocation.kept == 43

@@ -21,7 +21,9 @@ from lowrank_pl.errors.model import (
 )
 from lowrank_pl.errors.numerics import (
     BudgetError,
+    BudgetUnitError,
     ImportanceError,
+    LatencyTableError,
     NonFiniteError,
     RangeError,
     RankError,
@@ -54,6 +56,8 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (ShapeError("weight", (3,), "[out, in]"), ["weight", "(3,)"], "[out, in]"),
     (RankError(9, 4), ["9", "4"], "smaller rank"),
     (RankError(9, 4, "a.b"), ["9", "'a.b'", "4"], "smaller rank"),
+    (LatencyTableError("t.json", "it is empty"), ["'t.json'", "it is empty", "benchmark"], "measure one"),
+    (BudgetUnitError("parameters", "ns"), ["parameters", "ns"], "keep_ratio"),
     (RatioError("keep_ratio", 1.5), ["keep_ratio=1.5", "0 < keep_ratio <= 1"], "*kept*"),
     (RangeError("damping", -1.0, "0 <= damping"), ["damping=-1.0", "0 <= damping"], "Change damping"),
     (MonitorModeError("val/score", "max", "min", "text"), ["'val/score'", "'max'", "'text'"], "'min'"),

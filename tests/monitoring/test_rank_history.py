@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lowrank_pl.core import LinearShape
 from lowrank_pl.monitoring import RankHistory
 from lowrank_pl.monitoring.rank_flow import flow_figure, kept_by_kind
-from lowrank_pl.strategies import SVD, RankDyna, Reallocation
+from lowrank_pl.strategies import SVD, RankDyna, RankPlan, Reallocation
 from tests.support.runs import make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
@@ -91,7 +91,7 @@ def test_flow_counts_parameters_by_kind() -> None:
     shapes = {"h.0.up": LinearShape(8, 4), "h.1.up": LinearShape(8, 4), "h.0.down": LinearShape(4, 8)}
     assert kept_by_kind(shapes, {"h.0.up": 2, "h.1.up": 3, "h.0.down": 1}) == {"up": 60, "down": 12}
     history = [Reallocation(5, 90.0, 72, {"h.0.up": 2, "h.1.up": 3, "h.0.down": 1})]
-    left, right = flow_figure(shapes, {"h.0.up": 4, "h.1.up": 4, "h.0.down": 4}, history, 9).axes
+    left, right = flow_figure(RankPlan(72, shapes, dict.fromkeys(shapes, 4)), history, 9).axes
     assert list(left.lines[0].get_ydata()) == pytest.approx([144 / 96, 72 / 96, 72 / 96])
     assert list(left.lines[0].get_xdata()) == [0, 5, 9]
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["up", "down"]

@@ -18,10 +18,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lowrank_pl.allocation import CubicSchedule, RankBounds
+from lowrank_pl.allocation import CubicSchedule, Latency, RankBounds
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.model import OverrideError
-from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
+from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, RangeError, RatioError
 from lowrank_pl.errors.run import (
     BudgetAboveStartError,
     BudgetNotReachedError,
@@ -122,7 +122,7 @@ def test_a_checkpoint_on_the_way_loads_and_trains_on_without_the_strategy(tiny_b
     kinds = {type(m) for m in task.encoder.modules()}
     assert LowRankLinear in kinds
     assert SVDLinear not in kinds
-    assert task.compression.notes == ("the budget of 6,553 targeted parameters has not been reached",)
+    assert task.compression.notes == ("the budget of 6,553 parameters has not been reached",)
 
 
 def test_accumulation_observes_and_reallocates_once_per_step(tiny_bert: str, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_run_that_ends_too_early_says_so(tiny_bert: str, tmp_path: Path) -> No
     with pytest.raises(BudgetNotReachedError, match="after 6 of 24 optimizer steps"):
         trainer.fit(task, datamodule=SyntheticData())
     report = json.loads((Path(str(trainer.log_dir)) / "report.json").read_text(encoding="utf-8"))
-    assert report["notes"] == ["the budget of 6,553 targeted parameters has not been reached"]
+    assert report["notes"] == ["the budget of 6,553 parameters has not been reached"]
     assert report["keep_ratio"] > 0.4
     assert Path(last_checkpoint(trainer)).exists()
 
@@ -320,3 +320,36 @@ def test_two_processes_agree_with_each_other_and_with_one(tiny_bert: str, tmp_pa
         assert all(torch.equal(a["state"][key], b["state"][key]) for key in a["state"])
         for key, tensor in alone["state"].items():
             torch.testing.assert_close(a["state"][key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_budget_in_measured_time(tiny_bert: str, tmp_path: Path) -> None:
+    """Where up and down projections are slow at any rank, time is saved elsewhere."""
+    shapes = [
+        {"out": m, "in": n, "dense_nanoseconds": 100, "ranks": [1, 32], "nanoseconds": times}
+        for (m, n), times in {(32, 32): [10, 200], (64, 32): [90, 95], (32, 64): [90, 95]}.items()
+    ]
+    table = tmp_path / "latency.json"
+    table.write_text(json.dumps({"version": 1, "shapes": shapes}), encoding="utf-8")
+    strategy = RankDyna(keep_ratio=0.75, cost=Latency(str(table)))
+    task = make_task(tiny_bert, strategy)
+    make_trainer(tmp_path, max_epochs=2).fit(task, datamodule=SyntheticData())
+    assert task.compression is not None
+    budget = int(0.75 * 100 * len(task.compression.layers))
+    assert strategy.state.budget == budget
+    assert strategy.state.reached
+    spent = strategy.frame.kept({layer.name: layer.rank for layer in task.compression.layers})
+    assert 0.9 * budget < spent <= budget
+    wide = [layer.rank for layer in task.compression.layers if layer.out_features != layer.in_features]
+    square = [layer.rank for layer in task.compression.layers if layer.out_features == layer.in_features]
+    assert min(wide) > max(square)
+    assert strategy.options()["cost"] == {"class": "Latency", "table": str(table)}
+
+
+def test_a_number_of_parameters_is_no_budget_in_time(tiny_bert: str, tmp_path: Path) -> None:
+    table = tmp_path / "latency.json"
+    entry = {"dense_nanoseconds": 100, "ranks": [1], "nanoseconds": [10]}
+    shapes = [{"out": m, "in": n, **entry} for m, n in [(32, 32), (64, 32), (32, 64)]]
+    table.write_text(json.dumps({"version": 1, "shapes": shapes}), encoding="utf-8")
+    task = make_task(tiny_bert, RankDyna(parameters=5000, cost=Latency(str(table))))
+    with pytest.raises(BudgetUnitError):
+        make_trainer(tmp_path, max_epochs=1).fit(task, datamodule=SyntheticData())
