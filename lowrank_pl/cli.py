@@ -1,9 +1,13 @@
-"""The command line: LightningCLI with three more verbs. Everything else is configuration."""
+"""The command line: LightningCLI with more verbs. Everything else is configuration."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lowrank_pl.data
 import lowrank_pl.strategies
 import lowrank_pl.tasks  # noqa: F401, importing the rooms makes short class names work
+from lowrank_pl.benchmark import benchmark
 from lowrank_pl.data import TextDataModule
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.run import MissingArgumentError
@@ -28,7 +33,9 @@ _LOGGER = {
 
 
 _DESCRIPTION = """Low-rank compression of transformers. Beside the verbs below,
-`export --ckpt_path CHECKPOINT --output DIR` writes a Hugging Face folder, see `export --help`."""
+`export --ckpt_path CHECKPOINT --output DIR` writes a Hugging Face folder, and
+`benchmark --models DENSE OTHER… --output DIR` times models and layers; see `export --help`, `benchmark --help`."""
+_FUNCTIONS: dict[str, Callable[..., Path]] = {"export": export, "benchmark": benchmark}
 _CHECKPOINT_WORDS = ("best", "last", "hpc")
 
 
@@ -92,9 +99,11 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
 
 def _run(args: list[str] | dict[str, Any] | None) -> None:
     words = sys.argv[1:] if args is None else args
-    if isinstance(words, list) and words[:1] == ["export"]:
+    if isinstance(words, list) and words and words[0] in _FUNCTIONS:
         # A checkpoint tells everything that is needed: no trainer, model or data to configure.
-        print(f"written to {auto_cli(export, args=words[1:], as_positional=False, prog='lowrank-pl export')}")
+        verb, function = words[0], _FUNCTIONS[words[0]]
+        given = _joined(words[1:], _lists(function))
+        print(f"written to {auto_cli(function, args=given, as_positional=False, prog=f'lowrank-pl {verb}')}")
         return
     LowRankCLI(
         model_class=EncoderTask,
@@ -109,6 +118,31 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
         parser_kwargs={"description": _DESCRIPTION},
         args=args,
     )
+
+
+def _lists(function: Callable[..., object]) -> set[str]:
+    hints = get_type_hints(function)
+    return {name for name, hint in hints.items() if get_origin(hint) is list}
+
+
+def _joined(words: list[str], lists: set[str]) -> list[str]:
+    """`--models A B` as `--models=[A, B]`, the form in which jsonargparse takes a list."""
+    joined: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.removeprefix("--") not in lists or not word.startswith("--"):
+            joined.append(word)
+            continue
+        values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest))
+        del rest[: len(values)]
+        whole = len(values) == 1 and values[0].startswith("[")
+        joined.append(f"{word}={values[0] if whole else json.dumps([_number(value) for value in values])}")
+    return joined
+
+
+def _number(word: str) -> int | str:
+    return int(word) if word.isdecimal() else word
 
 
 def _own_error(error: BaseException | None) -> LowRankError | None:

@@ -167,7 +167,7 @@ def test_help_of_a_strategy_says_what_its_arguments_are(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["fit", "--model=SequenceClassification", "--model.strategy.help=FWSVD"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Share of the targeted weights to keep, in parameters" in text
+    assert "Share of what each targeted layer costs to keep" in text
     assert "weighs by input feature (the paper)" in text
 
 

@@ -29,6 +29,7 @@ ROOMS = [
     "tasks",
     "monitoring",
     "export",
+    "benchmark",
     "trainer",
     "cli",
     "__main__",
@@ -54,8 +55,8 @@ FOREIGN = {
     "contract": {"torch"},
 }
 LIMITS = {
-    "lightning": ["strategies", "data", "tasks", "monitoring", "export", "trainer", "cli"],
-    "transformers": ["hub", "data", "tasks", "monitoring", "export", "trainer", "cli"],
+    "lightning": ["strategies", "data", "tasks", "monitoring", "export", "benchmark", "trainer", "cli"],
+    "transformers": ["hub", "data", "tasks", "monitoring", "export", "benchmark", "trainer", "cli"],
 }
 
 

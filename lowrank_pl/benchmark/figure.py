@@ -1,0 +1,61 @@
+"""The picture of a benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowrank_pl.benchmark.results import Results
+
+
+def benchmark_figure(results: Results) -> Any:
+    """Speed-up of every model but the first, and time of layers over their rank.
+
+    Returns:
+        A matplotlib figure without a window.
+    """
+    from matplotlib.figure import Figure
+
+    panels = 1 + bool(results.layers)
+    figure = Figure(figsize=(6.5 * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    _models(axes[0], results)
+    if results.layers:
+        _layers(axes[1], results)
+    return figure
+
+
+def _models(axes: Any, results: Results) -> None:
+    rows = results.rows()
+    cells = list(dict.fromkeys((row["engine"], row["batch_size"], row["length"]) for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    others = models[1:] or models
+    width = 0.8 / len(others)
+    for index, model in enumerate(others):
+        found = {(r["engine"], r["batch_size"], r["length"]): r for r in rows if r["model"] == model}
+        places = [position + index * width for position in range(len(cells))]
+        bars = axes.bar(places, [found[cell]["speedup"] for cell in cells], width * 0.9, label=model)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        ideal = [found[cell]["ideal_speedup"] for cell in cells]
+        axes.plot(places, ideal, "k_", markersize=10, label="ideal by FLOPs" if index == 0 else None)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xticks(
+        [position + 0.4 - width / 2 for position in range(len(cells))],
+        [f"{engine}\n{batch} x {length}" for engine, batch, length in cells],
+        fontsize=7,
+    )
+    axes.set_ylabel(f"times as fast as {models[0]}")
+    axes.legend(fontsize=7)
+
+
+def _layers(axes: Any, results: Results) -> None:
+    for layer in results.layers:
+        shape = layer.shape
+        ratio = [seconds / layer.dense for seconds in layer.factored.values()]
+        [line] = axes.plot(list(layer.factored), ratio, ".-", label=f"{shape.out_features} x {shape.in_features}")
+        axes.axvline(shape.break_even_rank, color=line.get_color(), linestyle=":", linewidth=0.8)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("rank (dotted: break-even by parameters)")
+    axes.set_ylabel("time of two factors / time of the dense layer")
+    axes.set_title(f"{results.layers[0].tokens} tokens", fontsize=9)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7)

@@ -1,0 +1,145 @@
+"""From which rank on a layer in two factors is slower than a dense one, by measurement. m: outputs, n: inputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_pl.allocation.measure import TABLE_VERSION
+from lowrank_pl.benchmark.timing import timed_in_turn
+from lowrank_pl.core import LinearShape
+from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.surgery import TargetSelector
+
+_POINTS = 10
+_BEYOND = 1.3  # measured up to this multiple of the arithmetic break-even
+_STEP = 8  # ranks that hardware likes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """On what layers are timed.
+
+    Attributes:
+        tokens: Rows of the input.
+        dtype: Of weights and inputs.
+        device: Where they lie.
+        threads: Of the CPU.
+        rounds: See `timed_in_turn`.
+        seconds: See `timed_in_turn`.
+    """
+
+    tokens: int
+    dtype: torch.dtype
+    device: str
+    threads: int
+    rounds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """One shape.
+
+    Attributes:
+        shape: Of the weight.
+        tokens: Rows of the input.
+        dense: Seconds of `nn.Linear`.
+        factored: Seconds of `LowRankLinear` by rank, ascending.
+    """
+
+    shape: LinearShape
+    tokens: int
+    dense: float
+    factored: dict[int, float]
+
+    @property
+    def break_even(self) -> float | None:
+        """The rank up to which the factors are faster, on the straight line between measured ranks.
+
+        0 if they are never faster, `None` if they are at every measured rank.
+        """
+        faster = 0.0
+        points = [(0, 0.0), *self.factored.items()]
+        for (low, before), (high, after) in itertools.pairwise(points):
+            if after >= self.dense:
+                return 0.0 if low == 0 else low + (high - low) * (self.dense - before) / (after - before)
+            faster = high
+        return None if faster else 0.0
+
+    def entry(self) -> dict[str, Any]:
+        """A line of the table that `Latency` reads."""
+        return {
+            "out": self.shape.out_features,
+            "in": self.shape.in_features,
+            "dense_nanoseconds": max(1, round(self.dense * 1e9)),
+            "ranks": list(self.factored),
+            "nanoseconds": [max(1, round(seconds * 1e9)) for seconds in self.factored.values()],
+        }
+
+
+def linear_shapes(model: nn.Module, targets: TargetSelector) -> list[LinearShape]:
+    """The distinct shapes of a model's targeted layers, factorised or not, in their order."""
+    found = [module.shape for module in model.modules() if isinstance(module, LowRankLinear)]
+    dense = targets.shapes(targets.select(model)) if not found else {}
+    return list(dict.fromkeys([*found, *dense.values()]))
+
+
+def ranks_to_measure(shape: LinearShape) -> list[int]:
+    """About ten ranks from small to beyond the arithmetic break-even, multiples of 8 where there is room for them."""
+    last = min(shape.full_rank, int(_BEYOND * shape.break_even_rank) + 1)
+    step = _STEP if last >= _STEP * _POINTS else 1
+    spread = [round(last * (i + 1) / _POINTS / step) * step for i in range(_POINTS)]
+    return sorted({min(max(rank, 1), shape.full_rank) for rank in spread})
+
+
+def measure_layers(
+    shapes: Iterable[LinearShape], work: Workload, done: Callable[[], object] = lambda: None
+) -> list[LayerTimes]:
+    """Times dense and factorised layers of some shapes; `done` is called after every single measurement."""
+    return [_measure(shape, work, done) for shape in shapes]
+
+
+def number_of_measurements(shapes: Sequence[LinearShape], rounds: int) -> int:
+    """How often `measure_layers` calls `done`."""
+    return sum(rounds * (1 + len(ranks_to_measure(shape))) for shape in shapes)
+
+
+@torch.inference_mode()
+def _measure(shape: LinearShape, work: Workload, done: Callable[[], object]) -> LayerTimes:
+    kind: Any = {"device": work.device, "dtype": work.dtype}
+    x = torch.randn(work.tokens, shape.in_features, **kind)
+    layers: dict[str, nn.Module] = {"dense": nn.Linear(shape.in_features, shape.out_features, **kind)}
+    for rank in ranks_to_measure(shape):
+        layer = LowRankLinear(shape.in_features, shape.out_features, rank, **kind)
+        for parameter in layer.parameters():  # zeros could be faster than numbers
+            parameter.normal_(std=0.02)
+        layers[str(rank)] = layer
+    runs = {name: _call(layer, x) for name, layer in layers.items()}
+    times = timed_in_turn(runs, work.rounds, work.seconds, work.threads, done)
+    dense = times.pop("dense")
+    return LayerTimes(shape, work.tokens, dense.median, {int(rank): t.median for rank, t in times.items()})
+
+
+def _call(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    @torch.inference_mode()
+    def run() -> object:
+        return layer(x)
+
+    return run
+
+
+def latency_table(times: Sequence[LayerTimes], work: Workload) -> dict[str, Any]:
+    """What `lowrank_pl.allocation.Latency` reads, with the circumstances that it holds for."""
+    circumstances = {
+        "tokens": work.tokens,
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "device": work.device,
+        "threads": work.threads,
+    }
+    return {"version": TABLE_VERSION, **circumstances, "shapes": [entry.entry() for entry in times]}

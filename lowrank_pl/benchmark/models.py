@@ -1,0 +1,103 @@
+"""Whole models as functions without arguments: from any place, under any engine, on one input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, PreTrainedModel
+
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.export import from_pretrained
+from lowrank_pl.hub import load_config, load_pretrained, resolve_pretrained
+from lowrank_pl.tasks.rebuilt import rebuilt
+from lowrank_pl.tasks.saved import CHECKPOINT_NAME, LAYOUT_KEY, read_saved_model
+
+Engine = Literal["eager", "compile", "onnxruntime"]
+Run = Callable[[], object]
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """A model in eval mode.
+
+    Args:
+        path: A checkpoint, the output folder of `compress`, an exported folder, or a dense model as `pretrained` names
+            it: a folder, a hub id or `pkg://…`.
+
+    Raises:
+        NotACheckpointError, CheckpointMismatchError, ModelFolderError, HubUnreachableError, PackageModelError: there is
+            no usable model.
+    """
+    location = Path(path).expanduser()
+    if location.is_file() or (location / CHECKPOINT_NAME).is_file():
+        return rebuilt(read_saved_model(path))
+    config = load_config(path)
+    if hasattr(config, LAYOUT_KEY):
+        return from_pretrained(resolve_pretrained(path))
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], AutoModel) if names else AutoModel
+    model, _ = load_pretrained(kind, path)
+    model.eval()
+    return model
+
+
+def inputs_for(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
+    """Random token ids `[batch_size, length]` without padding.
+
+    Raises:
+        RangeError: the model takes no texts of this length.
+    """
+    longest = _longest(model)
+    if length > longest:
+        raise RangeError("lengths", length, f"1 … {longest}, the model's longest text")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, max(6, model.config.vocab_size), (batch_size, length), generator=generator)
+    return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+
+
+def _longest(model: PreTrainedModel) -> int:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return 2**31
+    # RoBERTa and its kin count positions from behind the padding index.
+    padded = any(kind in model.config.model_type for kind in ("roberta", "camembert", "mpnet"))
+    return positions - 2 if padded else positions
+
+
+def count_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
+    """Floating-point operations of the matrix products of one forward pass, attention's included."""
+    # The fused attention of CPUs is not counted; the plain one is.
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**inputs)
+    return int(counter.get_total_flops())
+
+
+def runner(model: PreTrainedModel, engine: Engine, inputs: dict[str, Tensor], compiled: dict[int, Any]) -> Run:
+    """A function that runs the model on the input; `compiled` keeps what `compile` made, by id of the model."""
+    call: Any = model
+    if engine == "compile":
+        call = compiled.setdefault(id(model), torch.compile(model, dynamic=True))
+
+    @torch.inference_mode()
+    def run() -> object:
+        return call(**inputs)
+
+    return run
+
+
+def peak_memory(run: Run, device: str) -> int | None:
+    """Bytes that a call needs at its peak, weights included; only CUDA tells."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device))

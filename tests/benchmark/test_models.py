@@ -1,0 +1,72 @@
+"""Models from every place they may lie, and what one forward pass costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory, runner
+from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.export import export
+from tests.export.test_export import checkpoint, logits
+from tests.support.tiny import save_tiny_model
+
+
+def test_a_checkpoint_and_its_exports_are_the_same_model(tiny_bert: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    task = checkpoint(tiny_bert, path)
+    expected = logits(task.encoder)
+    factored, dense = tmp_path / "factored", tmp_path / "dense"
+    export(str(path), str(factored))
+    export(str(path), str(dense), format="dense")
+    for place in (path, factored, tmp_path):  # a folder that holds model.ckpt is what compress writes
+        model = load_model(str(place))
+        assert not model.training
+        assert torch.equal(logits(model), expected)
+    torch.testing.assert_close(logits(load_model(str(dense))), expected)
+
+
+def test_a_pre_trained_folder_loads_as_the_class_that_it_names(tiny_bert: str) -> None:
+    assert type(load_model(tiny_bert)).__name__ == "BertForMaskedLM"
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.ckpt").write_text("no checkpoint", encoding="utf-8")
+    with pytest.raises(NotACheckpointError):
+        load_model(str(tmp_path / "text.ckpt"))
+    with pytest.raises(ModelFolderError):
+        load_model(str(tmp_path))
+
+
+def test_flops_are_those_of_the_matrix_products(tiny_bert: str) -> None:
+    """Counted by hand: per token of a layer four square matrices, up and down; attention; the head of BERT's MLM."""
+    model = load_model(tiny_bert)
+    batch, length, wide, inner, layers, words = 3, 7, 32, 64, 2, model.config.vocab_size
+    tokens = batch * length
+    linears = layers * (4 * wide * wide + 2 * wide * inner) + wide * wide + wide * words
+    attention = layers * 2 * length * wide
+    assert count_flops(model, inputs_for(model, batch, length)) == 2 * tokens * (linears + attention)
+
+
+def test_inputs_fit_the_model(tmp_path: Path) -> None:
+    for family, longest in (("bert", 128), ("roberta", 126), ("mpnet", 126)):
+        model = load_model(str(save_tiny_model(family, tmp_path / family)))
+        inputs = inputs_for(model, 2, longest)
+        assert inputs["input_ids"].shape == (2, longest)
+        assert int(inputs["input_ids"].max()) < model.config.vocab_size
+        model(**inputs)
+        with pytest.raises(RangeError, match=f"1 … {longest}"):
+            inputs_for(model, 2, longest + 1)
+
+
+def test_an_eager_run_is_a_forward_pass_without_a_graph(tiny_bert: str) -> None:
+    model = load_model(tiny_bert)
+    inputs = inputs_for(model, 1, 4)
+    run = runner(model, "eager", inputs, {})
+    result: torch.Tensor = run().logits  # type: ignore[attr-defined]
+    assert not result.requires_grad
+    assert torch.equal(result, model(**inputs).logits)
+    assert peak_memory(run, "cpu") is None
