@@ -1,12 +1,8 @@
-"""Writing a model as a Hugging Face folder, factorised or multiplied back, all or nothing."""
+"""Writing a model as a Hugging Face folder, factorised or multiplied back."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +11,8 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.contract import TargetKind
 from lowrank_pl.errors.model import NotACheckpointError
-from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError, OutputNotWritableError
+from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.export.atomic import all_or_nothing, check_output
 from lowrank_pl.export.card import model_card
 from lowrank_pl.export.loading import factorised_class
 from lowrank_pl.hub import load_tokenizer
@@ -61,7 +58,7 @@ def export(
         MissingArgumentError: the tokenizer cannot be found.
     """
     folder = Path(output).expanduser()
-    _check_output(folder, overwrite)
+    check_output(folder, overwrite)
     saved = read_saved_model(ckpt_path)
     if saved.target is None:
         raise NotACheckpointError(ckpt_path, "it does not tell what it predicts", "--ckpt_path")
@@ -73,7 +70,7 @@ def export(
         encoder = _as(type(encoder), encoder, saved)
     else:
         encoder = _as(factorised_class(type(encoder)), encoder, saved)
-    with _all_or_nothing(folder, overwrite) as temporary:
+    with all_or_nothing(folder, overwrite) as temporary:
         encoder.save_pretrained(temporary)
         words.save_pretrained(temporary)
         card = model_card(encoder, saved, told, format)
@@ -122,30 +119,3 @@ def _report_of(checkpoint: Path, asked: str | None) -> dict[str, Any]:
     if asked:
         raise MissingArgumentError(f"the report {asked!r}", "Give a report.json, or leave --report out.")
     return {}
-
-
-def _check_output(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (overwrite and folder.is_dir()):
-        raise OutputExistsError(str(folder), "Give another --output, or --overwrite true to replace the folder.")
-
-
-@contextmanager
-def _all_or_nothing(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the final one that takes its place at the end; an interruption leaves no half model."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise OutputNotWritableError(str(folder), str(error)) from error
-    try:
-        yield temporary
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        if folder.exists():
-            _check_output(folder, overwrite)
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise OutputNotWritableError(str(folder), str(error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
