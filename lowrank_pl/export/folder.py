@@ -19,6 +19,7 @@ from lowrank_pl.hub import load_tokenizer
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.surgery import densify_
 from lowrank_pl.tasks import EncoderTask, MaskedLM, SequenceClassification, TokenClassification
+from lowrank_pl.tasks.checksums import write_checksums
 from lowrank_pl.tasks.saved import SavedModel, read_saved_model
 
 _TASKS: dict[TargetKind, type[EncoderTask]] = {
@@ -72,6 +73,8 @@ def export(
         encoder = _as(factorised_class(type(encoder)), encoder, saved)
     with all_or_nothing(folder, overwrite) as temporary:
         encoder.save_pretrained(temporary)
+        if format == "dense":
+            write_checksums(temporary)  # a factorised model has written its own
         words.save_pretrained(temporary)
         card = model_card(encoder, saved, told, format)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -20,6 +20,7 @@ from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, compacted, conform_
 from lowrank_pl.surgery.layout import SINGULAR_GROUPS
+from lowrank_pl.tasks.checksums import verify_checksums
 from lowrank_pl.tasks.weight_files import weight_files
 
 CHECKPOINT_NAME = "model.ckpt"
@@ -158,6 +159,7 @@ def read_saved_model(path: str) -> SavedModel:
 
     Raises:
         NotACheckpointError: nothing readable there.
+        DamagedWeightsError: the weights of a folder are not those that its `SHA256SUMS` tells of.
         LayoutVersionError: written by an incompatible release.
     """
     location = Path(path).expanduser()
@@ -211,6 +213,7 @@ def _from_folder(folder: Path) -> SavedModel:
         raise NotACheckpointError(str(folder), "config.json has no model_type")
     layout = ModelLayout.from_dict(fields.pop(LAYOUT_KEY)) if LAYOUT_KEY in fields else None
     files = weight_files(folder)
+    verify_checksums(folder, files.names)
     files.check_index()
     if layout is None:
         return SavedModel(str(folder), _config(fields), ModelLayout({}), {}, dense_folder=str(folder))
