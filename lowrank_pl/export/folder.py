@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.contract import TargetKind
 from lowrank_pl.errors.model import NotACheckpointError
+from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingArgumentError
 from lowrank_pl.export.atomic import all_or_nothing, check_output
 from lowrank_pl.export.card import model_card
@@ -37,6 +39,7 @@ def export(
     tokenizer: str | None = None,
     report: str | None = None,
     overwrite: bool = False,
+    max_shard_size: str | None = None,
 ) -> Path:
     """Writes a trained model as a folder that Hugging Face tools load.
 
@@ -49,6 +52,8 @@ def export(
         tokenizer: Where the tokenizer is; by default the encoder that the model was made from.
         report: A report.json to take along and to quote in the model card; by default that of the checkpoint's run.
         overwrite: Replace a folder that exists.
+        max_shard_size: Split larger weights into files of at most this size, e.g. `"5GB"`, in KB, MB, GB or TB; by
+            default that of transformers. A single tensor is never split.
 
     Returns:
         The folder.
@@ -57,8 +62,10 @@ def export(
         NotACheckpointError, LayoutVersionError: `ckpt_path` holds no model of this package.
         OutputExistsError, OutputNotWritableError: see `output` and `overwrite`.
         MissingArgumentError: the tokenizer cannot be found.
+        RangeError: `max_shard_size` is no size.
     """
     folder = Path(output).expanduser()
+    sharding = _sharding(max_shard_size)
     check_output(folder, overwrite)
     saved = read_saved_model(ckpt_path)
     if saved.target is None:
@@ -72,7 +79,7 @@ def export(
     else:
         encoder = _as(factorised_class(type(encoder)), encoder, saved)
     with all_or_nothing(folder, overwrite) as temporary:
-        encoder.save_pretrained(temporary)
+        encoder.save_pretrained(temporary, **sharding)
         if format == "dense":
             write_checksums(temporary)  # a factorised model has written its own
         words.save_pretrained(temporary)
@@ -122,3 +129,9 @@ def _report_of(checkpoint: Path, asked: str | None) -> dict[str, Any]:
     if asked:
         raise MissingArgumentError(f"the report {asked!r}", "Give a report.json, or leave --report out.")
     return {}
+
+
+def _sharding(size: str | None) -> dict[str, Any]:
+    if size is not None and not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", size):
+        raise RangeError("max_shard_size", size, "a number and KB, MB, GB or TB, such as '5GB'")
+    return {} if size is None else {"max_shard_size": size}

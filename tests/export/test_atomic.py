@@ -261,3 +261,9 @@ def test_an_export_below_a_file(tiny_bert: str, tmp_path: Path) -> None:
     with pytest.raises(OutputNotWritableError, match=r"model\.ckpt/out' cannot be made"):
         export(str(tmp_path / "model.ckpt"), str(tmp_path / "model.ckpt" / "out"))
     assert names(tmp_path) == ["model.ckpt"]
+
+
+@pytest.mark.parametrize("size", ["0KB", "20", "20 bananas", "-5GB", "", "GB", "5GiB"])
+def test_an_impossible_shard_size_is_refused_first(tmp_path: Path, size: str) -> None:
+    with pytest.raises(RangeError, match=f"max_shard_size='{size}'"):
+        export(str(tmp_path / "nothing.ckpt"), str(tmp_path / "out"), max_shard_size=size)
