@@ -132,3 +132,16 @@ class NotACheckpointError(LowRankError):
             f"{argument}={path!r} cannot be read: {problem}. Allowed is a Lightning checkpoint written by this "
             f"package (*.ckpt){folders}."
         )
+
+
+class DamagedWeightsError(NotACheckpointError):
+    """A file of weights is not the one that was exported."""
+
+    def __init__(self, path: str, found: str, listed: str | None, checksums: str) -> None:
+        told = f"lists {listed[:12]}…" if listed is not None else "does not list it"
+        LowRankError.__init__(
+            self,
+            f"{path!r} is damaged or was replaced since the export: its SHA-256 is {found[:12]}…, and {checksums} "
+            f"beside it {told}. Only the weights that were exported are loaded. Copy the folder again; if the weights "
+            f"were changed on purpose, e.g. trained further and saved over, remove {checksums}.",
+        )

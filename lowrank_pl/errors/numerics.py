@@ -26,7 +26,7 @@ class RankError(LowRankError):
 class RangeError(LowRankError):
     """A number is outside its interval, or not a number at all."""
 
-    def __init__(self, name: str, value: float, allowed: str) -> None:
+    def __init__(self, name: str, value: float | str, allowed: str) -> None:
         super().__init__(f"{name}={value!r} is out of range: allowed is {allowed}. Change {name}.")
 
 

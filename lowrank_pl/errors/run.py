@@ -9,7 +9,10 @@ class OutputNotWritableError(LowRankError):
     """An output folder cannot be made."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"the output folder {path!r} cannot be made ({reason}). Give an --output that can be written.")
+        super().__init__(
+            f"the output folder {path!r} cannot be made ({reason}). Give an --output that can be written, on a disk "
+            "that has room for it."
+        )
 
 
 class OutputExistsError(LowRankError):

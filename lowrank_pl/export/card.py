@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl import __version__
 from lowrank_pl.surgery import read_layout
+from lowrank_pl.tasks.checksums import CHECKSUMS
 from lowrank_pl.tasks.saved import SavedModel
 
 
@@ -53,6 +54,7 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
         lines += ["from lowrank_pl.export import from_pretrained", "", 'model = from_pretrained("…")', "```", ""]
         lines += ["| layer | rank |", "|---|---|"]
         lines += [f"| {name} | {rank} |" for name, (_, rank) in read_layout(model).modules.items()]
+    lines += ["", f"`sha256sum -c {CHECKSUMS}` tells whether the weights are those that were exported."]
     return "\n".join([*lines, ""])
 
 

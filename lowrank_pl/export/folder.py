@@ -1,12 +1,9 @@
-"""Writing a model as a Hugging Face folder, factorised or multiplied back, all or nothing."""
+"""Writing a model as a Hugging Face folder, factorised or multiplied back."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +12,16 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.contract import TargetKind
 from lowrank_pl.errors.model import NotACheckpointError
-from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError, OutputNotWritableError
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.export.atomic import all_or_nothing, check_output
 from lowrank_pl.export.card import model_card
 from lowrank_pl.export.loading import factorised_class
 from lowrank_pl.hub import load_tokenizer
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.surgery import densify_
 from lowrank_pl.tasks import EncoderTask, MaskedLM, SequenceClassification, TokenClassification
+from lowrank_pl.tasks.checksums import write_checksums
 from lowrank_pl.tasks.saved import SavedModel, read_saved_model
 
 _TASKS: dict[TargetKind, type[EncoderTask]] = {
@@ -39,6 +39,7 @@ def export(
     tokenizer: str | None = None,
     report: str | None = None,
     overwrite: bool = False,
+    max_shard_size: str | None = None,
 ) -> Path:
     """Writes a trained model as a folder that Hugging Face tools load.
 
@@ -51,6 +52,8 @@ def export(
         tokenizer: Where the tokenizer is; by default the encoder that the model was made from.
         report: A report.json to take along and to quote in the model card; by default that of the checkpoint's run.
         overwrite: Replace a folder that exists.
+        max_shard_size: Split larger weights into files of at most this size, e.g. `"5GB"`, in KB, MB, GB or TB; by
+            default that of transformers. A single tensor is never split.
 
     Returns:
         The folder.
@@ -59,9 +62,11 @@ def export(
         NotACheckpointError, LayoutVersionError: `ckpt_path` holds no model of this package.
         OutputExistsError, OutputNotWritableError: see `output` and `overwrite`.
         MissingArgumentError: the tokenizer cannot be found.
+        RangeError: `max_shard_size` is no size.
     """
     folder = Path(output).expanduser()
-    _check_output(folder, overwrite)
+    sharding = _sharding(max_shard_size)
+    check_output(folder, overwrite)
     saved = read_saved_model(ckpt_path)
     if saved.target is None:
         raise NotACheckpointError(ckpt_path, "it does not tell what it predicts", "--ckpt_path")
@@ -73,8 +78,10 @@ def export(
         encoder = _as(type(encoder), encoder, saved)
     else:
         encoder = _as(factorised_class(type(encoder)), encoder, saved)
-    with _all_or_nothing(folder, overwrite) as temporary:
-        encoder.save_pretrained(temporary)
+    with all_or_nothing(folder, overwrite) as temporary:
+        encoder.save_pretrained(temporary, **sharding)
+        if format == "dense":
+            write_checksums(temporary)  # a factorised model has written its own
         words.save_pretrained(temporary)
         card = model_card(encoder, saved, told, format)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -124,28 +131,7 @@ def _report_of(checkpoint: Path, asked: str | None) -> dict[str, Any]:
     return {}
 
 
-def _check_output(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (overwrite and folder.is_dir()):
-        raise OutputExistsError(str(folder), "Give another --output, or --overwrite true to replace the folder.")
-
-
-@contextmanager
-def _all_or_nothing(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the final one that takes its place at the end; an interruption leaves no half model."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise OutputNotWritableError(str(folder), str(error)) from error
-    try:
-        yield temporary
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        if folder.exists():
-            _check_output(folder, overwrite)
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise OutputNotWritableError(str(folder), str(error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _sharding(size: str | None) -> dict[str, Any]:
+    if size is not None and not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", size):
+        raise RangeError("max_shard_size", size, "a number and KB, MB, GB or TB, such as '5GB'")
+    return {} if size is None else {"max_shard_size": size}

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.export.module_file import MODULE, class_name, module_text
 from lowrank_pl.surgery import read_layout
+from lowrank_pl.tasks.checksums import write_checksums
 from lowrank_pl.tasks.saved import LAYOUT_KEY, read_saved_model
+from lowrank_pl.tasks.weight_files import remove_superseded
 
 BASE_KEY = "lowrank_base"
 
@@ -19,12 +21,16 @@ BASE_KEY = "lowrank_base"
 class _Factorised:
     """What a factorised model can do beyond its parent: write itself so that it loads again."""
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', with the layout in config.json and the module file beside it."""
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the layout in config.json, the module file beside it, and checksums of the weights."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("transformers.models."))
         self.config.update(config_fields(self, base.__name__))  # type: ignore[attr-defined]
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        (Path(save_directory) / f"{MODULE}.py").write_text(module_text(base.__name__), encoding="utf-8")
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        if is_main_process:
+            folder = Path(save_directory)
+            (folder / f"{MODULE}.py").write_text(module_text(base.__name__), encoding="utf-8")
+            remove_superseded(folder)
+            write_checksums(folder)
 
 
 def config_fields(model: Any, base: str) -> dict[str, Any]:
@@ -61,6 +67,7 @@ def from_pretrained(folder: str) -> PreTrainedModel:
 
     Raises:
         NotACheckpointError: there is no readable model, or not one of this package.
+        DamagedWeightsError: the weights are not those that `SHA256SUMS` in the folder tells of.
         LayoutVersionError: an incompatible release has written it.
         CheckpointMismatchError: config.json and the weights disagree.
     """

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -22,6 +20,8 @@ from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, compacted, conform_
 from lowrank_pl.surgery.layout import SINGULAR_GROUPS
+from lowrank_pl.tasks.checksums import verify_checksums
+from lowrank_pl.tasks.weight_files import weight_files
 
 CHECKPOINT_NAME = "model.ckpt"
 LAYOUT_KEY = "lowrank_layout"
@@ -159,6 +159,7 @@ def read_saved_model(path: str) -> SavedModel:
 
     Raises:
         NotACheckpointError: nothing readable there.
+        DamagedWeightsError: the weights of a folder are not those that its `SHA256SUMS` tells of.
         LayoutVersionError: written by an incompatible release.
     """
     location = Path(path).expanduser()
@@ -202,8 +203,7 @@ def _load(path: str, location: Path, argument: str) -> dict[str, Any]:
 def _from_folder(folder: Path) -> SavedModel:
     """A Hugging Face folder with safetensors; a `lowrank_layout` in its config.json tells factorised layers."""
     config_file = folder / "config.json"
-    files = sorted(folder.glob("model*.safetensors"))
-    if not config_file.exists() or not files:
+    if not config_file.exists():
         raise NotACheckpointError(str(folder), f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors")
     try:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
@@ -211,16 +211,13 @@ def _from_folder(folder: Path) -> SavedModel:
         raise NotACheckpointError(str(folder), f"config.json is damaged ({error})") from error
     if "model_type" not in fields:
         raise NotACheckpointError(str(folder), "config.json has no model_type")
-    if LAYOUT_KEY not in fields:
+    layout = ModelLayout.from_dict(fields.pop(LAYOUT_KEY)) if LAYOUT_KEY in fields else None
+    files = weight_files(folder)
+    verify_checksums(folder, files.names)
+    files.check_index()
+    if layout is None:
         return SavedModel(str(folder), _config(fields), ModelLayout({}), {}, dense_folder=str(folder))
-    layout = ModelLayout.from_dict(fields.pop(LAYOUT_KEY))
-    state: dict[str, Tensor] = {}
-    try:
-        for file in files:
-            state.update(load_file(file))
-    except SafetensorError as error:
-        raise NotACheckpointError(str(folder), f"{file.name} is damaged ({error})") from error
-    return SavedModel(str(folder), _config(fields), layout, state)
+    return SavedModel(str(folder), _config(fields), layout, files.read())
 
 
 def _config(fields: dict[str, Any]) -> PreTrainedConfig:

@@ -10,6 +10,7 @@ import lowrank_pl.errors
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.model import (
     CheckpointMismatchError,
+    DamagedWeightsError,
     HubUnreachableError,
     LayoutVersionError,
     ModelFolderError,
@@ -85,6 +86,8 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (CheckpointMismatchError.keys("x.ckpt", ["m"], ["u"]), ["missing 'm'; unexpected 'u'"], "init_args.pretrained"),
     (LayoutVersionError(7, 1), ["7", "version 1"], "upgrade"),
     (NotACheckpointError("p", "empty"), ["'p'", "empty"], "*.ckpt"),
+    (DamagedWeightsError("/m/w", "ab" * 32, "cd" * 32, "SUMS"), ["'/m/w'", "abab", "SUMS beside it", "cdcd"], "Copy"),
+    (DamagedWeightsError("/m/w", "ab" * 32, None, "SUMS"), ["'/m/w'", "does not list it"], "remove SUMS"),
     (OutputExistsError("out"), ["'out'"], "--output"),
     (StrategyPlacementError("SVD"), ["SVD", "trainer.callbacks"], "model.init_args.strategy"),
     (UnsupportedParallelismError("SVD", "FSDP"), ["SVD", "FSDP"], "'ddp'"),

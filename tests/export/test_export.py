@@ -104,6 +104,7 @@ def test_every_family_loads_identically_here(family: str, tmp_path: Path) -> Non
     assert torch.equal(logits(again.encoder), expected)
     loaded.save_pretrained(tmp_path / "again")
     same_content(where, tmp_path / "again")
+    assert (tmp_path / "again" / "SHA256SUMS").read_text() == (where / "SHA256SUMS").read_text()
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2", "modernbert"])
@@ -188,6 +189,7 @@ def test_an_interruption_leaves_no_folder(tiny_bert: str, tmp_path: Path, monkey
 
 
 def damaged(where: Path, how: str) -> None:
+    (where / "SHA256SUMS").unlink()  # it would tell first
     weights = where / "model.safetensors"
     config = json.loads((where / "config.json").read_text())
     layout = config["lowrank_layout"]

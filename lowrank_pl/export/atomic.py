@@ -1,0 +1,128 @@
+"""Writing a folder all or nothing: at any moment it is the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import logging
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lowrank_pl.errors.run import OutputExistsError, OutputNotWritableError
+
+logger = logging.getLogger(__name__)
+
+_PART = ".part"
+_ASIDE = ".aside"
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuses a folder that must not be replaced, before any work is done, and repairs what killed exports left.
+
+    A folder that a kill has left aside is put back. Unfinished ones are told, not removed: their export may be running.
+
+    Raises:
+        OutputExistsError: something is there and may not be replaced.
+        OutputNotWritableError: the path cannot be looked at.
+    """
+    with _errors_told(output):
+        folder = _real(output)
+        if not folder.exists() and (aside := _beside(folder, _ASIDE)):
+            aside[-1].rename(folder)
+            logger.warning("an export was killed while it replaced %s: what was there is put back", output)
+        for rest in [*_beside(folder, _PART), *_beside(folder, _ASIDE)]:
+            logger.warning("%s is left of a killed export: remove it, unless another to %s is running", rest, output)
+        _refuse(folder, output, overwrite)
+
+
+@contextmanager
+def all_or_nothing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Gives a new folder that takes the place of the output folder when the `with` block has succeeded.
+
+    Until then it has a hidden name beside its place, `.NAME.….part`. An error removes it; a kill leaves it there. A
+    folder that is replaced changes places with the new one in one step where the system can (Linux, on most file
+    systems). Elsewhere a kill in the middle can leave it as `.NAME.….aside`, from where `check_output` puts it back.
+
+    Args:
+        output: The folder to make; where it is a link, what it points to.
+        overwrite: Replace a folder that exists and is not empty.
+
+    Raises:
+        OutputExistsError: something is there and may not be replaced.
+        OutputNotWritableError: a file or folder cannot be written.
+    """
+    folder = _real(output)
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{_PART}")
+    with _errors_told(output):
+        made = [parent for parent in folder.parents if not parent.exists()]
+        try:
+            part.mkdir(parents=True)
+            yield part
+            _refuse(folder, output, overwrite)
+            if folder.exists():
+                _exchange(part, folder)
+            else:
+                part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            for parent in made:
+                with suppress(OSError):  # not empty: the folder is there
+                    parent.rmdir()
+
+
+def _real(output: Path) -> Path:
+    """Where a path leads to: a link is kept, and its target replaced."""
+    return Path(os.path.realpath(output))
+
+
+def _beside(folder: Path, ending: str) -> list[Path]:
+    return sorted(folder.parent.glob(f".{glob.escape(folder.name)}.????????{ending}"))
+
+
+def _refuse(folder: Path, output: Path, overwrite: bool) -> None:
+    if folder.is_dir() and (overwrite or not any(folder.iterdir())):
+        return
+    if folder.exists():
+        raise OutputExistsError(str(output), "Give another --output, or --overwrite true to replace the folder.")
+
+
+@contextmanager
+def _errors_told(output: Path) -> Iterator[None]:
+    """Turns what writing can raise into this package's error."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors has its own class for a full disk, tokenizers raises Exception itself.
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
+            raise OutputNotWritableError(str(output), str(error)) from error
+        raise
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Lets two folders change places."""
+    if _exchange_at_once(new, old):
+        return
+    aside = new.with_suffix(_ASIDE)
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+    aside.rename(new)
+
+
+def _exchange_at_once(new: Path, old: Path) -> bool:
+    """The same in one step, which no kill can divide; `False` where system or file system know none."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    anywhere, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fs.h; both paths are absolute
+    return bool(rename(anywhere, os.fsencode(new), anywhere, os.fsencode(old), exchange) == 0)
