@@ -132,3 +132,25 @@ class NotACheckpointError(LowRankError):
             f"{argument}={path!r} cannot be read: {problem}. Allowed is a Lightning checkpoint written by this "
             f"package (*.ckpt){folders}."
         )
+
+
+class OnnxExportError(LowRankError):
+    """A model's code cannot be turned into an ONNX graph."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(
+            f"{model} cannot be written as ONNX: torch.export could not follow its code ({reason}). Allowed are "
+            "architectures whose code branches on no values and fixes no lengths, such as BERT, RoBERTa, DistilBERT, "
+            "ALBERT, ELECTRA, DeBERTa-v2, MPNet, ModernBERT and MobileBERT. Use --format factored or dense, which "
+            "write every architecture."
+        )
+
+
+class OnnxMismatchError(LowRankError):
+    """An ONNX file does not compute what the model does."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(
+            f"the ONNX file of {model} does not compute what torch does: {problem}; nothing was written. Try other "
+            "versions of torch, onnxscript and onnxruntime, or use --format factored or dense, and please report it."
+        )

@@ -24,6 +24,7 @@ from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, co
 from lowrank_pl.surgery.layout import SINGULAR_GROUPS
 
 CHECKPOINT_NAME = "model.ckpt"
+ONNX_NAME = "model.onnx"
 LAYOUT_KEY = "lowrank_layout"
 TASK_KEY = "lowrank_task"
 _ENCODER_PREFIX = "encoder."
@@ -204,7 +205,10 @@ def _from_folder(folder: Path) -> SavedModel:
     config_file = folder / "config.json"
     files = sorted(folder.glob("model*.safetensors"))
     if not config_file.exists() or not files:
-        raise NotACheckpointError(str(folder), f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors")
+        problem = f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors"
+        if (folder / ONNX_NAME).exists():
+            problem = f"{ONNX_NAME} is for onnxruntime alone; export the checkpoint once more with --format factored"
+        raise NotACheckpointError(str(folder), problem)
     try:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
