@@ -18,6 +18,7 @@ from lowrank_pl.errors.model import NotACheckpointError
 from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError, OutputNotWritableError
 from lowrank_pl.export.card import model_card
 from lowrank_pl.export.loading import factorised_class
+from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.hub import load_tokenizer
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.surgery import densify_
@@ -35,7 +36,7 @@ _TASKS: dict[TargetKind, type[EncoderTask]] = {
 def export(
     ckpt_path: str,
     output: str,
-    format: Literal["factored", "dense"] = "factored",
+    format: Literal["factored", "dense", "onnx"] = "factored",
     tokenizer: str | None = None,
     report: str | None = None,
     overwrite: bool = False,
@@ -47,7 +48,8 @@ def export(
         output: The folder to write; must be new or empty.
         format: `factored` keeps the factors; such a folder loads by `lowrank_pl.export.from_pretrained`, by
             `AutoModelFor….from_pretrained(folder, trust_remote_code=True)` where this package is not installed, and as
-            `init_from`. `dense` multiplies them back for any tool.
+            `init_from`. `dense` multiplies them back for any tool. `onnx` keeps the factors in a `model.onnx` for
+            onnxruntime, of which nothing is read back; it needs the extra `onnx`.
         tokenizer: Where the tokenizer is; by default the encoder that the model was made from.
         report: A report.json to take along and to quote in the model card; by default that of the checkpoint's run.
         overwrite: Replace a folder that exists.
@@ -59,7 +61,11 @@ def export(
         NotACheckpointError, LayoutVersionError: `ckpt_path` holds no model of this package.
         OutputExistsError, OutputNotWritableError: see `output` and `overwrite`.
         MissingArgumentError: the tokenizer cannot be found.
+        MissingPackagesError, OnnxExportError, OnnxMismatchError: see `onnx`, which is written only if onnxruntime
+            computes what torch does.
     """
+    if format == "onnx":
+        check_packages()
     folder = Path(output).expanduser()
     _check_output(folder, overwrite)
     saved = read_saved_model(ckpt_path)
@@ -70,11 +76,13 @@ def export(
     encoder = _build(saved)
     if format == "dense":
         densify_(encoder)
-        encoder = _as(type(encoder), encoder, saved)
-    else:
-        encoder = _as(factorised_class(type(encoder)), encoder, saved)
+    kind = factorised_class(type(encoder)) if format == "factored" else type(encoder)
+    encoder = _as(kind, encoder, saved)
     with _all_or_nothing(folder, overwrite) as temporary:
-        encoder.save_pretrained(temporary)
+        if format == "onnx":
+            told = {**told, "onnx": write_onnx(encoder, temporary)}
+        else:
+            encoder.save_pretrained(temporary)
         words.save_pretrained(temporary)
         card = model_card(encoder, saved, told, format)
         (temporary / "README.md").write_text(card, encoding="utf-8")
