@@ -145,3 +145,25 @@ class DamagedWeightsError(NotACheckpointError):
             f"beside it {told}. Only the weights that were exported are loaded. Copy the folder again; if the weights "
             f"were changed on purpose, e.g. trained further and saved over, remove {checksums}.",
         )
+
+
+class OnnxExportError(LowRankError):
+    """A model's code cannot be turned into an ONNX graph."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(
+            f"{model} cannot be written as ONNX: torch.export could not follow its code ({reason}). Allowed are "
+            "architectures whose code branches on no values and fixes no lengths, such as BERT, RoBERTa, DistilBERT, "
+            "ALBERT, ELECTRA, DeBERTa-v2, MPNet, ModernBERT and MobileBERT. Use --format factored or dense, which "
+            "write every architecture."
+        )
+
+
+class OnnxMismatchError(LowRankError):
+    """An ONNX file does not compute what the model does."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(
+            f"the ONNX file of {model} does not compute what torch does: {problem}; nothing was written. Try other "
+            "versions of torch, onnxscript and onnxruntime, or use --format factored or dense, and please report it."
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lowrank_pl.errors.base import LowRankError
 
 
@@ -80,6 +82,17 @@ class MissingArgumentError(LowRankError):
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what} is missing. {remedy}")
+
+
+class MissingPackagesError(LowRankError):
+    """Packages of an optional extra are not installed."""
+
+    def __init__(self, what: str, names: Sequence[str], extra: str) -> None:
+        listed = ", ".join(repr(name) for name in names)
+        super().__init__(
+            f"{what} needs packages that are not installed: {listed}. They come with the extra {extra!r}: "
+            f'pip install "lowrank-pl[{extra}]".'
+        )
 
 
 class NotFactorisedError(LowRankError):

@@ -20,8 +20,8 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
     Args:
         model: As it is written.
         saved: Where it came from.
-        report: Of the run that made it; may be empty.
-        form: `"factored"` or `"dense"`.
+        report: Of the run that made it; may be empty. With `onnx`, what `write_onnx` returned.
+        form: `"factored"`, `"dense"` or `"onnx"`.
     """
     assert saved.target is not None
     base = getattr(saved.config, "_name_or_path", "") or saved.config.model_type
@@ -29,8 +29,10 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
         base = f"{saved.config.model_type}, from a local folder"  # whose path would mean nothing to others
     record = saved.compression
     total = sum(parameter.numel() for parameter in model.parameters())
-    lines = ["---", "library_name: transformers", "tags:", "- low-rank", "---", ""]
-    lines += [f"# {saved.target.name}, low-rank" if form == "factored" else f"# {saved.target.name}", ""]
+    layers = read_layout(model).modules
+    library = "onnx" if form == "onnx" else "transformers"
+    lines = ["---", f"library_name: {library}", "tags:", "- low-rank", "---", ""]
+    lines += [f"# {saved.target.name}, low-rank" if layers else f"# {saved.target.name}", ""]
     lines += [f"* base model: `{base}`", f"* task: {saved.target.name} ({saved.target.kind})"]
     lines += [f"* parameters: {total:,}"]
     if record is not None:
@@ -39,7 +41,7 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
             f"* targeted weights: {record.targeted_kept:,} of {record.targeted_dense:,} kept "
             f"(keep_ratio {record.keep_ratio:.4f})",
         ]
-    if report:
+    if "versions" in report:
         score = report.get("score")
         told = "n/a" if score is None else f"{score:.4f}"
         lines.append(f"* score: {told} ({report.get('metric')}, {report.get('split')} split)")
@@ -47,15 +49,38 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
             lines.append(f"* score before compression: {report['score_dense']:.4f}")
         lines.append(f"* command: `{report.get('command')}`")
         lines += [f"* {name} {version}" for name, version in report.get("versions", {}).items()]
+    if form == "onnx":
+        lines += _onnx_lines(report["onnx"])
     if form == "factored":
         lines += ["", "```python", f"from transformers import {_auto_class(model)}", ""]
         lines += [f'model = {_auto_class(model)}.from_pretrained("…", trust_remote_code=True)', "```", ""]
         lines += ["or, without running code of this folder,", "", "```python"]
-        lines += ["from lowrank_pl.export import from_pretrained", "", 'model = from_pretrained("…")', "```", ""]
-        lines += ["| layer | rank |", "|---|---|"]
-        lines += [f"| {name} | {rank} |" for name, (_, rank) in read_layout(model).modules.items()]
+        lines += ["from lowrank_pl import from_pretrained", "", 'model = from_pretrained("…")', "```"]
+    if layers:
+        lines += ["", "| layer | rank |", "|---|---|"]
+        lines += [f"| {name} | {rank} |" for name, (_, rank) in layers.items()]
     lines += ["", f"`sha256sum -c {CHECKSUMS}` tells whether the weights are those that were exported."]
     return "\n".join([*lines, ""])
+
+
+def _onnx_lines(told: Mapping[str, Any]) -> list[str]:
+    shapes = ", ".join(f"{batch} by {length}" for batch, length in told["shapes"])
+    types = "return_token_type_ids=True, " if "token_type_ids" in told["inputs"] else ""
+    return [
+        f"* logits in onnxruntime {told['onnxruntime']} and torch: at most {told['max_abs_difference']:.2g} apart",
+        f"* compared at batch by length {shapes}",
+        "",
+        "```python",
+        "from onnxruntime import InferenceSession",
+        "from transformers import AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("…")',
+        'session = InferenceSession("…/model.onnx")',
+        f'batch = tokenizer(["a text", "another"], padding=True, truncation=True, {types}return_tensors="np")',
+        "inputs = {value.name: batch[value.name] for value in session.get_inputs()}",
+        '(logits,) = session.run(["logits"], inputs)',
+        "```",
+    ]
 
 
 def _auto_class(model: PreTrainedModel) -> str:

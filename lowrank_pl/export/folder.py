@@ -1,4 +1,4 @@
-"""Writing a model as a Hugging Face folder, factorised or multiplied back."""
+"""Writing a model as a folder: factorised, multiplied back, or as an ONNX file."""
 
 from __future__ import annotations
 
@@ -7,35 +7,26 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedModel
 
-from lowrank_pl.contract import TargetKind
-from lowrank_pl.errors.model import NotACheckpointError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
 from lowrank_pl.export.atomic import all_or_nothing, check_output
 from lowrank_pl.export.card import model_card
 from lowrank_pl.export.loading import factorised_class
+from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.hub import load_tokenizer
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.surgery import densify_
-from lowrank_pl.tasks import EncoderTask, MaskedLM, SequenceClassification, TokenClassification
 from lowrank_pl.tasks.checksums import write_checksums
+from lowrank_pl.tasks.rebuilt import rebuilt
 from lowrank_pl.tasks.saved import SavedModel, read_saved_model
-
-_TASKS: dict[TargetKind, type[EncoderTask]] = {
-    "classification": SequenceClassification,
-    "regression": SequenceClassification,
-    "token_classification": TokenClassification,
-    "masked_lm": MaskedLM,
-}
 
 
 def export(
     ckpt_path: str,
     output: str,
-    format: Literal["factored", "dense"] = "factored",
+    format: Literal["factored", "dense", "onnx"] = "factored",
     tokenizer: str | None = None,
     report: str | None = None,
     overwrite: bool = False,
@@ -46,9 +37,10 @@ def export(
     Args:
         ckpt_path: A Lightning checkpoint of this package, or the output folder of `compress`.
         output: The folder to write; must be new or empty.
-        format: `factored` keeps the factors; such a folder loads by `lowrank_pl.export.from_pretrained`, by
+        format: `factored` keeps the factors; such a folder loads by `lowrank_pl.from_pretrained`, by
             `AutoModelFor….from_pretrained(folder, trust_remote_code=True)` where this package is not installed, and as
-            `init_from`. `dense` multiplies them back for any tool.
+            `init_from`. `dense` multiplies them back for any tool. `onnx` keeps the factors in a `model.onnx` for
+            onnxruntime, of which nothing is read back; it needs the extra `onnx`.
         tokenizer: Where the tokenizer is; by default the encoder that the model was made from.
         report: A report.json to take along and to quote in the model card; by default that of the checkpoint's run.
         overwrite: Replace a folder that exists.
@@ -63,25 +55,29 @@ def export(
         OutputExistsError, OutputNotWritableError: see `output` and `overwrite`.
         MissingArgumentError: the tokenizer cannot be found.
         RangeError: `max_shard_size` is no size.
+        MissingPackagesError, OnnxExportError, OnnxMismatchError: see `onnx`, which is written only if onnxruntime
+            computes what torch does.
     """
-    folder = Path(output).expanduser()
+    if format == "onnx":
+        check_packages()
+    source, folder = Path(ckpt_path).expanduser(), Path(output).expanduser()
     sharding = _sharding(max_shard_size)
     check_output(folder, overwrite)
+    _check_apart(source, folder)
     saved = read_saved_model(ckpt_path)
-    if saved.target is None:
-        raise NotACheckpointError(ckpt_path, "it does not tell what it predicts", "--ckpt_path")
+    told = _report_of(source, report)
+    encoder = rebuilt(saved)
     words = load_tokenizer(_tokenizer_of(saved, tokenizer))
-    told = _report_of(Path(ckpt_path).expanduser(), report)
-    encoder = _build(saved)
     if format == "dense":
         densify_(encoder)
-        encoder = _as(type(encoder), encoder, saved)
-    else:
-        encoder = _as(factorised_class(type(encoder)), encoder, saved)
+    kind = factorised_class(type(encoder)) if format == "factored" else type(encoder)
+    encoder = _as(kind, encoder, saved)
     with all_or_nothing(folder, overwrite) as temporary:
-        encoder.save_pretrained(temporary, **sharding)
-        if format == "dense":
-            write_checksums(temporary)  # a factorised model has written its own
+        if format == "onnx":
+            told = {**told, "onnx": write_onnx(encoder, temporary)}
+        else:
+            encoder.save_pretrained(temporary, **sharding)
+        write_checksums(temporary)
         words.save_pretrained(temporary)
         card = model_card(encoder, saved, told, format)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -92,13 +88,10 @@ def export(
     return folder
 
 
-def _build(saved: SavedModel) -> PreTrainedModel:
-    assert saved.target is not None
-    auto_class = _TASKS[saved.target.kind].auto_class
-    encoder: PreTrainedModel = auto_class.from_config(saved.config, dtype=torch.get_default_dtype())
-    saved.load_into_(encoder)
-    encoder.eval()
-    return encoder
+def _check_apart(source: Path, folder: Path) -> None:
+    """Refuses to replace a folder by what is made from its own content: the checkpoint would be gone."""
+    if folder.exists() and source.resolve().is_relative_to(folder.resolve()):
+        raise OutputExistsError(str(folder), f"It holds the checkpoint {str(source)!r} itself; give another --output.")
 
 
 def _as(kind: type[PreTrainedModel], model: PreTrainedModel, saved: SavedModel) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lowrank_pl.errors.model import DamagedWeightsError
 
 CHECKSUMS = "SHA256SUMS"
-_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
+_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "model.onnx*")
 _LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 _CHUNK = 1 << 20
 

@@ -24,6 +24,7 @@ from lowrank_pl.tasks.checksums import verify_checksums
 from lowrank_pl.tasks.weight_files import weight_files
 
 CHECKPOINT_NAME = "model.ckpt"
+ONNX_NAME = "model.onnx"
 LAYOUT_KEY = "lowrank_layout"
 TASK_KEY = "lowrank_task"
 _ENCODER_PREFIX = "encoder."
@@ -203,8 +204,11 @@ def _load(path: str, location: Path, argument: str) -> dict[str, Any]:
 def _from_folder(folder: Path) -> SavedModel:
     """A Hugging Face folder with safetensors; a `lowrank_layout` in its config.json tells factorised layers."""
     config_file = folder / "config.json"
-    if not config_file.exists():
-        raise NotACheckpointError(str(folder), f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors")
+    if not config_file.exists() or (folder / ONNX_NAME).exists():
+        problem = f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors"
+        if (folder / ONNX_NAME).exists():
+            problem = f"{ONNX_NAME} is for onnxruntime alone; export the checkpoint once more with --format factored"
+        raise NotACheckpointError(str(folder), problem)
     try:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:

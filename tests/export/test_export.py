@@ -239,3 +239,14 @@ def test_other_things_are_refused(tiny_bert: str, tmp_path: Path) -> None:
     with pytest.raises(MissingArgumentError, match="report"):
         export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), report=str(tmp_path / "no.json"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_not_replaced_by_what_is_made_from_it(tiny_bert: str, tmp_path: Path) -> None:
+    """Replacing it would delete the checkpoint."""
+    compressed = tmp_path / "compressed"
+    compressed.mkdir()
+    checkpoint(tiny_bert, compressed / "model.ckpt")
+    for source in (compressed, compressed / "model.ckpt"):
+        with pytest.raises(OutputExistsError, match="holds the checkpoint"):
+            export(str(source), str(compressed), overwrite=True)
+    assert [entry.name for entry in compressed.iterdir()] == ["model.ckpt"]
