@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -186,6 +187,16 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
     # from_pretrained returns eval mode, and Lightning trains a module in the mode it finds it in.
     encoder: PreTrainedModel = model.train()
     return encoder, bool(info["missing_keys"] or info["mismatched_keys"])
+
+
+def longest_input(model: PreTrainedModel) -> int:
+    """How many tokens a model's position embeddings reach; practically no limit where it has none."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 2**31
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding index.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            positions -= module.padding_idx + 1
+    return int(positions)
 
 
 @contextmanager

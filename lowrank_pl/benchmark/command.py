@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lowrank_pl import __version__
+from lowrank_pl.benchmark.engines import Engine, check_engines, prepare
 from lowrank_pl.benchmark.figure import benchmark_figure
 from lowrank_pl.benchmark.layers import (
     LayerTimes,
@@ -24,7 +26,7 @@ from lowrank_pl.benchmark.layers import (
     measure_layers,
     number_of_measurements,
 )
-from lowrank_pl.benchmark.models import Engine, count_flops, inputs_for, load_model, peak_memory, runner
+from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory
 from lowrank_pl.benchmark.results import Measurement, Results
 from lowrank_pl.benchmark.timing import timed_in_turn
 from lowrank_pl.errors.numerics import RangeError
@@ -73,22 +75,24 @@ def benchmark(
     Raises:
         OutputExistsError, OutputNotWritableError: see `output`.
         RangeError: an impossible number.
-        MissingArgumentError: no model, or a device that is not there.
+        MissingArgumentError: no model, or a device that is not there or not for this engine.
+        MissingPackagesError: see `engines`.
     """
     folder = Path(output).expanduser()
     threads = torch.get_num_threads() if threads is None else threads
     whole = {"batch_sizes": batch_sizes, "lengths": lengths, "rounds": [rounds], "threads": [threads]}
     _check(folder, models, device, whole, seconds)
+    check_engines(engines, device, dtype)
     loaded = {label: _load(path, device, _DTYPES[dtype]) for label, path in _labels(models).items()}
-    cells = [(engine, batch, length) for engine in engines for batch in batch_sizes for length in lengths]
+    sizes = [(batch, length) for batch in batch_sizes for length in lengths]
     for model in loaded.values():
         inputs_for(model, 1, max(lengths))
     work = Workload(max(batch_sizes) * max(lengths), _DTYPES[dtype], device, threads, rounds, seconds)
     shapes = [shape for model in loaded.values() for shape in linear_shapes(model, TargetSelector()) if layers]
     shapes = list(dict.fromkeys(shapes))
-    total = len(cells) * len(models) * rounds + number_of_measurements(shapes, rounds)
+    total = len(engines) * len(sizes) * len(models) * rounds + number_of_measurements(shapes, rounds)
     with tqdm(total=total, desc="Benchmark", file=sys.stdout) as bar:
-        measurements = _models(loaded, cells, work, bar)
+        measurements = [found for engine in engines for found in _models(loaded, engine, sizes, work, bar)]
         times: Sequence[LayerTimes] = measure_layers(shapes, work, bar.update)
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in loaded.items()}
     results = Results(measurements, parameters, times, _circumstances(device, dtype, threads, _labels(models)))
@@ -98,17 +102,22 @@ def benchmark(
 
 
 def _models(
-    loaded: dict[str, PreTrainedModel], cells: Sequence[tuple[Engine, int, int]], work: Workload, bar: Any
+    loaded: dict[str, PreTrainedModel], engine: Engine, sizes: Sequence[tuple[int, int]], work: Workload, bar: Any
 ) -> list[Measurement]:
     found = []
-    compiled: dict[int, Any] = {}
-    for engine, batch, length in cells:
-        inputs = {name: inputs_for(model, batch, length) for name, model in loaded.items()}
-        runs = {name: runner(model, engine, inputs[name], compiled) for name, model in loaded.items()}
-        times = timed_in_turn(runs, work.rounds, work.seconds, work.threads, bar.update)
-        for name, model in loaded.items():
-            flops, peak = count_flops(model, inputs[name]), peak_memory(runs[name], work.device)
-            found.append(Measurement(name, engine, batch, length, times[name], flops, peak))
+    with TemporaryDirectory() as scratch:
+        ready = {}
+        for index, (name, model) in enumerate(loaded.items()):
+            folder = Path(scratch) / str(index)
+            folder.mkdir()
+            ready[name] = prepare(model, engine, work.threads, folder)
+        for batch, length in sizes:
+            inputs = {name: inputs_for(model, batch, length) for name, model in loaded.items()}
+            runs = {name: ready[name](inputs[name]) for name in loaded}
+            times = timed_in_turn(runs, work.rounds, work.seconds, work.threads, bar.update)
+            for name, model in loaded.items():
+                flops, peak = count_flops(model, inputs[name]), peak_memory(runs[name], work.device)
+                found.append(Measurement(name, engine, batch, length, times[name], flops, peak))
     return found
 
 

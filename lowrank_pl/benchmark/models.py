@@ -1,10 +1,9 @@
-"""Whole models as functions without arguments: from any place, under any engine, on one input."""
+"""Whole models from any place, inputs for them, and what one forward pass costs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import transformers
@@ -15,12 +14,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.export import from_pretrained
-from lowrank_pl.hub import load_config, load_pretrained, resolve_pretrained
+from lowrank_pl.hub import load_config, load_pretrained, longest_input, resolve_pretrained
 from lowrank_pl.tasks.rebuilt import rebuilt
 from lowrank_pl.tasks.saved import CHECKPOINT_NAME, LAYOUT_KEY, read_saved_model
-
-Engine = Literal["eager", "compile", "onnxruntime"]
-Run = Callable[[], object]
 
 
 def load_model(path: str) -> PreTrainedModel:
@@ -53,21 +49,12 @@ def inputs_for(model: PreTrainedModel, batch_size: int, length: int) -> dict[str
     Raises:
         RangeError: the model takes no texts of this length.
     """
-    longest = _longest(model)
+    longest = longest_input(model)
     if length > longest:
         raise RangeError("lengths", length, f"1 … {longest}, the model's longest text")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, max(6, model.config.vocab_size), (batch_size, length), generator=generator)
     return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
-
-
-def _longest(model: PreTrainedModel) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:
-        return 2**31
-    # RoBERTa and its kin count positions from behind the padding index.
-    padded = any(kind in model.config.model_type for kind in ("roberta", "camembert", "mpnet"))
-    return positions - 2 if padded else positions
 
 
 def count_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
@@ -79,20 +66,7 @@ def count_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
     return int(counter.get_total_flops())
 
 
-def runner(model: PreTrainedModel, engine: Engine, inputs: dict[str, Tensor], compiled: dict[int, Any]) -> Run:
-    """A function that runs the model on the input; `compiled` keeps what `compile` made, by id of the model."""
-    call: Any = model
-    if engine == "compile":
-        call = compiled.setdefault(id(model), torch.compile(model, dynamic=True))
-
-    @torch.inference_mode()
-    def run() -> object:
-        return call(**inputs)
-
-    return run
-
-
-def peak_memory(run: Run, device: str) -> int | None:
+def peak_memory(run: Callable[[], object], device: str) -> int | None:
     """Bytes that a call needs at its peak, weights included; only CUDA tells."""
     if not device.startswith("cuda"):
         return None

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_pl.errors.model import OnnxExportError, OnnxMismatchError
 from lowrank_pl.errors.run import MissingPackagesError
+from lowrank_pl.hub import longest_input
 from lowrank_pl.tasks.saved import ONNX_NAME
 
 # What the exporter's own translations are written in: nothing is converted afterwards. onnxruntime reads it since 1.14.
@@ -94,7 +95,7 @@ def _compare(model: PreTrainedModel, path: Path) -> dict[str, Any]:
     import onnxruntime
 
     name, largest = type(model).__name__, 0.0
-    shapes = _shapes(longest_input(model))
+    shapes = _shapes(min(longest_input(model), _LONGEST))
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
@@ -139,16 +140,6 @@ def model_inputs(model: PreTrainedModel, batch: int, length: int, seed: int = 0)
     if types > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["token_type_ids"] = torch.randint(types, (batch, length), generator=generator)
     return inputs
-
-
-def longest_input(model: PreTrainedModel) -> int:
-    """How many tokens the position embeddings reach, at most 512."""
-    positions = getattr(model.config, "max_position_embeddings", None) or _LONGEST
-    for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from behind the padding index.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            positions -= module.padding_idx + 1
-    return min(positions, _LONGEST)
 
 
 def _shapes(longest: int) -> list[tuple[int, int]]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError, OnnxExportError, OnnxMismatchError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.export import export, from_pretrained, onnx_file
-from lowrank_pl.export.onnx_file import longest_input, model_inputs
+from lowrank_pl.export.onnx_file import model_inputs
+from lowrank_pl.hub import longest_input
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import RankDyna
 from lowrank_pl.surgery import read_layout

@@ -1,0 +1,78 @@
+"""What runs a model: torch as it is, torch.compile, or onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.export.onnx_file import check_packages, write_onnx
+from lowrank_pl.tasks.saved import ONNX_NAME
+
+Engine = Literal["eager", "compile", "onnxruntime"]
+Run = Callable[[], object]
+Prepared = Callable[[Mapping[str, Tensor]], Run]
+
+
+def check_engines(engines: list[Engine], device: str, dtype: str) -> None:
+    """Refuses what cannot run.
+
+    Raises:
+        MissingPackagesError: onnxruntime, or what writes its files, is not installed.
+        MissingArgumentError: onnxruntime elsewhere than on the CPU, or in another precision than float32.
+    """
+    if "onnxruntime" in engines:
+        check_packages()
+        if device != "cpu" or dtype != "float32":
+            remedy = "Use --device cpu --dtype float32, or leave onnxruntime out of --engines."
+            raise MissingArgumentError(f"onnxruntime for {dtype} on {device}", remedy)
+
+
+def prepare(model: PreTrainedModel, engine: Engine, threads: int, scratch: Path) -> Prepared:
+    """Makes a model ready to run under an engine.
+
+    Args:
+        model: In eval mode.
+        engine: Which one.
+        threads: For onnxruntime, which does not heed torch's.
+        scratch: An existing folder for what onnxruntime reads.
+
+    Returns:
+        A function that turns an input into a function without arguments, which runs the model on it.
+    """
+    if engine == "onnxruntime":
+        return _onnxruntime(model, threads, scratch)
+    # Every length would be compiled anew otherwise.
+    call: Any = torch.compile(model, dynamic=True) if engine == "compile" else model
+
+    def ready(inputs: Mapping[str, Tensor]) -> Run:
+        @torch.inference_mode()
+        def run() -> object:
+            return call(**inputs)
+
+        return run
+
+    return ready
+
+
+def _onnxruntime(model: PreTrainedModel, threads: int, scratch: Path) -> Prepared:
+    import onnxruntime
+
+    write_onnx(model, scratch)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(scratch / ONNX_NAME, options, providers=["CPUExecutionProvider"])
+    wanted = [value.name for value in session.get_inputs()]
+
+    def ready(inputs: Mapping[str, Tensor]) -> Run:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        # A model with token types wants them said.
+        arrays |= {name: arrays["input_ids"] * 0 for name in wanted if name not in arrays}
+        return lambda: session.run(None, arrays)
+
+    return ready

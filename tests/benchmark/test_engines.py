@@ -1,0 +1,56 @@
+"""Every engine computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank_pl.benchmark.engines import check_engines, prepare
+from lowrank_pl.benchmark.models import inputs_for, load_model
+from lowrank_pl.errors.run import MissingArgumentError, MissingPackagesError
+from tests.export.test_export import checkpoint
+
+
+def test_every_engine_computes_the_same(tiny_bert: str, tmp_path: Path) -> None:
+    checkpoint(tiny_bert, tmp_path / "small.ckpt")
+    model = load_model(str(tmp_path / "small.ckpt"))
+    ready = prepare(model, "eager", 1, tmp_path)
+    served = prepare(model, "onnxruntime", 1, tmp_path)
+    for batch, length in ((1, 4), (3, 9)):
+        inputs = inputs_for(model, batch, length)
+        expected = model(**inputs).logits
+        eager: torch.Tensor = ready(inputs)().logits  # type: ignore[attr-defined]
+        assert not eager.requires_grad
+        assert torch.equal(eager, expected)
+        found: list[Any] = served(inputs)()  # type: ignore[assignment]
+        torch.testing.assert_close(torch.from_numpy(found[0]), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_compile_is_asked_for_any_length(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling itself takes a compiler and minutes: what is asked of torch is looked at."""
+    asked: list[dict[str, bool]] = []
+
+    def compiled(model: torch.nn.Module, **options: bool) -> torch.nn.Module:
+        asked.append(options)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = load_model(tiny_bert)
+    ready = prepare(model, "compile", 1, tmp_path)
+    inputs = inputs_for(model, 1, 4)
+    assert torch.equal(ready(inputs)().logits, model(**inputs).logits)  # type: ignore[attr-defined]
+    assert asked == [{"dynamic": True}]
+
+
+def test_onnxruntime_is_for_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_engines(["eager", "onnxruntime"], "cpu", "float32")
+    check_engines(["eager", "compile"], "cuda", "bfloat16")
+    for device, dtype in (("cuda", "float32"), ("cpu", "bfloat16")):
+        with pytest.raises(MissingArgumentError, match=f"{dtype} on {device}"):
+            check_engines(["onnxruntime"], device, dtype)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackagesError):
+        check_engines(["onnxruntime"], "cpu", "float32")
