@@ -91,3 +91,12 @@ class HasTarget(Protocol):
     def target(self) -> TargetSpec:
         """The specification of the labels."""
         ...
+
+
+@runtime_checkable
+class DescribesData(Protocol):
+    """A datamodule that tells reports what it holds. Known once `setup` has run."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns `fingerprint` and, by split, `samples`; JSON-ready."""
+        ...

@@ -90,6 +90,7 @@ def test_overlays_parse_on_top_of_a_recipe(path: Path, capsys: pytest.CaptureFix
 def test_every_recipe_runs(recipe: Path, arguments: list[str], tmp_path: Path) -> None:
     main(["fit", "--config", str(recipe), *arguments])
     report = json.loads((run_folder(tmp_path) / "report.json").read_text())
+    assert report["data"]["samples"]["train"] > 0
     expected = yaml.safe_load(recipe.read_text())["model"]["init_args"]["strategy"]["class_path"]
     assert report["method"] == expected
     assert report["task"] == "SST-2"

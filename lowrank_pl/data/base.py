@@ -190,6 +190,13 @@ class TextDataModule(ResumableData, ABC):
         """Identifies the tokenised samples of all splits."""
         return digest(self._ready().content)
 
+    def describe(self) -> dict[str, Any]:
+        """What a report tells: the fingerprint, and how many samples each split has."""
+        return {
+            "fingerprint": self.fingerprint,
+            "samples": {name: dataset.num_rows for name, dataset in self._ready().splits.items()},
+        }
+
     @property
     def truncation(self) -> dict[str, Truncation]:
         """What was cut off, by split."""

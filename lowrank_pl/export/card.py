@@ -45,6 +45,9 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
         score = report.get("score")
         told = "n/a" if score is None else f"{score:.4f}"
         lines.append(f"* score: {told} ({report.get('metric')}, {report.get('split')} split)")
+        if data := report.get("data"):
+            samples = ", ".join(f"{name} {count:,}" for name, count in data["samples"].items())
+            lines.append(f"* samples: {samples}; data fingerprint `{data['fingerprint']}`")
         if report.get("score_dense") is not None:
             lines.append(f"* score before compression: {report['score_dense']:.4f}")
         lines.append(f"* command: `{report.get('command')}`")

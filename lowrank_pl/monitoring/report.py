@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_pl import __version__
+from lowrank_pl.contract import DescribesData
 from lowrank_pl.core import LinearShape
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.surgery import CompressionRecord, LayerRecord
@@ -103,6 +104,7 @@ def build_report(
         "notes": list(record.notes),
         "pretrained": task.pretrained,
         "init_from": task.init_from,
+        "data": _data(task),
         **extra,
         "seconds": round(seconds, 3),
         "versions": {
@@ -114,6 +116,13 @@ def build_report(
     }
     finite: dict[str, Any] = _finite(report)
     return finite
+
+
+def _data(task: EncoderTask) -> dict[str, Any] | None:
+    """Samples by split and a fingerprint; `None` where the data do not tell."""
+    trainer = getattr(task, "_trainer", None)  # the property raises where there is none
+    datamodule = getattr(trainer, "datamodule", None)
+    return datamodule.describe() if isinstance(datamodule, DescribesData) else None
 
 
 def _metric_name(task: EncoderTask) -> str | None:
@@ -160,6 +169,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "",
         f"* score ({report['metric']}, {report['split']}): **{_number(report['score'])}**",
         *([f"* score before compression: {_number(report['score_dense'])}"] if "score_dense" in report else []),
+        *_data_lines(report),
         f"* parameters: {p['total']:,} of {p['total_dense']:,}",
         f"* targeted weights: {p['targeted_kept']:,} of {p['targeted_dense']:,} kept, "
         f"keep_ratio {report['keep_ratio']:.4f}",
@@ -181,6 +191,14 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         )
     lines += ["", f"`{report['command']}`", "", *[f"* {name} {v}" for name, v in report["versions"].items()], ""]
     return "\n".join(lines)
+
+
+def _data_lines(report: Mapping[str, Any]) -> list[str]:
+    data = report.get("data")
+    if not data:
+        return []
+    samples = ", ".join(f"{name} {count:,}" for name, count in data["samples"].items())
+    return [f"* samples: {samples}; data fingerprint `{data['fingerprint']}`"]
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from lowrank_pl.contract import CalibrationSource, HasTarget
+from lowrank_pl.contract import CalibrationSource, DescribesData, HasTarget
 from lowrank_pl.data import GLUE, TextDataModule
 from lowrank_pl.errors.data import (
     ArgumentRangeError,
@@ -57,6 +57,14 @@ def same(left: list[dict[str, Tensor]], right: list[dict[str, Tensor]]) -> bool:
 def test_fulfils_the_contract(sst2: GLUE) -> None:
     assert isinstance(sst2, HasTarget)
     assert isinstance(sst2, CalibrationSource)
+    assert isinstance(sst2, DescribesData)
+
+
+def test_tells_reports_what_it_holds(sst2: GLUE) -> None:
+    told = sst2.describe()
+    assert told["fingerprint"] == sst2.fingerprint
+    assert told["samples"]["train"] == len(sst2.split("train"))
+    assert told["samples"]["validation"] == len(sst2.split("validation"))
 
 
 # Batches.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -104,3 +105,21 @@ def test_heat_map_has_a_number_in_every_cell(tiny_bert: str) -> None:
     task.strategy.prepare(task.encoder)
     axes = rank_heatmap(layer_records(task)).axes[0]
     assert sorted(text.get_text() for text in axes.texts) == ["10"] * 4 + ["8"] * 8
+
+
+class Described(SyntheticData):
+    """Data that tell what they hold."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"fingerprint": "abc123", "samples": {"train": 1234, "validation": 24}}
+
+
+def test_data_are_told_where_they_can_be(tiny_bert: str, tmp_path: Path, run: Path) -> None:
+    assert json.loads((run / "report.json").read_text())["data"] is None
+    assert "fingerprint" not in (run / "report.md").read_text()
+    trainer = make_trainer(tmp_path / "told", callbacks=[ReportWriter()], limit_train_batches=1)
+    trainer.fit(make_task(tiny_bert), datamodule=Described())
+    folder = Path(str(trainer.log_dir))
+    told = json.loads((folder / "report.json").read_text())["data"]
+    assert told == {"fingerprint": "abc123", "samples": {"train": 1234, "validation": 24}}
+    assert "samples: train 1,234, validation 24; data fingerprint `abc123`" in (folder / "report.md").read_text()
