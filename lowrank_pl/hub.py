@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from lowrank_pl.errors.model import (
@@ -197,6 +198,17 @@ def longest_input(model: PreTrainedModel) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             positions -= module.padding_idx + 1
     return int(positions)
+
+
+@contextmanager
+def uninitialised() -> Iterator[None]:
+    """Builds models of transformers without drawing random weights, which takes longer than reading real ones.
+
+    For models of which every weight is loaded; `tie_weights` has to be called on them, as transformers ties while it
+    initialises.
+    """
+    with no_init_weights():
+        yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.export.module_file import MODULE, class_name, module_text
+from lowrank_pl.hub import uninitialised
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks.checksums import write_checksums
 from lowrank_pl.tasks.saved import LAYOUT_KEY, read_saved_model
@@ -35,7 +36,7 @@ class _Factorised:
 
 def config_fields(model: Any, base: str) -> dict[str, Any]:
     """What config.json needs beyond the architecture's own fields."""
-    auto = [name for name in AUTO_CLASSES if getattr(transformers, base) in _classes_of(name)]
+    auto = [name for name in AUTO_CLASSES if getattr(transformers, base) in _classes_of(name, type(model.config))]
     return {
         BASE_KEY: base,
         LAYOUT_KEY: read_layout(model).to_dict(),
@@ -46,8 +47,11 @@ def config_fields(model: Any, base: str) -> dict[str, Any]:
 AUTO_CLASSES = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForMaskedLM")
 
 
-def _classes_of(auto_class: str) -> list[type]:
-    return list(getattr(transformers, auto_class)._model_mapping.values())
+def _classes_of(auto_class: str, config_class: type) -> tuple[type, ...]:
+    """What an Auto class makes of a configuration; its whole table would import every model there is, for seconds."""
+    table = getattr(transformers, auto_class)._model_mapping
+    found = table.get(config_class, ())
+    return found if isinstance(found, tuple) else (found,)
 
 
 def factorised_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -78,7 +82,9 @@ def from_pretrained(folder: str) -> PreTrainedModel:
     base = getattr(transformers, str(name), None)
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise CheckpointMismatchError(folder, f"transformers {transformers.__version__} has no class {name!r}")
-    model = factorised_class(base)(saved.config)
+    with uninitialised():
+        model = factorised_class(base)(saved.config)
+    model.tie_weights()
     saved.load_into_(model)
     model.config.update(config_fields(model, str(name)))
     loaded: PreTrainedModel = model.eval()

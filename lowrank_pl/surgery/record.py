@@ -74,6 +74,6 @@ class CompressionRecord:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CompressionRecord:
-        """Inverse of `to_dict`."""
-        layers = tuple(LayerRecord(**{**layer, "losses": tuple(layer["losses"])}) for layer in fields["layers"])
+        """Inverse of `to_dict`; what releases before a field existed have not written is left at its default."""
+        layers = tuple(LayerRecord(**{**layer, "losses": tuple(layer.get("losses", ()))}) for layer in fields["layers"])
         return cls(fields["method"], dict(fields["options"]), layers, tuple(fields["notes"]))

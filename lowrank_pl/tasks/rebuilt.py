@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.contract import TargetKind
 from lowrank_pl.errors.model import NotACheckpointError
+from lowrank_pl.hub import uninitialised
 from lowrank_pl.tasks.base import EncoderTask
 from lowrank_pl.tasks.masked_lm import MaskedLM
 from lowrank_pl.tasks.saved import SavedModel
@@ -31,7 +32,9 @@ def rebuilt(saved: SavedModel) -> PreTrainedModel:
     if saved.target is None:
         raise NotACheckpointError(saved.source, "it does not tell what it predicts", "--ckpt_path")
     auto_class = _TASKS[saved.target.kind].auto_class
-    encoder: PreTrainedModel = auto_class.from_config(saved.config, dtype=torch.get_default_dtype())
+    with uninitialised():
+        encoder: PreTrainedModel = auto_class.from_config(saved.config, dtype=torch.get_default_dtype())
+    encoder.tie_weights()
     saved.load_into_(encoder)
     encoder.eval()
     return encoder
