@@ -79,7 +79,8 @@ def uniform_ranks(
         keep_ratio: Share of what each dense layer costs: in parameters the largest rank with
             `r (m + n) <= keep_ratio · m n`. At 1 everything stays dense.
         rank_ratio: The papers' measure instead: `r = int(rank_ratio · min(m, n))`.
-        multiple_of: Round ranks down to a multiple (hardware likes 8 or 16); a rank below the multiple stays.
+        multiple_of: Round ranks to a multiple (hardware likes 8 or 16): down, and where the multiple above is nearer
+            up, as long as all layers together keep to keep_ratio. A rank below the multiple stays.
         overrides: Exceptions by name; they neither draw from nor add to the other layers' share.
         cost: What ranks cost; parameters by default.
 
@@ -113,7 +114,10 @@ def uniform_ranks(
         ranks[name] = None if rank is None or rank >= cost.break_even(shape) else rank
     allocation = Allocation(dict(shapes), ranks)
     if keep_ratio is not None:
-        _fit_budget(allocation, keep_ratio, multiple_of, [name for name in shapes if name not in chosen], cost)
+        names = [name for name in shapes if name not in chosen]
+        _fit_budget(allocation, keep_ratio, multiple_of, names, cost)
+        if multiple_of > 1:
+            _round_up(allocation, keep_ratio, multiple_of, names, cost)
     return allocation
 
 
@@ -177,11 +181,34 @@ def _fit_budget(allocation: Allocation, keep_ratio: float, multiple_of: int, nam
     if (floor := floor_cost(shapes, cost)) > budget:
         raise BudgetError(keep_ratio, floor / dense, floor, dense, unit=cost.unit)
 
-    def spent(name: str) -> int:
-        rank = allocation.ranks[name]
-        return cost.dense(shapes[name]) if rank is None else cost.factored(shapes[name], rank)
-
-    while sum(spent(name) for name in names) > budget:
+    while _spent(allocation, names, cost) > budget:
         highest = max(names, key=lambda name: allocation.ranks[name] or 0)
         rank = allocation.ranks[highest] or 1
         allocation.ranks[highest] = rank - (multiple_of if rank > multiple_of else 1)
+
+
+def _spent(allocation: Allocation, names: list[str], cost: Measure) -> int:
+    ranks = {name: allocation.ranks[name] for name in names}
+    shapes = allocation.shapes
+    return sum(
+        cost.dense(shapes[name]) if rank is None else cost.factored(shapes[name], rank) for name, rank in ranks.items()
+    )
+
+
+def _round_up(allocation: Allocation, keep_ratio: float, multiple_of: int, names: list[str], cost: Measure) -> None:
+    """Gives what rounding down has saved to the layers whose own share lies nearest below the next multiple."""
+    shapes, wanted = allocation.shapes, {}
+    for name in names:
+        rank, shape = allocation.ranks[name], allocation.shapes[name]
+        if rank is None or rank % multiple_of or rank + multiple_of >= cost.break_even(shape):
+            continue
+        missing = cost.factored(shape, rank + multiple_of) - keep_ratio * cost.dense(shape)
+        step = cost.factored(shape, rank + multiple_of) - cost.factored(shape, rank)
+        if missing <= step / 2:
+            wanted[name] = (missing / max(step, 1), step)
+    budget = keep_ratio * sum(cost.dense(shapes[name]) for name in names) + 1e-6
+    spent = _spent(allocation, names, cost)
+    for name, (_, step) in sorted(wanted.items(), key=lambda item: item[1][0]):
+        if spent + step <= budget:
+            allocation.ranks[name] = (allocation.ranks[name] or 0) + multiple_of
+            spent += step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lowrank_pl.benchmark.results import Results
@@ -15,34 +16,34 @@ def benchmark_figure(results: Results) -> Any:
     """
     from matplotlib.figure import Figure
 
-    panels = 1 + bool(results.layers)
+    engines = list(dict.fromkeys(found.engine for found in results.measurements))
+    panels = len(engines) + bool(results.layers)
     figure = Figure(figsize=(6.5 * panels, 4.2), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _models(axes[0], results)
+    for axis, engine in zip(axes, engines, strict=False):
+        _models(axis, [row for row in results.rows() if row["engine"] == engine])
+        axis.set_title(engine, fontsize=9)
     if results.layers:
-        _layers(axes[1], results)
+        _layers(axes[-1], results)
     return figure
 
 
-def _models(axes: Any, results: Results) -> None:
-    rows = results.rows()
-    cells = list(dict.fromkeys((row["engine"], row["batch_size"], row["length"]) for row in rows))
+def _models(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    cells = list(dict.fromkeys((row["batch_size"], row["length"]) for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
     others = models[1:] or models
     width = 0.8 / len(others)
     for index, model in enumerate(others):
-        found = {(r["engine"], r["batch_size"], r["length"]): r for r in rows if r["model"] == model}
+        found = {(row["batch_size"], row["length"]): row for row in rows if row["model"] == model}
         places = [position + index * width for position in range(len(cells))]
         bars = axes.bar(places, [found[cell]["speedup"] for cell in cells], width * 0.9, label=model)
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6)
         ideal = [found[cell]["ideal_speedup"] for cell in cells]
         axes.plot(places, ideal, "k_", markersize=10, label="ideal by FLOPs" if index == 0 else None)
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xticks(
-        [position + 0.4 - width / 2 for position in range(len(cells))],
-        [f"{engine}\n{batch} x {length}" for engine, batch, length in cells],
-        fontsize=7,
-    )
+    middles = [position + 0.4 - width / 2 for position in range(len(cells))]
+    axes.set_xticks(middles, [f"{batch} x {length}" for batch, length in cells], fontsize=7)
+    axes.set_xlabel("batch x length")
     axes.set_ylabel(f"times as fast as {models[0]}")
     axes.legend(fontsize=7)
 

@@ -28,7 +28,7 @@ class FWSVD(StaticStrategy):
         side: `input` weighs by input feature (the paper), `output` by output feature, `both` by their product.
         keep_ratio: Share of what each targeted layer costs to keep, `0 < keep_ratio <= 1`.
         rank_ratio: Instead of keep_ratio, the papers' measure: rank `int(rank_ratio * min(out, in))`.
-        multiple_of: Round ranks down to a multiple.
+        multiple_of: Round ranks to multiples, all layers together within keep_ratio.
         overrides: Exceptions for layers by name.
         targets: Which layers to factorise.
         calibration: How importance is measured.

@@ -54,7 +54,7 @@ class StaticStrategy(CompressionStrategy):
     Args:
         keep_ratio: Share of what each targeted layer costs to keep, `0 < keep_ratio <= 1`.
         rank_ratio: Instead of keep_ratio, the papers' measure: rank `int(rank_ratio * min(out, in))`.
-        multiple_of: Round ranks down to a multiple.
+        multiple_of: Round ranks to multiples, all layers together within keep_ratio.
         overrides: Exceptions for layers by name.
         targets: Which layers to factorise.
         calibration: How importance is measured; unused by methods that need none.

@@ -120,14 +120,31 @@ def test_bert_base_at_rank_253_counts_as_in_the_papers() -> None:
     assert (allocation.dense, allocation.kept) == (84_934_656, 41_969_664)
 
 
+@pytest.mark.parametrize("ratio", [0.2, 0.33, 0.37, 0.45])
 @pytest.mark.parametrize("multiple_of", [8, 16, 64])
-def test_ranks_are_rounded_down_to_a_multiple(multiple_of: int) -> None:
-    free = uniform_ranks(BERT_LAYER, keep_ratio=0.37).ranks
-    for name, rank in uniform_ranks(BERT_LAYER, keep_ratio=0.37, multiple_of=multiple_of).ranks.items():
+def test_ranks_are_rounded_to_a_neighbouring_multiple_within_the_budget(multiple_of: int, ratio: float) -> None:
+    free = uniform_ranks(BERT_LAYER, keep_ratio=ratio).ranks
+    allocation = uniform_ranks(BERT_LAYER, keep_ratio=ratio, multiple_of=multiple_of)
+    assert allocation.kept <= ratio * allocation.dense
+    for name, rank in allocation.ranks.items():
         unrounded = free[name]
         assert rank is not None
         assert unrounded is not None
-        assert rank == unrounded // multiple_of * multiple_of
+        down = unrounded // multiple_of * multiple_of
+        assert rank in (down, down + multiple_of)
+        if rank > down:
+            assert rank - unrounded <= multiple_of / 2  # the nearer of the two
+
+
+def test_what_rounding_down_saves_goes_to_the_layers_nearest_to_the_next_multiple() -> None:
+    """The shares are 63.36 and 101.376 ranks: 64 and 96 together keep less than a third."""
+    shapes = {"q": LinearShape(384, 384), "k": LinearShape(384, 384), "up": LinearShape(1536, 384)}
+    assert uniform_ranks(shapes, keep_ratio=0.33, multiple_of=16).ranks == {"q": 64, "k": 64, "up": 96}
+    # The budget of 10.8 ranks pays for two of three: the first in the order of layers get them.
+    squares = {name: LinearShape(20, 20) for name in ("a", "b", "c")}
+    assert uniform_ranks(squares, keep_ratio=0.36, multiple_of=2).ranks == {"a": 4, "b": 4, "c": 2}
+    # By rank_ratio there is no budget to spend: down, as the papers count.
+    assert uniform_ranks(squares, rank_ratio=0.19, multiple_of=2).ranks == {"a": 2, "b": 2, "c": 2}
 
 
 def test_a_rank_below_the_multiple_stays() -> None:

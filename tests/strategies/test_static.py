@@ -144,7 +144,7 @@ def test_record_tells_ranks_costs_and_errors(tiny_bert: str, tmp_path: Path) -> 
     json.dumps(task.compression.to_dict())
 
 
-def test_multiple_of_rounds_ranks_down(tiny_bert: str) -> None:
+def test_multiple_of_rounds_ranks(tiny_bert: str) -> None:
     task = dense_encoder(tiny_bert)
     ranks = SVD(keep_ratio=0.6, multiple_of=4).plan(task.encoder).ranks
     assert set(ranks.values()) == {8, 12}
