@@ -275,7 +275,7 @@ def test_a_run_that_ends_too_early_says_so(tiny_bert: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: RankDyna(keep_ratio=0.3), "a budget of 6,553 parameters there, of 4,915 here"),
+        (lambda: RankDyna(keep_ratio=0.3), "a budget of 6,553 there, of 4,915 here"),
         (lambda: RankDyna(keep_ratio=0.4, start_ratio=0.9), "e.g. "),
         (lambda: RankDyna(keep_ratio=0.6, targets=TargetSelector(exclude=["*query"])), "layers, e.g. "),
     ],
