@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -120,12 +120,13 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
     )
 
 
-def _lists(function: Callable[..., object]) -> set[str]:
+def _lists(function: Callable[..., object]) -> dict[str, bool]:
+    """The arguments that are lists, and whether they are lists of numbers."""
     hints = get_type_hints(function)
-    return {name for name, hint in hints.items() if get_origin(hint) is list}
+    return {name: get_args(hint)[0] is int for name, hint in hints.items() if get_origin(hint) is list}
 
 
-def _joined(words: list[str], lists: set[str]) -> list[str]:
+def _joined(words: list[str], lists: Mapping[str, bool]) -> list[str]:
     """`--models A B` as `--models=[A, B]`, the form in which jsonargparse takes a list."""
     joined: list[str] = []
     rest = list(words)
@@ -136,13 +137,12 @@ def _joined(words: list[str], lists: set[str]) -> list[str]:
             continue
         values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest))
         del rest[: len(values)]
-        whole = len(values) == 1 and values[0].startswith("[")
-        joined.append(f"{word}={values[0] if whole else json.dumps([_number(value) for value in values])}")
+        if len(values) == 1 and values[0].startswith("["):
+            joined.append(f"{word}={values[0]}")
+        else:
+            numbers = lists[word.removeprefix("--")]
+            joined.append(f"{word}=[{', '.join(values if numbers else map(json.dumps, values))}]")
     return joined
-
-
-def _number(word: str) -> int | str:
-    return int(word) if word.isdecimal() else word
 
 
 def _own_error(error: BaseException | None) -> LowRankError | None:

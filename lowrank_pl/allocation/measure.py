@@ -111,7 +111,9 @@ class LatencyCurve:
             return times[0]
         right = min(max(bisect_right(ranks, rank), 1), len(ranks) - 1)
         slope = (times[right] - times[right - 1]) / (ranks[right] - ranks[right - 1])
-        return max(1, round(times[right - 1] + slope * (rank - ranks[right - 1])))
+        line = times[right - 1] + slope * (rank - ranks[right - 1])
+        # Below the first measured rank a steep line would make the last groups free: no less than their share of it.
+        return max(1, round(line), round(times[0] * min(rank / ranks[0], 1)))
 
 
 class Latency(Measure):
@@ -131,7 +133,8 @@ class Latency(Measure):
 
     def __init__(self, table: str) -> None:
         self.table = table
-        self._curves = _read(Path(table).expanduser())
+        content, self._curves = _read(Path(table).expanduser())
+        self.circumstances = {name: content.get(name) for name in ("device", "dtype", "threads", "tokens")}
 
     def dense(self, shape: LinearShape) -> int:
         """As measured."""
@@ -150,15 +153,15 @@ class Latency(Measure):
         return self._curves[key]
 
 
-def _read(path: Path) -> dict[tuple[int, int], LatencyCurve]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int, int], LatencyCurve]]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LatencyTableError(str(path), f"it cannot be read ({error})") from error
-    if not isinstance(table, dict) or table.get("version") != TABLE_VERSION:
+    if not isinstance(table, dict) or table.get("version") != TABLE_VERSION or not table.get("shapes"):
         raise LatencyTableError(str(path), f"it is no latency table of version {TABLE_VERSION}")
     try:
-        return {(int(entry["out"]), int(entry["in"])): _curve(entry) for entry in table["shapes"]}
+        return table, {(int(entry["out"]), int(entry["in"])): _curve(entry) for entry in table["shapes"]}
     except (KeyError, TypeError, ValueError) as error:
         raise LatencyTableError(str(path), f"an entry is damaged ({type(error).__name__}: {error})") from error
 

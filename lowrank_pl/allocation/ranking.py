@@ -145,8 +145,8 @@ def rounded(
     """Brings ranks to multiples (hardware likes 8 or 16) without leaving the budget.
 
     Every rank goes down to a multiple; what that frees pays for whole multiples again, where the groups next in line
-    have the highest scores per unit of cost. A rank stays where the multiple is below its lowest, or saves nothing, as
-    when the layer ends dense either way.
+    have the highest scores per unit of cost. A rank stays where the multiple is below its lowest, or
+    the layer ends dense.
 
     Args:
         kept: Groups per layer, as `globally_ranked` returns them.
@@ -163,8 +163,8 @@ def rounded(
     for name, indices in kept.items():
         rank, low = len(indices), (bounds or {}).get(name, RankBounds()).low
         down = rank - rank % multiple_of
-        saves = down >= low and cost.of(shapes[name], down) < cost.of(shapes[name], rank)
-        ranks[name] = down if saves else rank
+        ends_dense = cost.allow_dense and rank >= cost.measure.break_even(shapes[name])
+        ranks[name] = rank if down < low or ends_dense else down
     spent = cost.total(shapes, ranks)
     while True:
         best, price, gain = None, 0, -1.0

@@ -127,8 +127,8 @@ def check_share(keep_ratio: float | None, rank_ratio: float | None, multiple_of:
         given = "Both are given" if keep_ratio is not None else "Neither is given"
         raise MissingArgumentError(
             "exactly one of keep_ratio and rank_ratio",
-            f"{given}; set model.init_args.strategy.init_args.keep_ratio (share of the targeted parameters that "
-            "is kept) or .rank_ratio (share of the full rank).",
+            f"{given}; set model.init_args.strategy.init_args.keep_ratio (share of what the targeted layers "
+            "cost) or .rank_ratio (share of the full rank).",
         )
     for name, ratio in (("keep_ratio", keep_ratio), ("rank_ratio", rank_ratio)):
         if ratio is not None:

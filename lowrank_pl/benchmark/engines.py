@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,19 @@ def check_engines(engines: list[Engine], device: str, dtype: str) -> None:
             raise MissingArgumentError(f"onnxruntime for {dtype} on {device}", remedy)
 
 
+def check_runs(name: str, model: PreTrainedModel, engines: list[Engine], inputs: Mapping[str, Tensor]) -> None:
+    """Runs a model once.
+
+    Raises:
+        MissingArgumentError: it has no logits, which a file for onnxruntime is compared by.
+    """
+    with torch.inference_mode():
+        output = model(**inputs)
+    if "onnxruntime" in engines and "logits" not in output:
+        remedy = "It is an encoder without a head: name a fine-tuned model, or leave onnxruntime out of --engines."
+        raise MissingArgumentError(f"the head of {name!r}, for onnxruntime", remedy)
+
+
 def prepare(model: PreTrainedModel, engine: Engine, threads: int, scratch: Path) -> Prepared:
     """Makes a model ready to run under an engine.
 
@@ -48,7 +62,7 @@ def prepare(model: PreTrainedModel, engine: Engine, threads: int, scratch: Path)
     if engine == "onnxruntime":
         return _onnxruntime(model, threads, scratch)
     # Every length would be compiled anew otherwise.
-    call: Any = torch.compile(model, dynamic=True) if engine == "compile" else model
+    call: Any = _compiled(model) if engine == "compile" else model
 
     def ready(inputs: Mapping[str, Tensor]) -> Run:
         @torch.inference_mode()
@@ -58,6 +72,14 @@ def prepare(model: PreTrainedModel, engine: Engine, threads: int, scratch: Path)
         return run
 
     return ready
+
+
+def _compiled(model: PreTrainedModel) -> Any:
+    options: dict[str, Any] = {"dynamic": True}
+    # Models of one class share their code, and beyond a number of versions of it torch falls back to eager silently.
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return torch.compile(model, **options)
 
 
 def _onnxruntime(model: PreTrainedModel, threads: int, scratch: Path) -> Prepared:

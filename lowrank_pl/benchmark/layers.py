@@ -15,6 +15,7 @@ from lowrank_pl.benchmark.timing import timed_in_turn
 from lowrank_pl.core import LinearShape
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.surgery import TargetSelector
+from lowrank_pl.surgery.targets import TARGETED
 
 _POINTS = 10
 _BEYOND = 1.3  # measured up to this multiple of the arithmetic break-even
@@ -86,8 +87,9 @@ class LayerTimes:
 def linear_shapes(model: nn.Module, targets: TargetSelector) -> list[LinearShape]:
     """The distinct shapes of a model's targeted layers, factorised or not, in their order."""
     found = [module.shape for module in model.modules() if isinstance(module, LowRankLinear)]
-    dense = targets.shapes(targets.select(model)) if not found else {}
-    return list(dict.fromkeys([*found, *dense.values()]))
+    names = [name for name, reason in targets.explain(model).items() if reason == TARGETED]
+    weights = [model.get_parameter(f"{name}.weight").shape for name in names]
+    return list(dict.fromkeys([*found, *(LinearShape(m, n) for m, n in weights)]))
 
 
 def ranks_to_measure(shape: LinearShape) -> list[int]:
@@ -95,7 +97,8 @@ def ranks_to_measure(shape: LinearShape) -> list[int]:
     last = min(shape.full_rank, int(_BEYOND * shape.break_even_rank) + 1)
     step = _STEP if last >= _STEP * _POINTS else 1
     spread = [round(last * (i + 1) / _POINTS / step) * step for i in range(_POINTS)]
-    return sorted({min(max(rank, 1), shape.full_rank) for rank in spread})
+    # The lowest and the full rank too, so that a budget in time rests on no extrapolation.
+    return sorted({1, *(min(max(rank, 1), shape.full_rank) for rank in spread), shape.full_rank})
 
 
 def measure_layers(

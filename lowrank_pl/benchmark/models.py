@@ -53,7 +53,8 @@ def inputs_for(model: PreTrainedModel, batch_size: int, length: int) -> dict[str
     if length > longest:
         raise RangeError("lengths", length, f"1 … {longest}, the model's longest text")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, max(6, model.config.vocab_size), (batch_size, length), generator=generator)
+    words = model.config.vocab_size
+    ids = torch.randint(min(5, words - 1), words, (batch_size, length), generator=generator)
     return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
 
 
@@ -66,12 +67,15 @@ def count_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
     return int(counter.get_total_flops())
 
 
-def peak_memory(run: Callable[[], object], device: str) -> int | None:
-    """Bytes that a call needs at its peak, weights included; only CUDA tells."""
-    if not device.startswith("cuda"):
+def peak_memory(model: PreTrainedModel, run: Callable[[], object]) -> int | None:
+    """Bytes of a model's own weights and of what a call needs beside them at its peak; only CUDA tells."""
+    device = model.device
+    if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)  # other models lie there too
     run()
     torch.cuda.synchronize(device)
-    return int(torch.cuda.max_memory_allocated(device))
+    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return int(torch.cuda.max_memory_allocated(device)) - before + own

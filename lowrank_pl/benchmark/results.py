@@ -46,7 +46,7 @@ class Results:
         measurements: The first model of each cell is the one that the others are compared with.
         parameters: By model.
         layers: Of the shapes in the models.
-        circumstances: Device, data type, threads, versions, command.
+        circumstances: Device, data type, threads, rounds, versions, where the models lie, the command.
     """
 
     measurements: Sequence[Measurement]
@@ -101,8 +101,9 @@ class Results:
     def to_markdown(self) -> str:
         """Tables of models and of layers."""
         lines = ["# Benchmark", ""]
-        lines += [f"* {name}: {value}" for name, value in self.circumstances.items()]
-        lines += [f"* {name}: {count:,} parameters" for name, count in self.parameters.items()]
+        lines += [f"* {name}: {value}" for name, value in self.circumstances.items() if name != "models"]
+        paths = self.circumstances.get("models", {})
+        lines += [f"* {name}: {count:,} parameters ({paths.get(name, '')})" for name, count in self.parameters.items()]
         lines += ["", *self._models(), ""]
         if self.layers:
             lines += ["Ranks up to which two thin factors are faster than the dense layer:", "", *self._layers(), ""]

@@ -172,9 +172,9 @@ class BudgetAboveStartError(LowRankError):
 
     def __init__(self, budget: int, start: int, start_ratio: float, unit: str = "parameters") -> None:
         super().__init__(
-            f"the budget of {budget:,} targeted {unit} is above the {start:,} that the run would start with at "
-            f"start_ratio={start_ratio!r}: no singular group would ever be dropped. Allowed is a budget up to that. "
-            "Lower keep_ratio, or raise start_ratio."
+            f"the budget of {budget:,} {unit} for the targeted weights is above the {start:,} that the run would "
+            f"start with at start_ratio={start_ratio!r}: no singular group would ever be dropped. "
+            "Allowed is a budget up to that. Lower keep_ratio, or raise start_ratio."
         )
 
 

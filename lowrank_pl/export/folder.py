@@ -125,6 +125,6 @@ def _report_of(checkpoint: Path, asked: str | None) -> dict[str, Any]:
 
 
 def _sharding(size: str | None) -> dict[str, Any]:
-    if size is not None and not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", size):
+    if size is not None and not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", size):
         raise RangeError("max_shard_size", size, "a number and KB, MB, GB or TB, such as '5GB'")
     return {} if size is None else {"max_shard_size": size}

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from lowrank_pl.allocation import Allocation
+from lowrank_pl.allocation import Allocation, Measure, Parameters
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.run import (
     NothingToCompressError,
@@ -54,6 +54,11 @@ class CompressionStrategy(pl.Callback, ABC):
     def __init__(self, targets: TargetSelector | None = None) -> None:
         self.targets = targets or TargetSelector()
         self.adopted = False  # set by the task that owns it
+
+    @property
+    def measure(self) -> Measure:
+        """In what the method counts what a layer costs."""
+        return Parameters()
 
     @property
     def at_budget(self) -> bool:

@@ -64,7 +64,10 @@ class RankState:
             ResumeMismatchError: what differs, in words.
         """
         if self.budget != other.budget:
-            raise ResumeMismatchError(f"a budget of {other.budget:,} there, of {self.budget:,} here")
+            raise ResumeMismatchError(
+                f"a budget of {other.budget:,} there, of {self.budget:,} here (in the unit of cost; a budget in time "
+                "is resumed with the table that the run started with)"
+            )
         if self.capacities != other.capacities:
             names = sorted(set(self.capacities.items()) ^ set(other.capacities.items()))
             raise ResumeMismatchError(f"other layers or starting ranks, e.g. {names[0][0]!r}")

@@ -104,6 +104,11 @@ class RankDyna(CompressionStrategy):
         self._restored: RankState | None = None
 
     @property
+    def measure(self) -> Measure:
+        """The unit of the budget."""
+        return self.cost.measure
+
+    @property
     def frame(self) -> RankPlan:
         """The layers, where they start, and what ranks cost; empty before `prepare`."""
         return self._plan

@@ -86,6 +86,11 @@ class StaticStrategy(CompressionStrategy):
         self._originals: dict[str, nn.Linear] = {}
         self._written = False
 
+    @property
+    def measure(self) -> Measure:
+        """What keep_ratio is a share of."""
+        return self.cost
+
     @abstractmethod
     def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None, samples: int) -> Factorised:
         """Factorises one weight `[m, n]` at a rank; `fisher`, from so many samples, is `None` where none is needed."""

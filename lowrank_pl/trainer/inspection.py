@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowrank_pl.allocation import Allocation, Parameters
+from lowrank_pl.allocation import Allocation
 from lowrank_pl.allocation.uniform import floor_cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors import LowRankError
@@ -64,13 +64,15 @@ def _planned(plan: Allocation | None, name: str) -> tuple[str, str]:
 def _summary(task: EncoderTask, targets: dict[str, LinearShape], plan: Allocation | None) -> list[str]:
     total = sum(parameter.numel() for parameter in task.encoder.parameters())
     dense = sum(shape.dense_params for shape in targets.values())
-    floor = floor_cost(targets, Parameters())
+    measure = task.strategy.measure
+    whole = sum(measure.dense(shape) for shape in targets.values())
+    floor = floor_cost(targets, measure)
     lines = [f"model: {type(task.encoder).__name__}, {total:,} parameters"]
     if targets:
         lines += [
             f"targeted: {len(targets)} layers, {dense:,} parameters ({dense / total:.1%} of the model)",
-            f"floor: {floor:,} targeted parameters (keep_ratio {floor / dense:.4f}), "
-            f"{total - dense + floor:,} in all: no budget can go below",
+            f"floor: {floor:,} of {whole:,} {measure.unit} of the targeted layers: no keep_ratio can go below "
+            f"{floor / whole:.4f}",
         ]
     if plan is not None:
         after = total - plan.dense + plan.kept

@@ -86,7 +86,8 @@ def test_latency_beyond_the_measured_ranks_goes_on_along_the_last_line(tmp_path:
     assert [measure.factored(LinearShape(16, 16), rank) for rank in (1, 2, 16)] == [5, 10, 80]
     steep = {**entry, "nanoseconds": [10, 90]}
     measure = Latency(write(tmp_path / "s.json", {"version": 1, "shapes": [steep]}))
-    assert measure.factored(LinearShape(16, 16), 1) == 1  # never nothing, never negative
+    # The line would be at -10: no less than a quarter of what four ranks cost.
+    assert [measure.factored(LinearShape(16, 16), rank) for rank in (1, 2, 3, 4)] == [2, 5, 8, 10]
 
 
 def test_a_time_that_falls_with_the_rank_is_raised(tmp_path: Path) -> None:
@@ -124,6 +125,17 @@ def test_rounding_keeps_to_a_budget_in_time(latency: Latency) -> None:
     assert cost.total(SHAPES, ranks) <= 175
 
 
+def test_a_plateau_is_no_reason_to_leave_the_multiple(latency: Latency) -> None:
+    """Ranks 1 to 4 of the square layer cost the same: 3 still becomes 2 where nothing pays for more."""
+    cost = Cost(measure=latency)
+    scores = {"square": torch.tensor([5.0, 4.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0])}
+    shapes = {"square": SQUARE}
+    even = rounded({"square": torch.arange(3)}, scores, shapes, 30, 8, cost=cost)
+    assert len(even["square"]) == 3  # below the multiple
+    even = rounded({"square": torch.arange(3)}, scores, shapes, 30, 2, cost=cost)
+    assert len(even["square"]) == 4  # free
+
+
 def test_a_budget_is_resolved_in_the_unit_of_its_cost(latency: Latency) -> None:
     assert Budget(keep_ratio=0.5).resolve(SHAPES, 1000) == 64
     assert Budget(keep_ratio=0.5).resolve(SHAPES, 1000, Flops()) == 128
@@ -137,7 +149,9 @@ def test_a_budget_is_resolved_in_the_unit_of_its_cost(latency: Latency) -> None:
 
 def test_options_are_primitives(latency: Latency) -> None:
     assert Parameters().options() == {"class": "Parameters"}
-    assert latency.options() == {"class": "Latency", "table": latency.table}
+    told = latency.options()
+    assert (told["class"], told["table"]) == ("Latency", latency.table)
+    assert told["circumstances"] == {"device": None, "dtype": None, "threads": None, "tokens": None}
 
 
 @pytest.mark.parametrize(
@@ -145,8 +159,10 @@ def test_options_are_primitives(latency: Latency) -> None:
     [
         ("{", "cannot be read"),
         ([], "no latency table"),
+        ({"version": 1, "shapes": []}, "no latency table"),
         ({"version": 2, "shapes": []}, "version 1"),
-        ({"version": 1}, "damaged"),
+        ({"version": 1}, "no latency table"),
+        ({"version": 1, "shapes": [{"out": 1}]}, "damaged"),
         ({"version": 1, "shapes": [{**STEPS["shapes"][0], "ranks": [1, 2]}]}, "one time each"),  # type: ignore[index]
         ({"version": 1, "shapes": [{**STEPS["shapes"][0], "ranks": [2, 1, 4]}]}, "ascend"),  # type: ignore[index]
         ({"version": 1, "shapes": [{**STEPS["shapes"][0], "nanoseconds": [0, 1, 2]}]}, "positive"),  # type: ignore[index]

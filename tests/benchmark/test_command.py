@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertModel
 
 from lowrank_pl.allocation import Latency
 from lowrank_pl.benchmark import benchmark
-from lowrank_pl.benchmark.command import _labels
+from lowrank_pl.benchmark.request import labels
 from lowrank_pl.cli import main
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
 from tests.export.test_export import checkpoint
+from tests.support.tiny import tiny_config
 
 
 def test_models_and_layers_from_the_command_line(
@@ -49,8 +51,13 @@ def test_layers_can_be_left_out(tiny_bert: str, tmp_path: Path) -> None:
     [
         ({"models": []}, MissingArgumentError, "--models"),
         ({"models": ["x", "x"]}, MissingArgumentError, "twice"),
+        ({"models": ["x", "x/"]}, MissingArgumentError, "twice"),
+        ({"engines": []}, MissingArgumentError, "--engines"),
+        ({"engines": ["eager", "eager"]}, MissingArgumentError, "twice"),
+        ({"batch_sizes": [8, 8]}, RangeError, "each once"),
+        ({"device": "gpu"}, MissingArgumentError, "'gpu'"),
         ({"batch_sizes": [0]}, RangeError, "batch_sizes=0"),
-        ({"lengths": []}, RangeError, "lengths"),
+        ({"lengths": []}, MissingArgumentError, "--lengths"),
         ({"rounds": 0}, RangeError, "rounds=0"),
         ({"threads": 0}, RangeError, "threads=0"),
         ({"seconds": 0.0}, RangeError, "seconds"),
@@ -61,11 +68,23 @@ def test_layers_can_be_left_out(tiny_bert: str, tmp_path: Path) -> None:
 def test_bad_input_is_refused_before_anything_is_timed(
     tiny_bert: str, tmp_path: Path, changed: dict[str, Any], error: type[Exception], word: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("lowrank_pl.benchmark.command.timed_in_turn", lambda *_: pytest.fail("something was timed"))
     with pytest.raises(error, match=word):
         benchmark(**{"models": [tiny_bert], "output": str(tmp_path / "out"), **changed})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_head_is_refused_where_onnxruntime_is_asked_for(tmp_path: Path) -> None:
+    config = tiny_config("bert")
+    BertModel(config).save_pretrained(tmp_path / "headless")
+    with pytest.raises(MissingArgumentError, match="without a head"):
+        benchmark([str(tmp_path / "headless")], str(tmp_path / "out"), [1], [4], engines=["eager", "onnxruntime"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision(tiny_bert: str, tmp_path: Path) -> None:
+    benchmark([tiny_bert], str(tmp_path / "out"), [1], [4], dtype="bfloat16", rounds=1, seconds=0.001)
+    assert json.loads((tmp_path / "out" / "latency.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
 
 
 def test_an_output_folder_with_content_is_left_alone(tiny_bert: str, tmp_path: Path) -> None:
@@ -76,14 +95,16 @@ def test_an_output_folder_with_content_is_left_alone(tiny_bert: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("paths", "labels"),
+    ("paths", "expected"),
     [
         (["/a/b/model"], ["model"]),
         (["/a/one/last.ckpt", "/a/two/last.ckpt"], ["one", "two"]),
         (["/a/one", "/b/c/one"], ["a", "b/c"]),
         (["/a/one", "/a/one/deep"], ["/a/one", "deep"]),
         (["org/model", "out"], ["org/model", "out"]),
+        (["a/b", "b"], ["a", "b"]),
+        (["."], ["."]),
     ],
 )
-def test_labels_are_what_paths_do_not_share(paths: list[str], labels: list[str]) -> None:
-    assert _labels(paths) == dict(zip(labels, paths, strict=True))
+def test_labels_are_what_paths_do_not_share(paths: list[str], expected: list[str]) -> None:
+    assert labels(paths) == dict(zip(expected, paths, strict=True))

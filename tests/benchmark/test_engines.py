@@ -42,7 +42,7 @@ def test_compile_is_asked_for_any_length(tiny_bert: str, tmp_path: Path, monkeyp
     ready = prepare(model, "compile", 1, tmp_path)
     inputs = inputs_for(model, 1, 4)
     assert torch.equal(ready(inputs)().logits, model(**inputs).logits)  # type: ignore[attr-defined]
-    assert asked == [{"dynamic": True}]
+    assert asked == [{"dynamic": True}]  # the stand-in has no more parameters
 
 
 def test_onnxruntime_is_for_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from lowrank_pl.benchmark.layers import (
 )
 from lowrank_pl.benchmark.models import load_model
 from lowrank_pl.core import LinearShape
-from lowrank_pl.errors.model import NoTargetError
-from lowrank_pl.surgery import TargetSelector
+from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.surgery import TargetSelector, replace_module_
 
 SHAPE = LinearShape(64, 32)
 WORK = Workload(tokens=8, dtype=torch.float32, device="cpu", threads=1, rounds=2, seconds=1e-4)
@@ -51,10 +51,10 @@ def test_the_first_crossing_counts() -> None:
 def test_ranks_reach_beyond_break_even_where_there_are_any(shape: LinearShape) -> None:
     ranks = ranks_to_measure(shape)
     assert ranks == sorted(set(ranks))
-    assert 1 <= ranks[0] < shape.break_even_rank
-    assert min(shape.full_rank, shape.break_even_rank + 1) <= ranks[-1] <= shape.full_rank
+    assert (ranks[0], ranks[-1]) == (1, shape.full_rank)
+    assert any(shape.break_even_rank <= rank <= 1.4 * shape.break_even_rank + 1 for rank in ranks)
     if shape.full_rank > 100:
-        assert all(rank % 8 == 0 for rank in ranks)
+        assert all(rank % 8 == 0 for rank in ranks[1:])
 
 
 def test_measured_times_make_a_table_that_latency_reads(tmp_path: Path) -> None:
@@ -78,5 +78,13 @@ def test_measured_times_make_a_table_that_latency_reads(tmp_path: Path) -> None:
 def test_shapes_are_those_of_the_targets(tiny_bert: str) -> None:
     model = load_model(tiny_bert)
     assert linear_shapes(model, TargetSelector()) == [LinearShape(32, 32), LinearShape(64, 32), LinearShape(32, 64)]
-    with pytest.raises(NoTargetError):
-        linear_shapes(torch.nn.Linear(2, 2), TargetSelector())
+    assert linear_shapes(torch.nn.Linear(2, 2), TargetSelector()) == []
+
+
+def test_shapes_of_layers_that_stayed_dense_are_there_too(tiny_bert: str, tmp_path: Path) -> None:
+    """A table without them could not pay for the model that it was measured on."""
+    model = load_model(tiny_bert)
+    name, linear = next((n, m) for n, m in TargetSelector().select(model).items() if m.out_features == 64)
+    replace_module_(model, name, LowRankLinear.like(linear, 3))
+    shapes = linear_shapes(model, TargetSelector())
+    assert set(shapes) == {LinearShape(32, 32), LinearShape(64, 32), LinearShape(32, 64)}

@@ -342,7 +342,7 @@ def test_a_budget_in_measured_time(tiny_bert: str, tmp_path: Path) -> None:
     wide = [layer.rank for layer in task.compression.layers if layer.out_features != layer.in_features]
     square = [layer.rank for layer in task.compression.layers if layer.out_features == layer.in_features]
     assert min(wide) > max(square)
-    assert strategy.options()["cost"] == {"class": "Latency", "table": str(table)}
+    assert strategy.options()["cost"]["table"] == str(table)
 
 
 def test_a_number_of_parameters_is_no_budget_in_time(tiny_bert: str, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_inspect_needs_no_data_and_tells_everything(
     query = lines["bert.encoder.layer.0.attention.self.query"].split()
     assert query[1:] == ["32", "32", "1,024", "64", "16", "8", "512", "targeted"]
     assert lines["classifier"].endswith("outside the transformer blocks")
-    assert "floor: 896 targeted parameters (keep_ratio 0.0547)" in text
+    assert "floor: 896 of 16,384 parameters of the targeted layers: no keep_ratio can go below 0.0547" in text
     assert "12 layers factorised, 0 dense; keeps 7,936 of 16,384 (keep_ratio 0.4844)" in text
 
 
