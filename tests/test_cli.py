@@ -295,3 +295,25 @@ def test_help_tells_of_export(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main(words)
         assert "--ckpt_path" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("strategy", ["SVD", "FWSVD", "TFWSVD", "RankDyna"])
+def test_a_budget_in_measured_time_from_a_file(
+    strategy: str, tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up and down projections of this machine are cheap at any rank, so that ranks differ by shape."""
+    shapes = [
+        {"out": m, "in": n, "dense_nanoseconds": 100, "ranks": [1, 32], "nanoseconds": times}
+        for (m, n), times in {(32, 32): [10, 320], (64, 32): [10, 72], (32, 64): [10, 72]}.items()
+    ]
+    (tmp_path / "latency.json").write_text(json.dumps({"version": 1, "shapes": shapes}), encoding="utf-8")
+    cost = {"class_path": "Latency", "init_args": {"table": str(tmp_path / "latency.json")}}
+    chosen = {"class_path": strategy, "init_args": {"keep_ratio": 0.5, "cost": cost}}
+    model = {"class_path": "SequenceClassification", "init_args": {"pretrained": tiny_bert, "strategy": chosen}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
+    main(["inspect", "--config", str(tmp_path / "run.yaml")])
+    told = capsys.readouterr().out
+    assert "floor: 120 of 1,200 ns of the targeted layers" in told
+    if strategy != "RankDyna":  # which knows its ranks only in the end
+        assert re.search(r"0\.attention\.self\.query .* 5 +320 ", told)
+        assert re.search(r"0\.intermediate\.dense .* 21 +2,016 ", told)
