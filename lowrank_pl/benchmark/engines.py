@@ -28,7 +28,7 @@ def check_engines(engines: list[Engine], device: str, dtype: str) -> None:
         MissingArgumentError: onnxruntime elsewhere than on the CPU, or in another precision than float32.
     """
     if "onnxruntime" in engines:
-        check_packages()
+        check_packages("benchmark --engines onnxruntime")
         if device != "cpu" or dtype != "float32":
             remedy = "Use --device cpu --dtype float32, or leave onnxruntime out of --engines."
             raise MissingArgumentError(f"onnxruntime for {dtype} on {device}", remedy)

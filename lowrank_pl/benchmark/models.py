@@ -32,7 +32,7 @@ def load_model(path: str) -> PreTrainedModel:
     """
     location = Path(path).expanduser()
     if location.is_file() or (location / CHECKPOINT_NAME).is_file():
-        return rebuilt(read_saved_model(path))
+        return rebuilt(read_saved_model(path, "--models"))
     config = load_config(path)
     if hasattr(config, LAYOUT_KEY):
         return from_pretrained(resolve_pretrained(path))

@@ -127,7 +127,7 @@ class NotACheckpointError(LowRankError):
     """A file or folder holds no model this package can read."""
 
     def __init__(self, path: str, problem: str, argument: str = "init_from") -> None:
-        folders = ", the --output folder of compress, or a Hugging Face folder" if argument == "init_from" else ""
+        folders = ", the --output folder of compress, or a Hugging Face folder" if argument != "--ckpt_path" else ""
         super().__init__(
             f"{argument}={path!r} cannot be read: {problem}. Allowed is a Lightning checkpoint written by this "
             f"package (*.ckpt){folders}."

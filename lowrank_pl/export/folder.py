@@ -59,12 +59,12 @@ def export(
             computes what torch does.
     """
     if format == "onnx":
-        check_packages()
+        check_packages("export --format onnx")
     source, folder = Path(ckpt_path).expanduser(), Path(output).expanduser()
     sharding = _sharding(max_shard_size)
     check_output(folder, overwrite)
     _check_apart(source, folder)
-    saved = read_saved_model(ckpt_path)
+    saved = read_saved_model(ckpt_path, "--ckpt_path")
     told = _report_of(source, report)
     encoder = rebuilt(saved)
     words = load_tokenizer(_tokenizer_of(saved, tokenizer))

@@ -31,11 +31,11 @@ _EXAMPLE = (2, 8)  # traced; must not be among the shapes that are compared
 _LONGEST = 512  # compared at most: attention over some models' thousands of positions would take gigabytes
 
 
-def check_packages() -> None:
+def check_packages(asked: str) -> None:
     """Raises `MissingPackagesError` unless everything is installed that writing and comparing needs."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingPackagesError("export --format onnx", missing, "onnx")
+        raise MissingPackagesError(asked, missing, "onnx")
 
 
 def write_onnx(model: PreTrainedModel, folder: Path) -> dict[str, Any]:

@@ -155,8 +155,12 @@ def from_checkpoint(checkpoint: Mapping[str, Any], source: str) -> SavedModel:
     )
 
 
-def read_saved_model(path: str) -> SavedModel:
+def read_saved_model(path: str, argument: str = "init_from") -> SavedModel:
     """Reads a Lightning checkpoint, the output folder of `compress`, or a Hugging Face folder.
+
+    Args:
+        path: Where it is.
+        argument: By which the user named it, for messages.
 
     Raises:
         NotACheckpointError: nothing readable there.
@@ -168,7 +172,7 @@ def read_saved_model(path: str) -> SavedModel:
         location = location / CHECKPOINT_NAME
     if location.is_dir():
         return _from_folder(location)
-    return from_checkpoint(_load(path, location, "init_from"), path).compacted()
+    return from_checkpoint(_load(path, location, argument), path).compacted()
 
 
 def check_resumable(path: str) -> None:
