@@ -89,7 +89,7 @@ def load_exactly(auto_class: Any, folder: str, config: Any) -> PreTrainedModel:
                 ignore_mismatched_sizes=True,
             )
     except (SafetensorError, OSError) as error:
-        raise ModelFolderError(folder, f"readable weights ({_first_line(error)})", _names(folder)) from error
+        raise ModelFolderError(folder, f"readable weights ({first_line(error)})", _names(folder)) from error
     for key, theirs, ours in sorted(info["mismatched_keys"]):
         raise CheckpointMismatchError(folder, f"{key!r} is {list(theirs)} there and {list(ours)} here")
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -126,8 +126,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         if Path(source).is_dir():
-            raise ModelFolderError(source, f"usable tokenizer ({_first_line(error)})", _names(source)) from error
-        raise HubUnreachableError(name, _first_line(error)) from error
+            raise ModelFolderError(source, f"usable tokenizer ({first_line(error)})", _names(source)) from error
+        raise HubUnreachableError(name, first_line(error)) from error
     return tokenizer
 
 
@@ -138,8 +138,8 @@ def load_config(name: str, **overrides: Any) -> Any:
         return AutoConfig.from_pretrained(source, **overrides)
     except (OSError, ValueError) as error:
         if Path(source).is_dir():
-            raise ModelFolderError(source, f"usable config.json ({_first_line(error)})", _names(source)) from error
-        raise HubUnreachableError(name, _first_line(error)) from error
+            raise ModelFolderError(source, f"usable config.json ({first_line(error)})", _names(source)) from error
+        raise HubUnreachableError(name, first_line(error)) from error
 
 
 def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tuple[PreTrainedModel, bool]:
@@ -174,9 +174,9 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
                 source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except SafetensorError as error:
-        raise ModelFolderError(source, f"readable weights ({_first_line(error)})", _names(source)) from error
+        raise ModelFolderError(source, f"readable weights ({first_line(error)})", _names(source)) from error
     except OSError as error:
-        raise HubUnreachableError(name, _first_line(error)) from error
+        raise HubUnreachableError(name, first_line(error)) from error
     prefix = f"{model.base_model_prefix}."
     for key, theirs, ours in sorted(info["mismatched_keys"]):
         if key.startswith(prefix):
@@ -222,6 +222,7 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, short enough for a message of this one."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__

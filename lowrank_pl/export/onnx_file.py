@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.errors.model import OnnxExportError, OnnxMismatchError
 from lowrank_pl.errors.run import MissingPackagesError
-from lowrank_pl.hub import longest_input
+from lowrank_pl.hub import first_line, longest_input
 from lowrank_pl.tasks.saved import ONNX_NAME
 
 # What the exporter's own translations are written in: nothing is converted afterwards. onnxruntime reads it since 1.14.
@@ -84,7 +84,7 @@ def _program(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise OnnxExportError(type(model).__name__, _first_line(error.__cause__ or error)) from error
+        raise OnnxExportError(type(model).__name__, first_line(error.__cause__ or error)) from error
     assert program is not None
     # Stack traces of every node: the paths of the machine that exported.
     ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
@@ -99,7 +99,7 @@ def _compare(model: PreTrainedModel, path: Path) -> dict[str, Any]:
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
-        raise OnnxMismatchError(name, f"onnxruntime does not load it ({_first_line(error)})") from error
+        raise OnnxMismatchError(name, f"onnxruntime does not load it ({first_line(error)})") from error
     for batch, length in shapes:
         inputs = model_inputs(model, batch, length)
         where = f"at batch {batch} and length {length}"
@@ -108,7 +108,7 @@ def _compare(model: PreTrainedModel, path: Path) -> dict[str, Any]:
         try:
             (found,) = session.run([_OUTPUT], {key: tensor.numpy() for key, tensor in inputs.items()})
         except Exception as error:  # see above
-            raise OnnxMismatchError(name, f"onnxruntime fails {where} ({_first_line(error)})") from error
+            raise OnnxMismatchError(name, f"onnxruntime fails {where} ({first_line(error)})") from error
         if found.shape != tuple(expected.shape):
             problem = f"its logits {where} have shape {list(found.shape)}, not {list(expected.shape)}"
             raise OnnxMismatchError(name, problem)
@@ -159,8 +159,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

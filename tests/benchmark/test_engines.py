@@ -42,7 +42,22 @@ def test_compile_is_asked_for_any_length(tiny_bert: str, tmp_path: Path, monkeyp
     ready = prepare(model, "compile", 1, tmp_path)
     inputs = inputs_for(model, 1, 4)
     assert torch.equal(ready(inputs)().logits, model(**inputs).logits)  # type: ignore[attr-defined]
-    assert asked == [{"dynamic": True}]  # the stand-in has no more parameters
+    assert asked == [{"dynamic": True}]  # what torch without the option below takes
+
+
+def test_models_of_one_class_do_not_share_what_is_compiled(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond a number of versions of the same code torch would go on in eager, without a word."""
+    asked: list[bool] = []
+
+    def compiled(model: torch.nn.Module, dynamic: bool, isolate_recompiles: bool = False) -> torch.nn.Module:
+        asked.append(isolate_recompiles)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    prepare(load_model(tiny_bert), "compile", 1, tmp_path)
+    assert asked == [True]
 
 
 def test_onnxruntime_is_for_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
