@@ -28,7 +28,7 @@ from lowrank_pl.benchmark.layers import (
     measure_layers,
     number_of_measurements,
 )
-from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory
+from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory, weight_bytes
 from lowrank_pl.benchmark.request import check_request, labels
 from lowrank_pl.benchmark.results import Measurement, Results
 from lowrank_pl.benchmark.timing import timed_in_turn
@@ -103,7 +103,8 @@ def benchmark(
         measurements = [found for engine in engines for found in _models(loaded, engine, sizes, work, bar)]
         times: Sequence[LayerTimes] = measure_layers(shapes, work, bar.update)
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in loaded.items()}
-    results = Results(measurements, parameters, times, _circumstances(work, labels(models)))
+    size = {name: weight_bytes(model) for name, model in loaded.items()}
+    results = Results(measurements, parameters, times, _circumstances(work, labels(models)), size)
     _write(folder, results, work)
     print(results.to_markdown())
     return folder

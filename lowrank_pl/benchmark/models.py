@@ -77,5 +77,9 @@ def peak_memory(model: PreTrainedModel, run: Callable[[], object]) -> int | None
     before = torch.cuda.memory_allocated(device)  # other models lie there too
     run()
     torch.cuda.synchronize(device)
-    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return int(torch.cuda.max_memory_allocated(device)) - before + own
+    return int(torch.cuda.max_memory_allocated(device)) - before + weight_bytes(model)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Memory of parameters and buffers; a tied one counts once."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

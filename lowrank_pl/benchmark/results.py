@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_pl.benchmark.layers import LayerTimes
@@ -47,12 +47,14 @@ class Results:
         parameters: By model.
         layers: Of the shapes in the models.
         circumstances: Device, data type, threads, rounds, versions, where the models lie, the command.
+        weight_bytes: Memory of parameters and buffers by model, on any device.
     """
 
     measurements: Sequence[Measurement]
     parameters: dict[str, int]
     layers: Sequence[LayerTimes]
     circumstances: dict[str, Any]
+    weight_bytes: dict[str, int] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """One per measurement, with its ratios to the first model of its cell."""
@@ -86,6 +88,7 @@ class Results:
         return {
             "circumstances": self.circumstances,
             "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
             "models": self.rows(),
             "layers": [
                 {
@@ -103,7 +106,9 @@ class Results:
         lines = ["# Benchmark", ""]
         lines += [f"* {name}: {value}" for name, value in self.circumstances.items() if name != "models"]
         paths = self.circumstances.get("models", {})
-        lines += [f"* {name}: {count:,} parameters ({paths.get(name, '')})" for name, count in self.parameters.items()]
+        for name, count in self.parameters.items():
+            size = self.weight_bytes.get(name, 0) / 2**20
+            lines.append(f"* {name}: {count:,} parameters, {size:,.1f} MiB ({paths.get(name, '')})")
         lines += ["", *self._models(), ""]
         if self.layers:
             lines += ["Ranks up to which two thin factors are faster than the dense layer:", "", *self._layers(), ""]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory
+from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory, weight_bytes
 from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.export import export
@@ -64,6 +64,12 @@ def test_inputs_fit_the_model(family: str, tmp_path: Path) -> None:
         inputs_for(model, 2, longest + 1)
     with pytest.raises((IndexError, RuntimeError)):  # the model could not have run it
         model(**{name: torch.cat([ids, ids[:, :1]], 1) for name, ids in inputs.items()})
+
+
+def test_weights_take_four_bytes_each_in_float32(tiny_bert: str) -> None:
+    model = load_model(tiny_bert)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert weight_bytes(model) == 4 * sum(p.numel() for p in model.parameters()) + buffers
 
 
 def test_only_cuda_tells_its_peak(tiny_bert: str) -> None:

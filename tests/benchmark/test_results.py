@@ -28,7 +28,8 @@ RESULTS = Results(
     ],
     {"dense": 1000, "small": 400},
     [LayerTimes(LinearShape(64, 32), 20, 2.0, {4: 1.0, 8: 3.0}), LayerTimes(LinearShape(8, 8), 20, 9.0, {4: 1.0})],
-    {"threads": 1},
+    {"threads": 1, "models": {"small": "here"}},
+    {"dense": 4 << 20, "small": 3 << 19},
 )
 
 
@@ -45,6 +46,7 @@ def test_speedups_compare_with_the_first_model_of_the_same_engine_and_shape() ->
 def test_everything_is_in_the_json() -> None:
     told = json.loads(json.dumps(RESULTS.to_dict()))
     assert told["parameters"] == {"dense": 1000, "small": 400}
+    assert told["weight_bytes"] == {"dense": 4194304, "small": 1572864}
     assert len(told["models"]) == 6
     first, second = told["layers"]
     assert (first["break_even_by_parameters"], first["break_even_measured"]) == (22, 6.0)
@@ -53,6 +55,7 @@ def test_everything_is_in_the_json() -> None:
 
 def test_the_tables_have_a_cell_for_every_column() -> None:
     lines = [line for line in RESULTS.to_markdown().splitlines() if line.startswith("|")]
+    assert "* small: 400 parameters, 1.5 MiB (here)" in RESULTS.to_markdown().splitlines()
     models, layers = lines[:8], lines[8:]
     assert {line.count("|") for line in models} == {11}
     assert {line.count("|") for line in layers} == {6}
