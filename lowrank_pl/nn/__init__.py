@@ -1,6 +1,21 @@
-"""Layers that replace `nn.Linear`. Needs torch alone."""
+"""Layers that stand in for a linear layer. Needs torch alone."""
 
+from lowrank_pl.nn.form import Deployed, LinearForm, Spec, forms_in, outside_forms, shape_of, whole_number
 from lowrank_pl.nn.low_rank_linear import LowRankLinear
 from lowrank_pl.nn.svd_linear import SVDLinear
+from lowrank_pl.nn.view import dense_shape, dense_weight, is_dense_linear
 
-__all__ = ["LowRankLinear", "SVDLinear"]
+__all__ = [
+    "Deployed",
+    "LinearForm",
+    "LowRankLinear",
+    "SVDLinear",
+    "Spec",
+    "dense_shape",
+    "dense_weight",
+    "forms_in",
+    "is_dense_linear",
+    "outside_forms",
+    "shape_of",
+    "whole_number",
+]

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import ShapeError
-from lowrank_pl.nn.svd_linear import SVDLinear
+from lowrank_pl.nn.form import LinearForm, Spec, whole_number
+from lowrank_pl.nn.product import LazyProduct
+from lowrank_pl.nn.view import zero_linear
 
 
-class LowRankLinear(nn.Module):
-    """`y = left (right x) + bias`, the deployed form of a factorised `nn.Linear`.
+class LowRankLinear(LinearForm):
+    """`y = left(right(x))`, the deployed form of a factorised linear layer: two `nn.Linear`.
 
-    Parameters: `left [m, r]`, `right [r, n]`, `bias [m]` or `None`. Fresh parameters are zero: an instance is
-    meant to be filled by `assign_` or by a state dict, and a forgotten fill shows at once.
+    `right` has the weight `[r, n]` and no bias, `left` the weight `[m, r]` and the bias `[m]`, if there is one.
+    Whatever looks for `nn.Linear`, to quantise, to prune or to adapt it, finds the thin ones. Fresh parameters are
+    zero: an instance is meant to be filled by `assign_` or by a state dict, and a forgotten fill shows at once.
     """
 
-    bias: nn.Parameter | None
+    name = "low_rank"
 
     def __init__(
         self,
@@ -30,64 +35,97 @@ class LowRankLinear(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features)
         LinearShape(out_features, in_features).check_rank(rank)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self.left = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
-        self.right = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=dtype))
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        self._rank = rank
+        # In this order, so that optimizers know the parameters by the numbers that they always had.
+        self.left = zero_linear(rank, out_features, bias, device, dtype)
+        self.right = zero_linear(in_features, rank, False, device, dtype)
 
     @classmethod
-    def like(cls, linear: nn.Linear | LowRankLinear | SVDLinear, rank: int) -> LowRankLinear:
-        """An empty layer of the same features, bias, device, dtype and mode; the bias is copied."""
-        reference = linear.weight if isinstance(linear, nn.Linear) else linear.left
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            rank,
-            linear.bias is not None,
-            reference.device,
-            reference.dtype,
-        )
-        if layer.bias is not None and linear.bias is not None:
-            layer.bias.data.copy_(linear.bias.data)
-        return layer.train(linear.training)
+    def like(cls, layer: nn.Module, rank: int) -> LowRankLinear:
+        """`empty` at a rank."""
+        return cls.empty({"rank": rank}, layer)
+
+    @classmethod
+    def build(
+        cls, spec: Mapping[str, Any], shape: LinearShape, bias: bool, device: torch.device, dtype: torch.dtype
+    ) -> LowRankLinear:
+        """A layer of zeros of `spec["rank"]`."""
+        return cls(shape.in_features, shape.out_features, whole_number(cls.name, spec, "rank"), bias, device, dtype)
+
+    def spec(self) -> Spec:
+        """The rank."""
+        return {"rank": self._rank}
 
     @property
-    def shape(self) -> LinearShape:
-        """The shape of the dense weight this layer stands for."""
-        return LinearShape(self.out_features, self.in_features)
+    def rank(self) -> int:
+        """The rank `r`."""
+        return self._rank
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias `[m]`, which `left` adds."""
+        bias: nn.Parameter | None = self.left.bias
+        return bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight `[m, n]`, for code that asks a linear layer for it; not a parameter.
+
+        Its dtype, device and shape cost nothing; it is multiplied when its values are used.
+        """
+        if torch.compiler.is_compiling():
+            return self.product()
+        return LazyProduct(self.left.weight, self.right.weight)
+
+    @classmethod
+    def rank_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:
+        """The rank."""
+        del shape
+        return whole_number(cls.name, spec, "rank")
+
+    @classmethod
+    def parameters_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:
+        """`r (m + n)`."""
+        return shape.factored_params(whole_number(cls.name, spec, "rank"))
 
     @torch.no_grad()
     def assign_(self, factors: Factors) -> None:
-        """Writes factors into the existing parameters; the parameter objects stay the same.
+        """Writes factors into the existing parameters, with the singular values split evenly between them.
 
         Raises:
             ShapeError: the factors have another shape or rank.
         """
-        for name, given, own in (("left", factors.left, self.left), ("right", factors.right, self.right)):
-            if given.shape != own.shape:
-                raise ShapeError(f"factors.{name}", tuple(given.shape), str(list(own.shape)))
-        a, b = factors.balanced()
-        self.left.copy_(a)
-        self.right.copy_(b)
+        own = {"left": self.left.weight, "right": self.right.weight}
+        for name, given in (("left", factors.left), ("right", factors.right)):
+            if given.shape != own[name].shape:
+                raise ShapeError(f"factors.{name}", tuple(given.shape), str(list(own[name].shape)))
+        for name, values in zip(own, factors.balanced(), strict=True):
+            own[name].copy_(values)
 
     def product(self) -> Tensor:
         """The dense weight `[m, n]` this layer computes with."""
-        return self.left @ self.right
+        return self.left.weight @ self.right.weight
+
+    @classmethod
+    def product_of(cls, state: Mapping[str, Tensor]) -> Tensor:
+        """The same from `left.weight` and `right.weight`."""
+        return state["left.weight"] @ state["right.weight"]
+
+    @classmethod
+    def bias_of(cls, state: Mapping[str, Tensor]) -> Tensor | None:
+        """`left.bias`."""
+        return state.get("left.bias")
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., n] → [..., m]`."""
-        return F.linear(F.linear(x, self.right), self.left, self.bias)
+        y: Tensor = self.left(self.right(x))
+        return y
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self._rank}, "
             f"bias={self.bias is not None}"
         )

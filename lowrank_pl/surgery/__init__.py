@@ -2,20 +2,22 @@
 
 from lowrank_pl.surgery.convert import compact_, compact_state, densify_
 from lowrank_pl.surgery.groups import keep_groups_, svd_layers
-from lowrank_pl.surgery.layout import ModelLayout, compacted, conform_, read_layout
-from lowrank_pl.surgery.record import CompressionRecord, LayerRecord
+from lowrank_pl.surgery.layout import ModelLayout, conform_, read_layout
+from lowrank_pl.surgery.record import CompressionRecord, CostRecord, LayerRecord
 from lowrank_pl.surgery.swap import replace_module_, swapped
 from lowrank_pl.surgery.targets import TargetSelector
+from lowrank_pl.surgery.version_1 import current_names
 
 __all__ = [
     "CompressionRecord",
+    "CostRecord",
     "LayerRecord",
     "ModelLayout",
     "TargetSelector",
     "compact_",
     "compact_state",
-    "compacted",
     "conform_",
+    "current_names",
     "densify_",
     "keep_groups_",
     "read_layout",

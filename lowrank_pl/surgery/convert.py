@@ -1,88 +1,83 @@
-"""Conversions between the forms of a layer: dense, two factors of exact rank, singular groups in training."""
+"""Conversions of whole models, and of their state dicts, between the forms of a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
-from lowrank_pl.core import Factors
-from lowrank_pl.nn import LowRankLinear, SVDLinear
+from lowrank_pl.errors.model import CheckpointMismatchError
+from lowrank_pl.nn import LinearForm, forms_in
+from lowrank_pl.surgery.layout import ModelLayout
 from lowrank_pl.surgery.swap import replace_module_
 
 
-def empty_linear_like(layer: LowRankLinear | SVDLinear) -> nn.Linear:
-    """An `nn.Linear` of the same features, bias, device, dtype and mode; only the bias has its values."""
-    linear = nn.Linear(
-        layer.in_features,
-        layer.out_features,
-        layer.bias is not None,
-        device=layer.left.device,
-        dtype=layer.left.dtype,
-    )
-    if layer.bias is not None:
-        linear.bias.data.copy_(layer.bias.data)
-    return linear.train(layer.training)
-
-
-@torch.no_grad()
 def densify_(model: nn.Module) -> nn.Module:
-    """Multiplies every factorised layer of a model back to an `nn.Linear`, in place; returns the model."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, (LowRankLinear, SVDLinear)):
-            _densify_one(model, name, layer)
+    """Multiplies every layer in a form back to the dense layer it stands for, in place; returns the model."""
+    for name, layer in forms_in(model).items():
+        replace_module_(model, name, layer.dense())
     return model
 
 
-@torch.no_grad()
 def compact_(model: nn.Module, dense: Collection[str] = ()) -> nn.Module:
-    """Turns every `SVDLinear` of a model into a `LowRankLinear` of its rank, in place; returns the model.
+    """Brings every layer in a form of training to the form that is deployed, in place; returns the model.
 
     Parameters are new objects: no optimizer may need them afterwards.
 
     Args:
         model: The model.
-        dense: Names of layers that become an `nn.Linear` instead.
+        dense: Names of layers in a form of training that become dense instead.
     """
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, SVDLinear):
-            continue
-        if name in dense:
-            _densify_one(model, name, layer)
-        else:
-            compact = LowRankLinear.like(layer, layer.rank)
-            compact.assign_(layer.factors())
-            replace_module_(model, name, compact)
+    for name, layer in forms_in(model).items():
+        if not layer.is_final:
+            replace_module_(model, name, layer.dense() if name in dense else layer.compact())
     return model
 
 
-def compact_state(state: Mapping[str, Tensor], dense: Collection[str] = ()) -> dict[str, Tensor]:
-    """What `compact_` would make of a state dict: the same entries but for layers in singular groups.
+def compact_state(
+    state: Mapping[str, Tensor], layout: ModelLayout, dense: Collection[str] = (), source: str = "the checkpoint"
+) -> tuple[dict[str, Tensor], ModelLayout]:
+    """What `compact_` would make of a model, from its state dict and layout: the same but for forms of training.
 
     Args:
         state: Of a model, names as in the model.
-        dense: Names of layers that become dense.
+        layout: Of the same model.
+        dense: Names of layers in a form of training that become dense.
+        source: Where it came from, for messages.
+
+    Raises:
+        UnknownFormError: see `LinearForm.by_name`.
+        CheckpointMismatchError: a tensor of such a layer is missing.
     """
-    layers = [name.removesuffix(".sigma") for name in state if name.endswith(".sigma")]
-    layers = [layer for layer in layers if f"{layer}.active" in state]
-    # A layer with several names shares its tensors, also after a checkpoint has been read.
-    places = {state[f"{layer}.left"].data_ptr() for layer in layers if layer in dense}
-    dense = [layer for layer in layers if state[f"{layer}.left"].data_ptr() in places]
-    found = dict(state)
-    for layer in layers:
-        rank = int(found.pop(f"{layer}.active"))
-        left, sigma, right = (found.pop(f"{layer}.{part}") for part in ("left", "sigma", "right"))
-        a, b = (left[:, :rank] * sigma[:rank]), right[:rank]
-        if layer in dense:
-            found[f"{layer}.weight"] = a @ b
-        else:
-            a, b = Factors.from_product(a.double(), b.double()).to(left.dtype).balanced()
-            found |= {f"{layer}.left": a, f"{layer}.right": b}
-    return found
+    found, modules = dict(state), dict(layout.modules)
+    for name, spec in layout.modules.items():
+        form = LinearForm.by_name(str(spec["form"]))
+        if form.is_final:
+            continue
+        try:
+            if name in dense:
+                kept = form.dense_state(state, name)
+                del modules[name]
+            else:
+                final = form.compact_state(state, name)
+                modules[name] = {"form": final.form.name, **final.spec}
+                kept = final.state
+        except KeyError as error:
+            raise CheckpointMismatchError.keys(source, [f"{name}.{error.args[0]}"], []) from error
+        for place in places_of(state, name):
+            found = {key: tensor for key, tensor in found.items() if not key.startswith(f"{place}.")}
+            found |= {f"{place}.{key}": tensor for key, tensor in kept.items()}
+    return found, ModelLayout(modules)
 
 
-def _densify_one(model: nn.Module, name: str, layer: LowRankLinear | SVDLinear) -> None:
-    linear = empty_linear_like(layer)
-    linear.weight.copy_(layer.product())
-    replace_module_(model, name, linear)
+def places_of(state: Mapping[str, Tensor], name: str) -> Iterator[str]:
+    """All names of a layer in a state dict: one that a model has in several places shares its tensors there.
+
+    They do so also after a checkpoint has been read.
+    """
+    yield name
+    key = next(key for key in state if key.startswith(f"{name}."))
+    inside = key.removeprefix(name)
+    for other, tensor in state.items():
+        if other != key and other.endswith(inside) and tensor.data_ptr() == state[key].data_ptr() != 0:
+            yield other.removesuffix(inside)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_pl.errors.run import OptimizerStateError
+from lowrank_pl.errors.run import HiddenOptimizerStateError, OptimizerStateError
 from lowrank_pl.nn import SVDLinear
 
 
@@ -28,10 +28,12 @@ def keep_groups_(layer: SVDLinear, kept: Tensor, optimizers: Iterable[Optimizer]
         RankError: no group would be left.
         OptimizerStateError: an optimizer keeps something for these parameters that has neither their shape nor is a
             single number, so that nobody can say which part belongs to which group. Nothing has been changed then.
+        HiddenOptimizerStateError: an optimizer keeps state that it does not show. Nothing has been changed then.
     """
     parts = ((layer.left, 1), (layer.sigma, 0), (layer.right, 0))
     tensors = [(parameter.data, dim) for parameter, dim in parts]
-    for optimizer in optimizers:
+    for optimizer in _with_inner(optimizers):
+        _check_shows_state(optimizer, [parameter for parameter, _ in parts])
         for parameter, dim in parts:
             for name, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -42,6 +44,26 @@ def keep_groups_(layer: SVDLinear, kept: Tensor, optimizers: Iterable[Optimizer]
     layer.rank = kept.numel()
     for tensor, dim in tensors:
         _keep(tensor, dim, kept)
+
+
+def _with_inner(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+    """The optimizers and those that they wrap, as `ZeroRedundancyOptimizer` does: the state may be in either."""
+    for optimizer in optimizers:
+        yield optimizer
+        yield from _with_inner(value for value in vars(optimizer).values() if isinstance(value, Optimizer))
+
+
+def _check_shows_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Refuses state that is kept elsewhere: SGD has none at all, a wrapper hides it.
+
+    A parameter without a gradient has had no step, hence no state.
+    """
+    if any(isinstance(value, Optimizer) for value in vars(optimizer).values()):
+        return  # a wrapper: what it wraps is looked at by itself
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    without = [p for p in parameters if id(p) in held and p.grad is not None and p not in optimizer.state]
+    if without and (optimizer.state or optimizer.state_dict().get("state")):
+        raise HiddenOptimizerStateError(type(optimizer).__name__)
 
 
 def _keep(tensor: Tensor, dim: int, kept: Tensor) -> None:

@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError
-from lowrank_pl.nn import LowRankLinear, SVDLinear
-from lowrank_pl.surgery.convert import empty_linear_like
+from lowrank_pl.errors.model import CheckpointMismatchError, FormSpecError, LayoutVersionError, UnknownFormError
+from lowrank_pl.nn import LinearForm, Spec, forms_in, is_dense_linear, outside_forms
 from lowrank_pl.surgery.swap import replace_module_
 
-LAYOUT_VERSION = 1
-LOW_RANK = "low_rank"
-SINGULAR_GROUPS = "singular_groups"
-_LINEARS = (nn.Linear, LowRankLinear, SVDLinear)
+LAYOUT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+# What a version-1 file calls the one number of each form that there was then.
+_SIZES = {"low_rank": "rank", "singular_groups": "capacity"}
 
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Kind and size of every module that is not what the architecture's own code builds.
+    """Form and size of every module that is not what the architecture's own code builds.
 
     Attributes:
-        modules: `{fully qualified name: (kind, size)}`. `"low_rank"`: two factors, its size the rank.
-            `"singular_groups"`: a layer whose rank still shrinks in training, its size the capacity.
+        modules: By fully qualified name the form's `name` and what its `spec()` tells, in one:
+            `{"form": "low_rank", "rank": 64}`.
     """
 
-    modules: dict[str, tuple[str, int]]
+    modules: dict[str, Spec]
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only, for checkpoints and JSON."""
-        return {
-            "version": LAYOUT_VERSION,
-            "modules": {name: [kind, size] for name, (kind, size) in self.modules.items()},
-        }
+        return {"version": LAYOUT_VERSION, "modules": {name: dict(spec) for name, spec in self.modules.items()}}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelLayout:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; reads what earlier versions have written, too.
 
         Raises:
             LayoutVersionError: written by an incompatible release.
+            FormSpecError: a layer's entry does not tell its form, or in version 1 not its size.
         """
-        if fields.get("version") != LAYOUT_VERSION:
-            raise LayoutVersionError(fields.get("version"), LAYOUT_VERSION)
-        return cls({name: (str(kind), int(size)) for name, (kind, size) in fields["modules"].items()})
+        version, modules = fields.get("version"), fields.get("modules", {})
+        if version not in READABLE_VERSIONS:
+            raise LayoutVersionError(version, READABLE_VERSIONS)
+        read = _from_version_1 if version == 1 else _from_version_2
+        return cls({name: read(name, entry) for name, entry in modules.items()})
 
     def difference(self, other: ModelLayout) -> str:
         """The first differences to another layout, in words; empty when equal."""
@@ -55,31 +53,21 @@ class ModelLayout:
         if not different:
             return ""
         name = different[0]
-        mine, theirs = (layout.modules.get(name, ("dense", 0)) for layout in (self, other))
-        return f"{len(different)} layers, e.g. {name!r} is {mine[0]} {mine[1]} against {theirs[0]} {theirs[1]}"
+        mine, theirs = (in_words(layout.modules.get(name)) for layout in (self, other))
+        return f"{len(different)} layers, e.g. {name!r} is {mine} against {theirs}"
+
+
+def in_words(spec: Spec | None) -> str:
+    """An entry of a layout for messages: `low_rank (rank 64)`; `dense` for none."""
+    if spec is None:
+        return "dense"
+    sizes = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "form")
+    return f"{spec['form']} ({sizes})" if sizes else str(spec["form"])
 
 
 def read_layout(model: nn.Module) -> ModelLayout:
     """Reads the layout off a model."""
-    found = {name: _size(module) for name, module in model.named_modules()}
-    return ModelLayout({name: size for name, size in found.items() if size is not None})
-
-
-def compacted(layout: ModelLayout, ranks: Mapping[str, int], dense: Collection[str] = ()) -> ModelLayout:
-    """The layout that `compact_` leaves behind.
-
-    Args:
-        layout: With layers in singular groups.
-        ranks: Of those layers.
-        dense: Those that become dense.
-    """
-    modules = {}
-    for name, (kind, size) in layout.modules.items():
-        if kind != SINGULAR_GROUPS:
-            modules[name] = (kind, size)
-        elif name not in dense:
-            modules[name] = (LOW_RANK, ranks[name])
-    return ModelLayout(modules)
+    return ModelLayout({name: _entry(layer) for name, layer in forms_in(model).items()})
 
 
 def conform_(model: nn.Module, layout: ModelLayout, source: str = "the checkpoint") -> None:
@@ -89,29 +77,49 @@ def conform_(model: nn.Module, layout: ModelLayout, source: str = "the checkpoin
 
     Raises:
         CheckpointMismatchError: the layout names a module that the model lacks or that is no linear layer.
+        UnknownFormError: a layer has a form that is not defined here.
+        FormSpecError, RankError: a layer has a size that its form cannot have.
     """
-    modules = dict(model.named_modules())
-    for name, (kind, _) in layout.modules.items():
-        if kind not in (LOW_RANK, SINGULAR_GROUPS) or not isinstance(modules.get(name), _LINEARS):
-            found = type(modules[name]).__name__ if name in modules else "nothing"
-            raise CheckpointMismatchError(source, f"it has a {kind} layer at {name!r}, where the model has {found}")
+    modules = {name: m for name, m in outside_forms(model) if isinstance(m, LinearForm) or is_dense_linear(m)}
+    everything = dict(model.named_modules())
+    for name, spec in layout.modules.items():
+        if name not in modules:
+            found = type(everything[name]).__name__ if name in everything else "nothing"
+            problem = f"it has a layer of form {spec['form']!r} at {name!r}, where the model has {found}"
+            raise CheckpointMismatchError(source, problem)
+    replacements = {}
     for name, module in modules.items():
-        if isinstance(module, _LINEARS) and _size(module) != layout.modules.get(name):
-            replace_module_(model, name, _empty(module, layout.modules.get(name)))
+        present = _entry(module) if isinstance(module, LinearForm) else None
+        if present != (wanted := layout.modules.get(name)):
+            replacements[name] = _empty(module, wanted, name, source)
+    for name, replacement in replacements.items():
+        replace_module_(model, name, replacement)
 
 
-def _size(module: nn.Module) -> tuple[str, int] | None:
-    if isinstance(module, LowRankLinear):
-        return LOW_RANK, module.rank
-    if isinstance(module, SVDLinear):
-        return SINGULAR_GROUPS, module.capacity
-    return None
+def _from_version_1(name: str, entry: Any) -> Spec:
+    kind, size = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
+    if kind not in _SIZES or not isinstance(size, int):
+        raise FormSpecError(entry, f"a kind out of {sorted(_SIZES)} and a whole number", name)
+    return {"form": kind, _SIZES[kind]: size}
 
 
-def _empty(module: nn.Linear | LowRankLinear | SVDLinear, wanted: tuple[str, int] | None) -> nn.Module:
-    """An empty layer of a kind and size, in the place of another."""
-    dense = module if isinstance(module, nn.Linear) else empty_linear_like(module)
+def _from_version_2(name: str, entry: Any) -> Spec:
+    if not isinstance(entry, dict) or not isinstance(entry.get("form"), str):
+        raise FormSpecError(entry, "the string 'form'", name)
+    return dict(entry)
+
+
+def _entry(layer: LinearForm) -> Spec:
+    return {"form": layer.name, **layer.spec()}
+
+
+def _empty(module: nn.Module, wanted: Spec | None, name: str, source: str) -> nn.Module:
+    """An empty layer of a form and size, in the place of another."""
     if wanted is None:
-        return dense
-    kind, size = wanted
-    return LowRankLinear.like(dense, size) if kind == LOW_RANK else SVDLinear.like(dense, size)
+        assert isinstance(module, LinearForm)
+        return module.empty_dense()
+    try:
+        form = LinearForm.by_name(str(wanted["form"]))
+    except UnknownFormError as error:
+        raise UnknownFormError(error.given, error.known, name, source) from None
+    return form.empty({key: value for key, value in wanted.items() if key != "form"}, module)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.model import NoTargetError, TiedWeightError
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.nn import dense_shape, forms_in, is_dense_linear, outside_forms
 
 TARGETED = "targeted"
 
 
 class TargetSelector:
-    """Selects `nn.Linear` modules by their fully qualified names.
+    """Selects dense linear layers (`nn.Linear`, transformers' `Conv1D`) by their fully qualified names.
 
     Args:
         include: Globs of names (`*` also crosses dots), e.g. `["*.attention.*", "*.intermediate.dense"]`. The
@@ -28,7 +28,7 @@ class TargetSelector:
         self.include = include
         self.exclude: Sequence[str] = exclude or []
 
-    def select(self, model: nn.Module) -> dict[str, nn.Linear]:
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns the targets in module order; a module with several names appears once, under its first.
 
         Raises:
@@ -39,8 +39,7 @@ class TargetSelector:
         modules = dict(model.named_modules())
         targets = {name: module for name, module in _linears(model) if reasons[name] == TARGETED}
         if not targets:
-            factored = sum(isinstance(module, LowRankLinear) for module in modules.values())
-            raise NoTargetError(type(model).__name__, self.include, self.exclude, list(reasons), factored)
+            raise NoTargetError(type(model).__name__, self.include, self.exclude, list(reasons), len(forms_in(model)))
         self._refuse_tied(targets, modules)
         return targets
 
@@ -59,12 +58,12 @@ class TargetSelector:
         return reasons
 
     @staticmethod
-    def shapes(targets: dict[str, nn.Linear]) -> dict[str, LinearShape]:
+    def shapes(targets: Mapping[str, nn.Module]) -> dict[str, LinearShape]:
         """The shapes of selected layers."""
-        return {name: LinearShape(layer.out_features, layer.in_features) for name, layer in targets.items()}
+        return {name: dense_shape(layer) for name, layer in targets.items()}
 
     @staticmethod
-    def _refuse_tied(targets: dict[str, nn.Linear], modules: dict[str, nn.Module]) -> None:
+    def _refuse_tied(targets: dict[str, nn.Module], modules: dict[str, nn.Module]) -> None:
         owners: dict[int, str] = {id(layer.weight): name for name, layer in targets.items()}
         for name, module in modules.items():
             for parameter in module.parameters(recurse=False):
@@ -73,9 +72,9 @@ class TargetSelector:
                     raise TiedWeightError(owner, name)
 
 
-def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    # Subclasses of nn.Linear have a forward of their own that two factors would not reproduce.
-    return [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    # The thin linears inside a factorised layer are no targets.
+    return [(name, module) for name, module in outside_forms(model) if is_dense_linear(module)]
 
 
 def _block_prefixes(model: nn.Module) -> list[str]:

@@ -8,11 +8,10 @@ from torch import nn
 from lowrank_pl.core import singular_values
 from lowrank_pl.nn import LowRankLinear, SVDLinear
 from lowrank_pl.surgery import ModelLayout, compact_, compact_state, densify_, read_layout, svd_layers
-from lowrank_pl.surgery.convert import empty_linear_like
 from tests.core.matrices import random_matrix
 from tests.support.tiny import FAMILIES
 from tests.surgery.encoders import in_groups_, logits, padded_batch, tiny_model
-from tests.surgery.test_layout import factorise_
+from tests.surgery.test_layout import factorise_, low_rank
 
 
 def trained(rank: int, bias: bool = True, dtype: torch.dtype = torch.float32) -> SVDLinear:
@@ -39,8 +38,8 @@ def test_densified_model_gives_the_outputs_and_keys_of_a_dense_one(
 
 def test_densified_weights_are_the_products_and_train() -> None:
     layer = LowRankLinear(5, 4, 2)
-    layer.left.data.copy_(random_matrix(4, 2))
-    layer.right.data.copy_(random_matrix(2, 5, seed=1))
+    layer.left.weight.data.copy_(random_matrix(4, 2))
+    layer.right.weight.data.copy_(random_matrix(2, 5, seed=1))
     product = layer.product().detach()
     dense = densify_(nn.Sequential(layer)).get_submodule("0")
     assert type(dense) is nn.Linear
@@ -75,7 +74,8 @@ def test_the_empty_linear_keeps_features_dtype_bias_and_mode(dtype: torch.dtype,
     layer = LowRankLinear(5, 4, 2, bias, dtype=dtype).train(training)
     if layer.bias is not None:
         layer.bias.data.copy_(random_matrix(4, dtype=dtype))
-    dense = empty_linear_like(layer)
+    dense = layer.empty_dense()
+    assert isinstance(dense, nn.Linear)
     assert (dense.in_features, dense.out_features, dense.training) == (5, 4, training)
     assert dense.weight.dtype is dtype
     assert (dense.bias is not None) is bias
@@ -89,7 +89,7 @@ def test_a_compacted_model_gives_the_same_outputs_at_exact_ranks(family: str) ->
     before, ranks = logits(model, batch), {name: layer.rank for name, layer in svd_layers(model).items()}
     assert len(set(ranks.values())) > 1
     assert compact_(model) is model
-    assert read_layout(model) == ModelLayout({name: ("low_rank", rank) for name, rank in ranks.items()})
+    assert read_layout(model) == ModelLayout({name: low_rank(rank) for name, rank in ranks.items()})
     torch.testing.assert_close(logits(model, batch), before, rtol=0, atol=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_a_compacted_state_is_the_state_of_the_compacted_model(family: str, ever
     model = in_groups_(tiny_model(family))
     dense = list(svd_layers(model))[::every] if every else []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = compact_state(model.state_dict(), dense)
+    state, _ = compact_state(model.state_dict(), read_layout(model), dense)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     expected = compact_(copy.deepcopy(model), dense).state_dict()
     assert state.keys() == expected.keys()
@@ -115,10 +115,13 @@ def test_compact_factors_are_balanced_and_their_product_is_the_same(dtype: torch
     product = layer.product().detach()
     compact = compact_(nn.Sequential(layer)).get_submodule("0")
     assert isinstance(compact, LowRankLinear)
-    assert (compact.rank, compact.training, compact.left.dtype) == (rank, False, dtype)
+    assert (compact.rank, compact.training, compact.left.weight.dtype) == (rank, False, dtype)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 5e-2}[dtype]
     torch.testing.assert_close(compact.product().detach(), product, rtol=tolerance, atol=tolerance)
-    norms = [torch.linalg.norm(compact.left.double(), dim=0), torch.linalg.norm(compact.right.double(), dim=1)]
+    norms = [
+        torch.linalg.norm(compact.left.weight.double(), dim=0),
+        torch.linalg.norm(compact.right.weight.double(), dim=1),
+    ]
     torch.testing.assert_close(norms[0] ** 2, singular_values(product)[:rank], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(norms[0], norms[1], rtol=tolerance, atol=tolerance)
     if layer.bias is None:
@@ -137,7 +140,7 @@ def test_compact_layers_named_dense_become_linears() -> None:
     assert root[1] is untouched
     assert type(root[2]) is nn.Linear
     assert torch.equal(root[2].weight.detach(), product)
-    assert read_layout(root) == ModelLayout({"0": ("low_rank", 2)})
+    assert read_layout(root) == ModelLayout({"0": low_rank(2)})
 
 
 def test_a_compacted_model_trains() -> None:
@@ -149,18 +152,19 @@ def test_a_compacted_model_trains() -> None:
 
 def test_a_shared_layer_stays_shared_when_compacted() -> None:
     shared = SVDLinear.from_linear(nn.Linear(4, 4), 3)
-    root = compact_(nn.Sequential(shared, nn.Tanh(), shared))
+    tree = nn.Sequential(shared, nn.Tanh(), shared)
+    state, _ = compact_state(tree.state_dict(), read_layout(tree))
+    root = compact_(tree)
     first, last = root.get_submodule("0"), root.get_submodule("2")
     assert first is last
     assert isinstance(first, LowRankLinear)
-    state = nn.Sequential(shared, nn.Tanh(), shared).state_dict()
-    assert compact_state(state).keys() == root.state_dict().keys()
+    assert state.keys() == root.state_dict().keys()
 
 
 def test_a_shared_layer_is_dense_under_all_its_names() -> None:
     shared = SVDLinear.from_linear(nn.Linear(4, 4), 3)
     root = nn.Sequential(shared, nn.Tanh(), shared)
-    state = compact_state(root.state_dict(), ["0"])
+    state, _ = compact_state(root.state_dict(), read_layout(root), ["0"])
     assert state.keys() == compact_(root, ["0"]).state_dict().keys()
 
 
@@ -169,12 +173,13 @@ def test_compacting_leaves_a_model_without_groups_alone() -> None:
     before = list(root)
     assert all(now is then for now, then in zip(compact_(root).children(), before, strict=True))
     state = root.state_dict()
-    assert compact_state(state) == state
+    assert compact_state(state, read_layout(root)) == (state, read_layout(root))
 
 
 def test_an_empty_linear_stands_for_a_layer_in_groups_too() -> None:
     layer = trained(2, dtype=torch.float64).eval()
-    dense = empty_linear_like(layer)
+    dense = layer.empty_dense()
+    assert isinstance(dense, nn.Linear)
     assert (dense.in_features, dense.out_features, dense.training, dense.weight.dtype) == (5, 4, False, torch.float64)
     assert layer.bias is not None
     assert torch.equal(dense.bias, layer.bias)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from lowrank_pl.errors.numerics import RankError
-from lowrank_pl.errors.run import OptimizerStateError
+from lowrank_pl.errors.run import HiddenOptimizerStateError, OptimizerStateError
 from lowrank_pl.nn import LowRankLinear, SVDLinear
 from lowrank_pl.surgery import keep_groups_, svd_layers
 from tests.core.matrices import random_matrix
@@ -297,3 +299,54 @@ def test_layers_in_groups_are_found_by_name() -> None:
     found = svd_layers(nn.Sequential(inner, SVDLinear(4, 3, 1)))
     assert list(found) == ["0.up", "1"]
     assert found["0.up"] is shared
+
+
+def test_state_inside_a_wrapper_moves_too() -> None:
+    """`ZeroRedundancyOptimizer` keeps the state in the optimizer that it wraps."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        plain, sharded = filled(), filled()
+        optimizers = (
+            AdamW(plain.parameters(), lr=0.05),
+            ZeroRedundancyOptimizer(sharded.parameters(), AdamW, lr=0.05),
+        )
+        for layer, optimizer in zip((plain, sharded), optimizers, strict=True):
+            train(layer, optimizer)
+            keep_groups_(layer, torch.tensor(KEPT), [optimizer])
+            train(layer, optimizer)
+        assert torch.equal(plain.product(), sharded.product())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Hidden(Optimizer):
+    """Wraps another optimizer where nobody looks, as some libraries' wrappers do."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self._inner = [inner]
+
+    def step(self, closure: Any = None) -> Any:
+        return self._inner[0].step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._inner[0].state_dict()
+
+
+def test_state_that_is_hidden_is_refused() -> None:
+    layer = filled()
+    optimizer = Hidden(AdamW(layer.parameters(), lr=0.05))
+    train(layer, optimizer)
+    before = layer.product()
+    with pytest.raises(HiddenOptimizerStateError, match="Hidden has taken steps"):
+        keep_groups_(layer, torch.tensor(KEPT), [optimizer])
+    assert torch.equal(layer.product(), before)
+    assert layer.rank == 5
+
+
+def test_optimizers_without_any_state_are_fine() -> None:
+    layer = filled()
+    optimizer = SGD(layer.parameters(), lr=0.01)
+    train(layer, optimizer)
+    keep_groups_(layer, torch.tensor(KEPT), [optimizer])
+    assert layer.rank == 3

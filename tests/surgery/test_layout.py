@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from lowrank_pl.core import truncated_svd
-from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError
-from lowrank_pl.nn import LowRankLinear, SVDLinear
+from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.model import CheckpointMismatchError, FormSpecError, LayoutVersionError, UnknownFormError
+from lowrank_pl.nn import LowRankLinear, Spec, SVDLinear, dense_weight
 from lowrank_pl.surgery import (
     ModelLayout,
     TargetSelector,
     compact_,
-    compacted,
+    compact_state,
     conform_,
     read_layout,
     replace_module_,
@@ -21,10 +22,18 @@ from lowrank_pl.surgery import (
 from tests.surgery.encoders import in_groups_, logits, padded_batch, tiny_model
 
 
+def low_rank(rank: int) -> Spec:
+    return {"form": "low_rank", "rank": rank}
+
+
+def groups(capacity: int) -> Spec:
+    return {"form": "singular_groups", "capacity": capacity}
+
+
 def factorise_(model: nn.Module, rank: int) -> nn.Module:
     for name, linear in TargetSelector().select(model).items():
         layer = LowRankLinear.like(linear, rank)
-        layer.assign_(truncated_svd(linear.weight.detach(), rank))
+        layer.assign_(truncated_svd(dense_weight(linear).detach(), rank))
         replace_module_(model, name, layer)
     return model
 
@@ -36,10 +45,10 @@ def test_a_dense_model_has_an_empty_layout() -> None:
 @pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
 def test_layout_survives_json(family: str) -> None:
     layout = read_layout(factorise_(tiny_model(family), 5))
-    assert set(layout.modules.values()) == {("low_rank", 5)}
+    assert all(spec == low_rank(5) for spec in layout.modules.values())
     assert set(layout.modules) == set(TargetSelector().select(tiny_model(family)))
     fields = json.loads(json.dumps(layout.to_dict()))
-    assert fields["version"] == 1
+    assert fields["version"] == 2
     assert ModelLayout.from_dict(fields) == layout
 
 
@@ -71,18 +80,18 @@ def test_layers_that_fit_are_not_touched() -> None:
     before = dict(model.named_modules())
     layout = read_layout(model)
     name = next(iter(layout.modules))
-    conform_(model, ModelLayout({**layout.modules, name: ("low_rank", 2)}))
+    conform_(model, ModelLayout({**layout.modules, name: low_rank(2)}))
     changed = [key for key, module in model.named_modules() if module is not before[key]]
-    assert changed == [name]
+    assert changed == [name, f"{name}.left", f"{name}.right"]
 
 
 def test_conforming_keeps_dtype_bias_and_mode() -> None:
     root = nn.Sequential(nn.Linear(4, 4, bias=False, dtype=torch.bfloat16), nn.Linear(4, 4)).train()
-    conform_(root, ModelLayout({"0": ("low_rank", 2), "1": ("low_rank", 2)}))
+    conform_(root, ModelLayout({"0": low_rank(2), "1": low_rank(2)}))
     first, second = root
     assert isinstance(first, LowRankLinear)
     assert isinstance(second, LowRankLinear)
-    assert first.left.dtype is torch.bfloat16
+    assert first.left.weight.dtype is torch.bfloat16
     assert first.bias is None
     assert second.bias is not None
     assert first.training
@@ -94,26 +103,32 @@ def test_conforming_keeps_dtype_bias_and_mode() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "found"),
-    [("encoder.9", "low_rank", "nothing"), ("1", "low_rank", "Tanh"), ("0", "woven", "Linear")],
+    ("name", "kind", "found", "error"),
+    [
+        ("encoder.9", "low_rank", "nothing", CheckpointMismatchError),
+        ("1", "low_rank", "Tanh", CheckpointMismatchError),
+        ("0", "woven", "'singular_groups'", UnknownFormError),
+    ],
 )
-def test_a_layout_that_does_not_fit_is_refused_and_changes_nothing(name: str, kind: str, found: str) -> None:
+def test_a_layout_that_does_not_fit_is_refused_and_changes_nothing(
+    name: str, kind: str, found: str, error: type[LowRankError]
+) -> None:
     root = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     before = list(root)
-    with pytest.raises(CheckpointMismatchError) as caught:
-        conform_(root, ModelLayout({"2": ("low_rank", 2), name: (kind, 2)}), "checkpoint 'x.ckpt'")
+    with pytest.raises(error) as caught:
+        conform_(root, ModelLayout({"2": low_rank(2), name: {"form": kind, "rank": 2}}), "checkpoint 'x.ckpt'")
     for part in ("checkpoint 'x.ckpt'", repr(name), kind, found):
         assert part in str(caught.value)
     assert all(now is then for now, then in zip(root, before, strict=True))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_version_is_refused(version: Any) -> None:
     fields = {**ModelLayout({}).to_dict(), "version": version}
     with pytest.raises(LayoutVersionError) as caught:
         ModelLayout.from_dict(fields)
     assert f"version {version!r}" in str(caught.value)
-    assert "reads version 1" in str(caught.value)
+    assert "reads versions 1 and 2" in str(caught.value)
 
 
 def test_a_missing_version_is_refused() -> None:
@@ -122,19 +137,19 @@ def test_a_missing_version_is_refused() -> None:
 
 
 def test_difference_is_empty_for_equals_and_names_the_first_otherwise() -> None:
-    mine = ModelLayout({"a": ("low_rank", 2), "b": ("low_rank", 3)})
+    mine = ModelLayout({"a": low_rank(2), "b": low_rank(3)})
     assert mine.difference(ModelLayout(dict(mine.modules))) == ""
-    assert mine.difference(ModelLayout({"a": ("low_rank", 2), "b": ("low_rank", 4)})) == (
-        "1 layers, e.g. 'b' is low_rank 3 against low_rank 4"
+    assert mine.difference(ModelLayout({"a": low_rank(2), "b": low_rank(4)})) == (
+        "1 layers, e.g. 'b' is low_rank (rank 3) against low_rank (rank 4)"
     )
-    assert mine.difference(ModelLayout({})) == "2 layers, e.g. 'a' is low_rank 2 against dense 0"
+    assert mine.difference(ModelLayout({})) == "2 layers, e.g. 'a' is low_rank (rank 2) against dense"
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
 def test_a_layout_in_groups_tells_capacities_and_survives_json(family: str) -> None:
     model = in_groups_(tiny_model(family))
     layout = read_layout(model)
-    assert layout.modules == {n: ("singular_groups", layer.capacity) for n, layer in svd_layers(model).items()}
+    assert layout.modules == {n: groups(layer.capacity) for n, layer in svd_layers(model).items()}
     assert set(layout.modules) == set(TargetSelector().select(tiny_model(family)))
     assert ModelLayout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
 
@@ -150,12 +165,12 @@ def test_dense_to_groups_with_the_state_dict_gives_the_model_back_with_its_ranks
     assert ranks[0] == ranks[1]
 
 
-KINDS: dict[str, tuple[str, int] | None] = {
+KINDS: dict[str, Spec | None] = {
     "dense": None,
-    "low_rank": ("low_rank", 2),
-    "higher": ("low_rank", 3),
-    "groups": ("singular_groups", 4),
-    "fewer_groups": ("singular_groups", 2),
+    "low_rank": low_rank(2),
+    "higher": low_rank(3),
+    "groups": groups(4),
+    "fewer_groups": groups(2),
 }
 
 
@@ -172,7 +187,7 @@ def test_every_kind_conforms_to_every_other(start: str, end: str, bias: bool) ->
     assert read_layout(root) == layouts[end]
     assert type(root[0]) is {"dense": nn.Linear, "low_rank": LowRankLinear, "higher": LowRankLinear}.get(end, SVDLinear)
     assert (root[0] is before) is (start == end)
-    assert ("0.bias" in root.state_dict()) is bias
+    assert any(key.endswith("bias") for key in root.state_dict()) is bias
     assert {parameter.dtype for parameter in root.parameters()} == {torch.bfloat16}
     assert not root[0].training
 
@@ -181,7 +196,7 @@ def test_a_fitting_layer_in_groups_keeps_its_rank_and_values() -> None:
     layer = SVDLinear.from_linear(nn.Linear(5, 4))
     layer.rank = 2
     root = nn.Sequential(layer)
-    conform_(root, ModelLayout({"0": ("singular_groups", 4)}))
+    conform_(root, ModelLayout({"0": groups(4)}))
     assert root[0] is layer
     assert layer.rank == 2
 
@@ -189,14 +204,49 @@ def test_a_fitting_layer_in_groups_keeps_its_rank_and_values() -> None:
 @pytest.mark.parametrize("every", [0, 1, 3], ids=["none_dense", "all_dense", "some_dense"])
 def test_the_compacted_layout_is_the_layout_of_the_compacted_model(every: int) -> None:
     model = in_groups_(tiny_model("bert"))
-    ranks = {name: layer.rank for name, layer in svd_layers(model).items()}
-    dense = list(ranks)[::every] if every else []
-    layout = compacted(read_layout(model), ranks, dense)
+    names = list(svd_layers(model))
+    dense = names[::every] if every else []
+    _, layout = compact_state(model.state_dict(), read_layout(model), dense)
     assert layout == read_layout(compact_(model, dense))
-    assert len(layout.modules) == len(ranks) - len(dense)
+    assert len(layout.modules) == len(names) - len(dense)
 
 
 def test_compacting_a_layout_leaves_low_rank_layers_alone() -> None:
-    layout = ModelLayout({"a": ("low_rank", 2), "b": ("singular_groups", 4), "c": ("singular_groups", 5)})
-    assert compacted(layout, {"b": 3, "c": 1}, ["a", "c"]) == ModelLayout({"a": ("low_rank", 2), "b": ("low_rank", 3)})
-    assert layout.modules["b"] == ("singular_groups", 4)
+    shrunk = SVDLinear(4, 4, 4)
+    shrunk.rank = 3
+    root = nn.Sequential(LowRankLinear(4, 4, 2), shrunk, SVDLinear(4, 4, 3))
+    before = read_layout(root)
+    _, layout = compact_state(root.state_dict(), before, ["0", "2"])
+    assert layout == ModelLayout({"0": low_rank(2), "1": low_rank(3)})
+    assert before.modules["1"] == groups(4)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    "entry", [{}, {"rank": 2}, {"form": 2}, "low_rank", ["woven", 2], ["low_rank"], ["low_rank", "2"], None]
+)
+def test_an_entry_that_tells_no_form_is_refused_with_the_layer(version: int, entry: Any) -> None:
+    with pytest.raises(FormSpecError, match=r"layer 'a\.b' is described by"):
+        ModelLayout.from_dict({"version": version, "modules": {"a.b": entry}})
+
+
+@pytest.mark.parametrize("spec", [{}, {"rank": "2"}, {"rank": 2.5}, {"rank": True}, {"capacity": 2}])
+def test_a_form_without_its_size_is_refused_and_changes_nothing(spec: Any) -> None:
+    root = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = list(root)
+    with pytest.raises(FormSpecError, match="lacks the whole number 'rank'"):
+        conform_(root, ModelLayout({"0": low_rank(2), "1": {"form": "low_rank", **spec}}))
+    assert all(now is then for now, then in zip(root, before, strict=True))
+
+
+def test_version_1_is_read() -> None:
+    modules = {"a": ["low_rank", 2], "b": ("singular_groups", 4)}
+    expected = ModelLayout({"a": low_rank(2), "b": groups(4)})
+    assert ModelLayout.from_dict({"version": 1, "modules": modules}) == expected
+
+
+def test_what_lies_inside_a_form_is_neither_laid_out_nor_conformed() -> None:
+    root = nn.Sequential(LowRankLinear(4, 4, 2))
+    assert read_layout(root) == ModelLayout({"0": low_rank(2)})
+    with pytest.raises(CheckpointMismatchError, match=r"at '0\.left'"):
+        conform_(root, ModelLayout({"0": low_rank(2), "0.left": low_rank(1)}))
