@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lowrank_pl import __version__
-from lowrank_pl.surgery import read_layout
-from lowrank_pl.tasks.checksums import CHECKSUMS
+from lowrank_pl.files.checksums import CHECKSUMS
+from lowrank_pl.monitoring.report import kept_lines
+from lowrank_pl.nn import forms_in
 from lowrank_pl.tasks.saved import SavedModel
 
 
@@ -21,7 +22,7 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
         model: As it is written.
         saved: Where it came from.
         report: Of the run that made it; may be empty. With `onnx`, what `write_onnx` returned.
-        form: `"factored"`, `"dense"` or `"onnx"`.
+        form: `"factorised"`, `"dense"` or `"onnx"`.
     """
     assert saved.target is not None
     base = getattr(saved.config, "_name_or_path", "") or saved.config.model_type
@@ -29,22 +30,20 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
         base = f"{saved.config.model_type}, from a local folder"  # whose path would mean nothing to others
     record = saved.compression
     total = sum(parameter.numel() for parameter in model.parameters())
-    layers = read_layout(model).modules
+    layers = forms_in(model)
     library = "onnx" if form == "onnx" else "transformers"
     lines = ["---", f"library_name: {library}", "tags:", "- low-rank", "---", ""]
     lines += [f"# {saved.target.name}, low-rank" if layers else f"# {saved.target.name}", ""]
     lines += [f"* base model: `{base}`", f"* task: {saved.target.name} ({saved.target.kind})"]
     lines += [f"* parameters: {total:,}"]
     if record is not None:
+        cost = None if record.cost is None else record.cost.to_dict()
         lines += [
             f"* method: {record.method} of lowrank_pl {__version__}",
-            f"* targeted weights: {record.targeted_kept:,} of {record.targeted_dense:,} kept "
-            f"(keep_ratio {record.keep_ratio:.4f})",
+            *kept_lines(record.targeted_kept, record.targeted_dense, cost),
         ]
     if "versions" in report:
-        score = report.get("score")
-        told = "n/a" if score is None else f"{score:.4f}"
-        lines.append(f"* score: {told} ({report.get('metric')}, {report.get('split')} split)")
+        lines.append(_score_line(saved, report))
         if data := report.get("data"):
             samples = ", ".join(f"{name} {count:,}" for name, count in data["samples"].items())
             lines.append(f"* samples: {samples}; data fingerprint `{data['fingerprint']}`")
@@ -54,16 +53,30 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
         lines += [f"* {name} {version}" for name, version in report.get("versions", {}).items()]
     if form == "onnx":
         lines += _onnx_lines(report["onnx"])
-    if form == "factored":
+    if form == "factorised":
         lines += ["", "```python", f"from transformers import {_auto_class(model)}", ""]
         lines += [f'model = {_auto_class(model)}.from_pretrained("…", trust_remote_code=True)', "```", ""]
         lines += ["or, without running code of this folder,", "", "```python"]
         lines += ["from lowrank_pl import from_pretrained", "", 'model = from_pretrained("…")', "```"]
     if layers:
         lines += ["", "| layer | rank |", "|---|---|"]
-        lines += [f"| {name} | {rank} |" for name, (_, rank) in layers.items()]
+        lines += [f"| {name} | {layer.rank} |" for name, layer in layers.items()]
     lines += ["", f"`sha256sum -c {CHECKSUMS}` tells whether the weights are those that were exported."]
     return "\n".join([*lines, ""])
+
+
+def _score_line(saved: SavedModel, report: Mapping[str, Any]) -> str:
+    """The score of this very checkpoint where the report tells it: that of a run is its last validation's."""
+    metric, split = report.get("metric"), report.get("split")
+    name, best = Path(saved.source).name, report.get("checkpoint")
+    if report.get("verb") == "fit" and best is not None and Path(best).name == name != "last.ckpt":
+        return f"* {report.get('checkpoint_monitor') or 'score'}: {_number(report.get('checkpoint_score'))} ({metric})"
+    when = ", at the end of the run" if report.get("verb") == "fit" and name != "last.ckpt" else ""
+    return f"* score{when}: {_number(report.get('score'))} ({metric}, {split} split)"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
 
 
 def _onnx_lines(told: Mapping[str, Any]) -> list[str]:

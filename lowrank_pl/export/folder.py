@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowrank_pl.errors.model import CheckpointMismatchError, NonFiniteWeightsError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
-from lowrank_pl.export.atomic import all_or_nothing, check_output
 from lowrank_pl.export.card import model_card
 from lowrank_pl.export.loading import factorised_class
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
+from lowrank_pl.files import all_or_nothing, check_output
+from lowrank_pl.files.checksums import write_checksums
 from lowrank_pl.hub import load_tokenizer
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.surgery import densify_
-from lowrank_pl.tasks.checksums import write_checksums
 from lowrank_pl.tasks.rebuilt import rebuilt
 from lowrank_pl.tasks.saved import SavedModel, read_saved_model
+
+logger = logging.getLogger(__name__)
+
+_REPORT = "Give a report.json that a run has written with --report, or remove the damaged one."
 
 
 def export(
     ckpt_path: str,
     output: str,
-    format: Literal["factored", "dense", "onnx"] = "factored",
+    format: Literal["factorised", "factored", "dense", "onnx"] = "factorised",
     tokenizer: str | None = None,
     report: str | None = None,
     overwrite: bool = False,
@@ -37,13 +44,13 @@ def export(
     Args:
         ckpt_path: A Lightning checkpoint of this package, or the output folder of `compress`.
         output: The folder to write; must be new or empty.
-        format: `factored` keeps the factors; such a folder loads by `lowrank_pl.from_pretrained`, by
+        format: `factorised` (or `factored`) keeps the factors; such a folder loads by `lowrank_pl.from_pretrained`, by
             `AutoModelFor….from_pretrained(folder, trust_remote_code=True)` where this package is not installed, and as
             `init_from`. `dense` multiplies them back for any tool. `onnx` keeps the factors in a `model.onnx` for
             onnxruntime, of which nothing is read back; it needs the extra `onnx`.
         tokenizer: Where the tokenizer is; by default the encoder that the model was made from.
         report: A report.json to take along and to quote in the model card; by default that of the checkpoint's run.
-        overwrite: Replace a folder that exists.
+        overwrite: Replace a folder that exists, with everything that is in it.
         max_shard_size: Split larger weights into files of at most this size, e.g. `"5GB"`, in KB, MB, GB or TB; by
             default that of transformers. A single tensor is never split.
 
@@ -55,22 +62,27 @@ def export(
         OutputExistsError, OutputNotWritableError: see `output` and `overwrite`.
         MissingArgumentError: the tokenizer cannot be found.
         RangeError: `max_shard_size` is no size.
+        CheckpointMismatchError: the tokenizer has tokens that the model has no embedding for.
+        NonFiniteWeightsError: a weight is NaN or Inf.
         MissingPackagesError, OnnxExportError, OnnxMismatchError: see `onnx`, which is written only if onnxruntime
             computes what torch does.
     """
     if format == "onnx":
         check_packages("export --format onnx")
+    form = "factorised" if format == "factored" else format
     source, folder = Path(ckpt_path).expanduser(), Path(output).expanduser()
     sharding = _sharding(max_shard_size)
     check_output(folder, overwrite)
     _check_apart(source, folder)
-    saved = read_saved_model(ckpt_path, "--ckpt_path")
+    saved = read_saved_model(ckpt_path, "export --ckpt_path")
     told = _report_of(source, report)
     encoder = rebuilt(saved)
+    _check_finite(encoder, ckpt_path)
     words = load_tokenizer(_tokenizer_of(saved, tokenizer))
+    _check_tokenizer(words, saved)
     if format == "dense":
         densify_(encoder)
-    kind = factorised_class(type(encoder)) if format == "factored" else type(encoder)
+    kind = factorised_class(type(encoder)) if form == "factorised" else type(encoder)
     encoder = _as(kind, encoder, saved)
     with all_or_nothing(folder, overwrite) as temporary:
         if format == "onnx":
@@ -79,7 +91,7 @@ def export(
             encoder.save_pretrained(temporary, **sharding)
         write_checksums(temporary)
         words.save_pretrained(temporary)
-        card = model_card(encoder, saved, told, format)
+        card = model_card(encoder, saved, told, form)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if told:
             (temporary / "report.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
@@ -104,7 +116,7 @@ def _as(kind: type[PreTrainedModel], model: PreTrainedModel, saved: SavedModel) 
 
 
 def _tokenizer_of(saved: SavedModel, asked: str | None) -> str:
-    name = asked or getattr(saved.config, "_name_or_path", "")
+    name = asked or saved.tokenizer
     if not name:
         raise MissingArgumentError("the tokenizer", "The checkpoint does not tell where it was; give --tokenizer.")
     return str(name)
@@ -117,11 +129,43 @@ def _report_of(checkpoint: Path, asked: str | None) -> dict[str, Any]:
         places = [start / "report.json", start.parent / "report.json"]
     for place in places:
         if place.is_file():
-            found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-            return found
+            return _read_report(place)
     if asked:
         raise MissingArgumentError(f"the report {asked!r}", "Give a report.json, or leave --report out.")
     return {}
+
+
+def _read_report(place: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MissingArgumentError(f"a readable report in {str(place)!r} ({error})", _REPORT) from error
+    if not isinstance(found, dict):
+        raise MissingArgumentError(f"a report in {str(place)!r}", _REPORT)
+    return found
+
+
+def _check_tokenizer(words: PreTrainedTokenizerBase, saved: SavedModel) -> None:
+    """Refuses a tokenizer with tokens that the model has no embedding for, and warns of one that pads otherwise."""
+    size = getattr(saved.config, "vocab_size", None)
+    if size is not None and len(words) > size:
+        problem = f"the tokenizer {words.name_or_path!r} has {len(words)} tokens and the model embeddings for {size}"
+        raise CheckpointMismatchError(saved.source, f"{problem}; give its own with --tokenizer")
+    own, theirs = getattr(saved.config, "pad_token_id", None), words.pad_token_id
+    if own is not None and theirs is not None and own != theirs:
+        told = (words.name_or_path, theirs, own)
+        logger.warning("the tokenizer %r pads with token %d, the model with %d: is it the model's own?", *told)
+
+
+def _check_finite(model: PreTrainedModel, source: str) -> None:
+    """Refuses to write a model that computes nothing: its training has diverged.
+
+    Raises:
+        NonFiniteWeightsError: a parameter contains NaN or Inf.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteWeightsError(source, name)
 
 
 def _sharding(size: str | None) -> dict[str, Any]:

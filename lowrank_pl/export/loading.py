@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.export.module_file import MODULE, class_name, module_text
+from lowrank_pl.files.checksums import write_checksums
+from lowrank_pl.files.weight_files import remove_superseded
 from lowrank_pl.hub import uninitialised
 from lowrank_pl.surgery import read_layout
-from lowrank_pl.tasks.checksums import write_checksums
 from lowrank_pl.tasks.saved import LAYOUT_KEY, read_saved_model
-from lowrank_pl.tasks.weight_files import remove_superseded
 
 BASE_KEY = "lowrank_base"
 
@@ -28,10 +28,19 @@ class _Factorised:
         self.config.update(config_fields(self, base.__name__))  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
         if is_main_process:
-            folder = Path(save_directory)
-            (folder / f"{MODULE}.py").write_text(module_text(base.__name__), encoding="utf-8")
-            remove_superseded(folder)
-            write_checksums(folder)
+            self._complete(Path(save_directory))
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """Completes a folder before transformers uploads it, which `save_pretrained(push_to_hub=True)` does itself."""
+        self._complete(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+    def _complete(self, folder: Path) -> None:
+        """Adds what transformers does not write."""
+        base = next(c for c in type(self).__mro__ if c.__module__.startswith("transformers.models."))
+        (folder / f"{MODULE}.py").write_text(module_text(base.__name__), encoding="utf-8")
+        remove_superseded(folder)
+        write_checksums(folder)
 
 
 def config_fields(model: Any, base: str) -> dict[str, Any]:
@@ -75,10 +84,11 @@ def from_pretrained(folder: str) -> PreTrainedModel:
         LayoutVersionError: an incompatible release has written it.
         CheckpointMismatchError: config.json and the weights disagree.
     """
-    saved = read_saved_model(folder)
+    saved = read_saved_model(folder, "from_pretrained")
     name = getattr(saved.config, BASE_KEY, None)
     if saved.dense_folder is not None or name is None:
-        raise NotACheckpointError(folder, f"config.json names no {BASE_KEY!r}: a dense model loads by transformers")
+        problem = f"config.json names no {BASE_KEY!r}: a dense model loads by transformers"
+        raise NotACheckpointError(folder, problem, "from_pretrained")
     base = getattr(transformers, str(name), None)
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise CheckpointMismatchError(folder, f"transformers {transformers.__version__} has no class {name!r}")

@@ -8,25 +8,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel as Base
+from transformers.pytorch_utils import Conv1D
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 
 class LowRankLinear(nn.Module):
-    """`y = left (right x) + bias`; `left [out, r]`, `right [r, in]`."""
+    """`y = left(right(x))`: two linears with the weights `[out, r]`, and a bias if there was one, and `[r, in]`."""
 
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
+    def __init__(self, dense: nn.Linear | Conv1D, rank: int) -> None:
         super().__init__()
-        kind: dict[str, Any] = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        self.left = nn.Parameter(torch.zeros(linear.out_features, rank, **kind))
-        self.right = nn.Parameter(torch.zeros(rank, linear.in_features, **kind))
-        self.bias = linear.bias
+        m, n = dense.weight.T.shape if isinstance(dense, Conv1D) else dense.weight.shape
+        kind: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
+        with torch.device("meta"):  # no random weights: the real ones are loaded
+            self.left = nn.Linear(rank, m, dense.bias is not None)
+            self.right = nn.Linear(n, rank, False)
+        for linear in (self.left, self.right):
+            linear.weight = nn.Parameter(torch.zeros(linear.weight.shape, **kind))
+        self.left.bias = dense.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that asks a linear layer for it."""
+        return self.left.weight @ self.right.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in] → [..., out]`."""
-        return F.linear(F.linear(x, self.right), self.left, self.bias)
+        y: Tensor = self.left(self.right(x))
+        return y
 
 
 class LowRankModel(Base):
@@ -37,11 +47,11 @@ class LowRankModel(Base):
         layout = config.lowrank_layout
         if layout["version"] != LAYOUT_VERSION:
             raise ValueError(f"layout version {layout['version']} is not {LAYOUT_VERSION}, the one this file reads")
-        for name, (kind, rank) in layout["modules"].items():
+        for name, spec in layout["modules"].items():
             old = self.get_submodule(name)
-            if kind != "low_rank" or not isinstance(old, nn.Linear):
-                raise ValueError(f"config.json has a {kind} layer at {name!r}, the model {type(old).__name__}")
-            new = LowRankLinear(old, rank)
+            if spec["form"] != "low_rank" or not isinstance(old, (nn.Linear, Conv1D)):
+                raise ValueError(f"config.json has a {spec['form']} layer at {name!r}, the model {type(old).__name__}")
+            new = LowRankLinear(old, spec["rank"])
             for parent in list(self.modules()):  # under every name, where a layer is shared
                 for child, module in parent._modules.items():
                     if module is old:

@@ -21,7 +21,7 @@ from lowrank_pl.errors.model import DamagedWeightsError, NotACheckpointError
 from lowrank_pl.export import export, from_pretrained
 from lowrank_pl.tasks import SequenceClassification
 from tests.export.test_export import CLASSES, checkpoint, load_remotely, logits
-from tests.tasks.test_weight_files import Marker
+from tests.files.test_weight_files import Marker
 
 Load = Callable[[Path], Tensor]
 

@@ -16,17 +16,22 @@ from transformers import AutoModelForSequenceClassification
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.core import truncated_svd
-from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError, NotACheckpointError
+from lowrank_pl.errors.model import (
+    CheckpointMismatchError,
+    LayoutVersionError,
+    NonFiniteWeightsError,
+    NotACheckpointError,
+)
 from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
 from lowrank_pl.export import export, folder, from_pretrained
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies import RankDyna
 from lowrank_pl.surgery import TargetSelector, read_layout, replace_module_
 from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
 from lowrank_pl.tasks.saved import describe
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
-from tests.support.tiny import FAMILIES, save_tiny_model
+from tests.support.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 
 CLASSES = TargetSpec("films", "classification", ("bad", "good"), ("accuracy",))
 KINDS: dict[str, tuple[Any, TargetSpec]] = {
@@ -53,7 +58,7 @@ def checkpoint(pretrained: str, path: Path, kind: str = "classification") -> Any
     layers = list(TargetSelector().select(task.encoder).items())
     for index, (name, linear) in enumerate(layers[1:]):
         layer = LowRankLinear.like(linear, 2 + index % 3)
-        layer.assign_(truncated_svd(linear.weight.detach(), layer.rank))
+        layer.assign_(truncated_svd(dense_weight(linear).detach(), layer.rank))
         replace_module_(task.encoder, name, layer)
     told = describe(task.encoder.config, read_layout(task.encoder), target, None)
     torch.save({"state_dict": task.state_dict(), **told}, path)
@@ -157,7 +162,7 @@ def test_exporting_a_model_tuned_from_an_export(tiny_bert: str, tmp_path: Path) 
     task = make_task(None, init_from=str(where))
     trainer = make_trainer(tmp_path)
     trainer.fit(task, datamodule=SyntheticData())
-    for form in ("factored", "dense"):
+    for form in ("factorised", "factored", "dense"):
         again = export(last_checkpoint(trainer), str(tmp_path / form), form, tokenizer=tiny_bert)
         model: Any = AutoModelForSequenceClassification if form == "dense" else None
         loaded = model.from_pretrained(again) if model else from_pretrained(str(again))
@@ -198,12 +203,12 @@ def damaged(where: Path, how: str) -> None:
         weights.write_bytes(weights.read_bytes()[:-100])
     elif how == "missing":
         state = load_file(weights)
-        del state[f"{name}.left"]
+        del state[f"{name}.left.weight"]
         save_file(state, weights)
     elif how == "extra":
         save_file({**load_file(weights), "more": torch.zeros(1)}, weights)
     elif how == "rank":
-        layout["modules"][name][1] += 1
+        layout["modules"][name]["rank"] += 1
     elif how == "version":
         layout["version"] = 99
     elif how == "architecture":
@@ -250,3 +255,65 @@ def test_a_folder_is_not_replaced_by_what_is_made_from_it(tiny_bert: str, tmp_pa
         with pytest.raises(OutputExistsError, match="holds the checkpoint"):
             export(str(source), str(compressed), overwrite=True)
     assert [entry.name for entry in compressed.iterdir()] == ["model.ckpt"]
+
+
+def test_a_diverged_model_is_not_written(tiny_bert: str, tmp_path: Path) -> None:
+    checkpoint(tiny_bert, tmp_path / "model.ckpt")
+    saved = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    saved["state_dict"]["encoder.classifier.weight"][0, 0] = float("nan")
+    torch.save(saved, tmp_path / "model.ckpt")
+    with pytest.raises(NonFiniteWeightsError, match=r"'classifier\.weight' contains NaN"):
+        export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its larger ids would end in an index error, or on a GPU in an assertion, wherever the folder is used."""
+    checkpoint(tiny_bert, tmp_path / "model.ckpt")
+    words = tiny_tokenizer()
+    words.add_tokens(["another"])
+    words.save_pretrained(tmp_path / "larger")
+    config = json.dumps({"model_type": "bert"})
+    (tmp_path / "larger" / "config.json").write_text(config)
+    with pytest.raises(CheckpointMismatchError, match=r"tokens and the model embeddings for .*--tokenizer"):
+        export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), tokenizer=str(tmp_path / "larger"))
+    assert not (tmp_path / "out").exists()
+    words = tiny_tokenizer()
+    words.pad_token = "[UNK]"
+    words.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(config)
+    export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), tokenizer=str(tmp_path / "other"))
+    assert "pads with token 1, the model with 0" in caplog.text
+
+
+def test_a_damaged_report_is_told(tiny_bert: str, tmp_path: Path) -> None:
+    checkpoint(tiny_bert, tmp_path / "model.ckpt")
+    for content in ("{", "[]"):
+        (tmp_path / "report.json").write_text(content)
+        with pytest.raises(MissingArgumentError, match=r"report.* in '.*report\.json'"):
+            export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
+
+
+def test_the_card_quotes_the_score_of_the_checkpoint_that_is_exported(tiny_bert: str, tmp_path: Path) -> None:
+    """The run's report tells the last validation's, which is not the best checkpoint's."""
+    (tmp_path / "checkpoints").mkdir()
+    best = {"checkpoint": "/elsewhere/best.ckpt", "checkpoint_score": 0.75, "checkpoint_monitor": "val/score"}
+    told = {"verb": "fit", "score": 0.5, "metric": "f1", "split": "val", "command": "", "versions": {}, **best}
+    (tmp_path / "report.json").write_text(json.dumps(told))
+    lines = {
+        "best.ckpt": "* val/score: 0.7500 (f1)",
+        "last.ckpt": "* score: 0.5000 (f1, val split)",
+        "epoch=0.ckpt": "* score, at the end of the run: 0.5000 (f1, val split)",
+    }
+    for name, line in lines.items():
+        checkpoint(tiny_bert, tmp_path / "checkpoints" / name)
+        export(str(tmp_path / "checkpoints" / name), str(tmp_path / name.removesuffix(".ckpt")))
+        assert line in (tmp_path / name.removesuffix(".ckpt") / "README.md").read_text().splitlines()
+
+
+def test_a_folder_of_an_architecture_that_is_not_known_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    with pytest.raises(NotACheckpointError, match=r"from_pretrained=.*knows no model_type 'nothing'"):
+        from_pretrained(str(tmp_path))

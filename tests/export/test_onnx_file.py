@@ -160,7 +160,7 @@ def test_nothing_reads_it_back(tiny_bert: str, tmp_path: Path) -> None:
     for name in ("config.json", "model.onnx"):
         (tmp_path / "out" / name).write_text("{}")
     for read in (from_pretrained, lambda folder: SequenceClassification(init_from=folder).build(CLASSES)):
-        with pytest.raises(NotACheckpointError, match=r"model\.onnx is for onnxruntime alone.*--format factored"):
+        with pytest.raises(NotACheckpointError, match=r"model\.onnx is for onnxruntime alone.*--format factorised"):
             read(str(tmp_path / "out"))
     with pytest.raises(ModelFolderError, match=r"no weights \(model\.safetensors.*'model\.onnx'"):
         SequenceClassification(str(tmp_path / "out")).build(CLASSES)

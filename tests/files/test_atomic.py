@@ -6,18 +6,19 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, modeling_utils
+from safetensors.torch import save_file
 
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import OutputExistsError, OutputNotWritableError
-from lowrank_pl.export import atomic, export
-from lowrank_pl.export.atomic import all_or_nothing, check_output
-from tests.export.test_export import checkpoint
+from lowrank_pl.files import atomic
+from lowrank_pl.files.atomic import all_or_nothing, check_output
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -213,7 +214,7 @@ def test_a_folder_left_aside_never_replaces_another(tmp_path: Path, caplog: pyte
     check_output(tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "file.txt").read_text() == "new"
     assert is_old(tmp_path / ".out.0123abcd.aside")
-    assert ".out.0123abcd.aside is left of a killed export" in caplog.text
+    assert ".out.0123abcd.aside is left of a killed run" in caplog.text
 
 
 def test_an_unfinished_folder_is_told_and_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,48 +223,30 @@ def test_an_unfinished_folder_is_told_and_left_alone(tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.WARNING):
         check_output(tmp_path / "out", overwrite=False)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/.out.0123abcd.part is left of a killed export: remove it, unless another to {tmp_path}/out is "
-        "running"
+        f"{tmp_path}/.out.0123abcd.part is left of a killed run: remove it, unless another to {tmp_path}/out is running"
     ]
     write(tmp_path / "out")
     assert len(names(tmp_path)) == 5
 
 
-@pytest.mark.parametrize("form", ["factored", "dense"])
-@pytest.mark.parametrize("where", ["weights", "tokenizer", "card"])
-def test_a_full_disk_during_an_export(
-    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any, where: str
-) -> None:
-    checkpoint(tiny_bert, tmp_path / "model.ckpt")
-    old_folder(tmp_path / "out")
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise SafetensorError(str(FULL)) if where == "weights" else FULL
-
-    place: dict[str, tuple[Any, str]] = {
-        "weights": (modeling_utils, "safe_save_file"),
-        "tokenizer": (PreTrainedTokenizerBase, "save_pretrained"),
-        "card": (Path, "write_text"),
-    }
-    monkeypatch.setattr(*place[where], full)
-    with pytest.raises(OutputNotWritableError, match=r"out' cannot be made \(.*No space left"):
-        export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), form, overwrite=True)
-    assert names(tmp_path) == ["model.ckpt", "out"]
-    assert is_old(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
-    with pytest.raises(OutputNotWritableError, match="No space left"):
-        export(str(tmp_path / "model.ckpt"), str(tmp_path / "a" / "out"), form)
-    assert names(tmp_path) == ["model.ckpt"]
+def test_files_follow_the_umask_whoever_wrote_them(tmp_path: Path) -> None:
+    for umask, mode in ((0o022, 0o644), (0o027, 0o640), (0o077, 0o600)):
+        before = os.umask(umask)
+        try:
+            with all_or_nothing(tmp_path / "out", overwrite=True) as part:
+                (part / "sub").mkdir()
+                save_file({"a": torch.zeros(2)}, part / "sub" / "a.safetensors")
+                Path(tempfile.mkstemp(dir=part)[1]).rename(part / "b")
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        assert modes == {"a.safetensors": mode, "b": mode}
 
 
-def test_an_export_below_a_file(tiny_bert: str, tmp_path: Path) -> None:
-    checkpoint(tiny_bert, tmp_path / "model.ckpt")
-    with pytest.raises(OutputNotWritableError, match=r"model\.ckpt/out' cannot be made"):
-        export(str(tmp_path / "model.ckpt"), str(tmp_path / "model.ckpt" / "out"))
-    assert names(tmp_path) == ["model.ckpt"]
-
-
-@pytest.mark.parametrize("size", ["0KB", "20", "20 bananas", "-5GB", "", "GB", "5GiB"])
-def test_an_impossible_shard_size_is_refused_first(tmp_path: Path, size: str) -> None:
-    with pytest.raises(RangeError, match=f"max_shard_size='{size}'"):
-        export(str(tmp_path / "nothing.ckpt"), str(tmp_path / "out"), max_shard_size=size)
+@pytest.mark.parametrize("place", ["file/out", "n" * 300])
+def test_what_cannot_be_made_is_told_before_any_work(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputNotWritableError, match="cannot be made"):
+        check_output(tmp_path / place, overwrite=False)
+    check_output(tmp_path / "a" / "b" / "out", overwrite=False)
+    assert names(tmp_path) == ["file"]

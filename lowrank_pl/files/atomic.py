@@ -16,6 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lowrank_pl.errors.run import OutputExistsError, OutputNotWritableError
+from lowrank_pl.files.durable import flush, flush_names
+from lowrank_pl.files.modes import follow_umask
 
 logger = logging.getLogger(__name__)
 
@@ -24,31 +26,38 @@ _ASIDE = ".aside"
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuses a folder that must not be replaced, before any work is done, and repairs what killed exports left.
+    """Refuses a folder that must not be replaced or cannot be made, before any work, and repairs what kills have left.
 
-    A folder that a kill has left aside is put back. Unfinished ones are told, not removed: their export may be running.
+    A folder that a kill has left aside is put back. Unfinished ones are told, not removed: their run may be going on.
+
+    Args:
+        output: The folder that is to be made.
+        overwrite: Whether a folder that exists and is not empty may be replaced.
 
     Raises:
         OutputExistsError: something is there and may not be replaced.
-        OutputNotWritableError: the path cannot be looked at.
+        OutputNotWritableError: nothing can be made there.
     """
     with _errors_told(output):
         folder = _real(output)
         if not folder.exists() and (aside := _beside(folder, _ASIDE)):
             aside[-1].rename(folder)
-            logger.warning("an export was killed while it replaced %s: what was there is put back", output)
+            logger.warning("a run was killed while it replaced %s: what was there is put back", output)
         for rest in [*_beside(folder, _PART), *_beside(folder, _ASIDE)]:
-            logger.warning("%s is left of a killed export: remove it, unless another to %s is running", rest, output)
+            logger.warning("%s is left of a killed run: remove it, unless another to %s is running", rest, output)
         _refuse(folder, output, overwrite)
+        with _part_of(folder):
+            pass
 
 
 @contextmanager
 def all_or_nothing(output: Path, overwrite: bool) -> Iterator[Path]:
     """Gives a new folder that takes the place of the output folder when the `with` block has succeeded.
 
-    Until then it has a hidden name beside its place, `.NAME.….part`. An error removes it; a kill leaves it there. A
-    folder that is replaced changes places with the new one in one step where the system can (Linux, on most file
-    systems). Elsewhere a kill in the middle can leave it as `.NAME.….aside`, from where `check_output` puts it back.
+    Until then it has a hidden name beside its place, `.NAME.….part`. Its files get the modes that the umask asks for.
+    An error removes it; a kill leaves it there. A folder that is replaced changes places with the new one in one step
+    where the system can (Linux, on most file systems). Elsewhere a kill in the middle can leave it as `.NAME.….aside`,
+    from where `check_output` puts it back.
 
     Args:
         output: The folder to make; where it is a link, what it points to.
@@ -59,22 +68,34 @@ def all_or_nothing(output: Path, overwrite: bool) -> Iterator[Path]:
         OutputNotWritableError: a file or folder cannot be written.
     """
     folder = _real(output)
+    with _errors_told(output), _part_of(folder) as part:
+        yield part
+        follow_umask(*(path for path in part.rglob("*") if path.is_file()))
+        flush(part)
+        _refuse(folder, output, overwrite)
+        if folder.exists():
+            _exchange(part, folder)
+        else:
+            part.rename(folder)
+        flush_names(folder.parent)
+
+
+@contextmanager
+def _part_of(folder: Path) -> Iterator[Path]:
+    """Makes a hidden folder beside another, and the parents that it lacks; leaves none of them behind."""
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{_PART}")
-    with _errors_told(output):
-        made = [parent for parent in folder.parents if not parent.exists()]
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        part.mkdir(parents=True)
+        yield part
+    finally:
         try:
-            part.mkdir(parents=True)
-            yield part
-            _refuse(folder, output, overwrite)
-            if folder.exists():
-                _exchange(part, folder)
-            else:
-                part.rename(folder)
-        finally:
+            part.rmdir()  # nothing has been written
+        except OSError:
             shutil.rmtree(part, ignore_errors=True)
-            for parent in made:
-                with suppress(OSError):  # not empty: the folder is there
-                    parent.rmdir()
+        for parent in made:
+            with suppress(OSError):  # not empty: the folder is there
+                parent.rmdir()
 
 
 def _real(output: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_pl.errors.model import DamagedWeightsError, NotACheckpointError
-from lowrank_pl.tasks.checksums import CHECKSUMS, verify_checksums, write_checksums
+from lowrank_pl.files.checksums import CHECKSUMS, verify_checksums, write_checksums
 
 NAME = "model.safetensors"
 # The digest of "abc", the first example of FIPS 180.

@@ -23,10 +23,12 @@ class WeightFiles:
     Attributes:
         folder: Where they lie.
         shards: By file name the tensors that the index places there; `None` where one file holds all.
+        argument: By which the user named the folder, for messages.
     """
 
     folder: Path
     shards: dict[str, frozenset[str]] | None = None
+    argument: str = "init_from"
 
     @property
     def names(self) -> list[str]:
@@ -46,7 +48,7 @@ class WeightFiles:
                 with safe_open(self.folder / name, framework="pt") as file:
                     found = frozenset(file.keys())
             except (SafetensorError, OSError) as error:
-                raise NotACheckpointError(str(self.folder), f"{name} is damaged ({error})") from error
+                raise NotACheckpointError(str(self.folder), f"{name} is damaged ({error})", self.argument) from error
             if found != tensors:
                 source = str(self.folder / name)
                 raise CheckpointMismatchError.keys(source, sorted(tensors - found), sorted(found - tensors))
@@ -62,14 +64,18 @@ class WeightFiles:
             try:
                 state.update(load_file(self.folder / name))
             except (SafetensorError, OSError) as error:
-                raise NotACheckpointError(str(self.folder), f"{name} is damaged ({error})") from error
+                raise NotACheckpointError(str(self.folder), f"{name} is damaged ({error})", self.argument) from error
         return state
 
 
-def weight_files(folder: Path) -> WeightFiles:
+def weight_files(folder: Path, argument: str = "init_from") -> WeightFiles:
     """Finds the weights as transformers does: `model.safetensors`, or the shards that the index names.
 
     Whatever else lies there, a shard of an earlier save or a pickle, is not looked at.
+
+    Args:
+        folder: Where they lie.
+        argument: By which the user named it, for messages.
 
     Raises:
         NotACheckpointError: there are no weights, a shard is missing, the index is damaged, or file and index are
@@ -77,16 +83,16 @@ def weight_files(folder: Path) -> WeightFiles:
     """
     if not (folder / INDEX).is_file():
         if (folder / SINGLE).is_file():
-            return WeightFiles(folder)
-        raise NotACheckpointError(str(folder), f"it has neither {SINGLE} nor {INDEX}, which names the shards")
-    shards = _read_index(folder)
+            return WeightFiles(folder, argument=argument)
+        raise NotACheckpointError(str(folder), f"it has neither {SINGLE} nor {INDEX}, which names the shards", argument)
+    shards = _read_index(folder, argument)
     if (folder / SINGLE).is_file() and set(shards) != {SINGLE}:
         problem = f"it has both {SINGLE} and {INDEX}, of which one is left from an earlier save; remove that one"
-        raise NotACheckpointError(str(folder), problem)
+        raise NotACheckpointError(str(folder), problem, argument)
     if missing := [name for name in sorted(shards) if not (folder / name).is_file()]:
         problem = f"{INDEX} names {missing[0]!r}, which is missing ({len(missing)} of {len(shards)} files are)"
-        raise NotACheckpointError(str(folder), f"{problem}; copy the folder again")
-    return WeightFiles(folder, shards)
+        raise NotACheckpointError(str(folder), f"{problem}; copy the folder again", argument)
+    return WeightFiles(folder, shards, argument)
 
 
 def remove_superseded(folder: Path) -> None:
@@ -99,7 +105,7 @@ def remove_superseded(folder: Path) -> None:
         (folder / (SINGLE if complete else INDEX)).unlink()
 
 
-def _read_index(folder: Path) -> dict[str, frozenset[str]]:
+def _read_index(folder: Path, argument: str = "init_from") -> dict[str, frozenset[str]]:
     try:
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, set[str]] = {}
@@ -107,10 +113,10 @@ def _read_index(folder: Path) -> dict[str, frozenset[str]]:
             shards.setdefault(name, set()).add(tensor)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{INDEX} is damaged ({type(error).__name__}: {error})"
-        raise NotACheckpointError(str(folder), problem) from error
+        raise NotACheckpointError(str(folder), problem, argument) from error
     # A name with a folder in it could lead anywhere on the disk.
     strange = [name for name in shards if not isinstance(name, str) or Path(name).name != name]
     if strange or not shards:
         problem = f"{INDEX} names {strange[0]!r}, no file beside it" if strange else f"{INDEX} names no shard"
-        raise NotACheckpointError(str(folder), problem)
+        raise NotACheckpointError(str(folder), problem, argument)
     return {name: frozenset(tensors) for name, tensors in shards.items()}
