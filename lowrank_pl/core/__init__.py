@@ -8,15 +8,19 @@ from lowrank_pl.core.diagnosis import Diagnosis, diagnose
 from lowrank_pl.core.diagnostics import relative_error
 from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
+from lowrank_pl.core.kronecker import KroneckerGroups, kronecker_groups, kronecker_svd
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
 
 __all__ = [
     "Diagnosis",
     "Factors",
+    "KroneckerGroups",
     "LinearShape",
     "axis_weighted_svd",
     "diagnose",
+    "kronecker_groups",
+    "kronecker_svd",
     "relative_error",
     "singular_values",
     "truncated_svd",

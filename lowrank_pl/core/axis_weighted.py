@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from lowrank_pl.core.checks import check_importance, check_weight
 from lowrank_pl.core.factors import Factors
+from lowrank_pl.core.precision import double
+from lowrank_pl.core.subspace import left_singular_vectors
 from lowrank_pl.core.svd import truncated_svd
 from lowrank_pl.errors.numerics import RangeError
 
@@ -58,18 +59,13 @@ def axis_weighted_svd(
         return truncated_svd(weight, rank)
     scale_in = _scale("input_importance", input_importance, shape.in_features, damping)
     scale_out = _scale("output_importance", output_importance, shape.out_features, damping)
-    w = weight.double()
+    w = double(weight)
     if scale_out is None:
-        u = _left_vectors(w * scale_in if scale_in is not None else w, rank)
-        return Factors.from_product(u, u.mT @ w).to(weight.dtype)
+        u = left_singular_vectors(w * scale_in if scale_in is not None else w, rank)
+        return Factors.from_projection(u, w).like(weight)
     w_out = scale_out[:, None] * w
-    u = _left_vectors(w_out * scale_in if scale_in is not None else w_out, rank)
-    return Factors.from_product(u / scale_out[:, None], u.mT @ w_out).to(weight.dtype)
-
-
-def _left_vectors(matrix: Tensor, rank: int) -> Tensor:
-    u: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
-    return u[:, :rank]
+    u = left_singular_vectors(w_out * scale_in if scale_in is not None else w_out, rank)
+    return Factors.from_product(u / scale_out[:, None], u.mT @ w_out).like(weight)
 
 
 def _scale(what: str, importance: Tensor | None, size: int, damping: float) -> Tensor | None:
@@ -77,7 +73,7 @@ def _scale(what: str, importance: Tensor | None, size: int, damping: float) -> T
     if importance is None:
         return None
     check_importance(what, importance, (size,))
-    importance = importance.double()
+    importance = double(importance)
     mean = importance.mean()
     if mean == 0:
         return None

@@ -27,7 +27,9 @@ def check_weight(weight: Tensor, rank: int | None = None) -> LinearShape:
 
 
 def check_finite(what: str, tensor: Tensor, layer: str | None = None) -> None:
-    """Raises `NonFiniteError` if the tensor contains NaN or Inf."""
+    """Raises `NonFiniteError` if the tensor contains NaN or Inf; one without values (on `meta`) contains none."""
+    if tensor.is_meta:
+        return
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         raise NonFiniteError(what, int((~finite).sum()), layer)

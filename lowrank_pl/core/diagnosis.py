@@ -11,6 +11,7 @@ from lowrank_pl.core.axis_weighted import axis_weighted_svd
 from lowrank_pl.core.checks import check_importance, check_weight
 from lowrank_pl.core.elementwise import ElementwiseSolver, PreconditionedLBFGS, WeightedProblem
 from lowrank_pl.core.factors import Factors
+from lowrank_pl.core.precision import beside_float64
 from lowrank_pl.core.svd import truncated_svd
 
 SVD, INPUT, OUTPUT, BOTH, ELEMENTWISE = "SVD", "FWSVD input", "FWSVD output", "FWSVD both", "TFWSVD"
@@ -68,6 +69,7 @@ def diagnose(
     """
     check_weight(weight, rank)
     check_importance("importance", importance, tuple(weight.shape))
+    weight, importance = beside_float64(weight), beside_float64(importance)
     f = importance.double()
     mean, total = float(f.mean()), f.sum()
     square = mean * mean if mean > 0 else 1.0

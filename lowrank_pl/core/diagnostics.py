@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_pl.core.precision import double
+
 
 def relative_error(
     weight: Tensor,
@@ -23,11 +25,11 @@ def relative_error(
     Returns:
         0 for a perfect approximation (also of a weight that carries no importance), 1 for a zero one.
     """
-    w = weight.double()
-    delta = w - approximation.double()
+    w = double(weight)
+    delta = w - double(approximation)
     for importance, view in ((input_importance, (1, -1)), (output_importance, (-1, 1))):
         if importance is not None:
-            root = importance.double().sqrt().view(view)
+            root = double(importance).sqrt().view(view)
             w, delta = w * root, delta * root
     norm = torch.linalg.norm(w)
     return float(torch.linalg.norm(delta) / norm) if norm > 0 else 0.0

@@ -39,9 +39,15 @@ class Factors:
         root = self.sigma.sqrt()
         return self.left * root, root[:, None] * self.right
 
-    def to(self, dtype: torch.dtype) -> Factors:
-        """The same factors in another dtype."""
-        return Factors(self.left.to(dtype), self.sigma.to(dtype), self.right.to(dtype))
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Factors:
+        """The same factors in another dtype and, if one is given, on another device."""
+        # The dtype first: a device without float64 could not take them otherwise.
+        left, sigma, right = (part.to(dtype).to(device) for part in (self.left, self.sigma, self.right))
+        return Factors(left, sigma, right)
+
+    def like(self, tensor: Tensor) -> Factors:
+        """The same factors in the dtype and on the device of a tensor."""
+        return self.to(tensor.dtype, tensor.device)
 
     @classmethod
     def from_product(cls, a: Tensor, b: Tensor) -> Factors:
@@ -54,3 +60,10 @@ class Factors:
         q_b, r_b = torch.linalg.qr(b.mT)
         u, sigma, vh = torch.linalg.svd(r_a @ r_b.mT, full_matrices=False)
         return cls(q_a @ u, sigma, vh @ q_b.mT)
+
+    @classmethod
+    def from_projection(cls, basis: Tensor, weight: Tensor) -> Factors:
+        """Singular form of `U Uᵀ W`, for `U [m, r]` with orthonormal columns and `W [m, n]`."""
+        q, triangle = torch.linalg.qr((basis.mT @ weight).mT)
+        u, sigma, vh = torch.linalg.svd(triangle.mT, full_matrices=False)
+        return cls(basis @ u, sigma, vh @ q.mT)

@@ -42,3 +42,7 @@ def test_negative_importance_is_refused_with_value_and_position() -> None:
 def test_non_finite_importance_is_refused() -> None:
     with pytest.raises(NonFiniteError, match="output_importance contains 1 NaN or Inf entries"):
         check_importance("output_importance", torch.tensor([1.0, float("inf")]), (2,))
+
+
+def test_a_tensor_without_values_holds_none_that_is_not_finite() -> None:
+    check_finite("the weight", torch.empty(2, 3, device="meta"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.core.checks import check_importance, check_weight
+from lowrank_pl.core.precision import double
 
 
 def shrink_importance(importance: Tensor, shrinkage: float) -> Tensor:
@@ -18,12 +19,12 @@ def shrink_importance(importance: Tensor, shrinkage: float) -> Tensor:
     """
     if shrinkage == 0:
         return importance
-    full = importance.double()
+    full = double(importance)
     total = full.sum()
     if total == 0:
         return importance
     rank_one = torch.outer(full.sum(1), full.sum(0) / total)
-    return torch.lerp(full, rank_one, shrinkage).to(importance.dtype)
+    return torch.lerp(full, rank_one, shrinkage).to(importance.dtype).to(importance.device)
 
 
 @dataclass(frozen=True)

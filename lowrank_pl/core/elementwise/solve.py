@@ -10,6 +10,7 @@ from lowrank_pl.core.elementwise.lbfgs import PreconditionedLBFGS
 from lowrank_pl.core.elementwise.problem import WeightedProblem
 from lowrank_pl.core.elementwise.solver import ElementwiseSolver, SolveResult
 from lowrank_pl.core.factors import Factors
+from lowrank_pl.core.precision import beside_float64
 
 
 def weighted_low_rank(
@@ -50,6 +51,7 @@ def best_closed_form(weight: Tensor, importance: Tensor, rank: int) -> Factors:
         importance: `[m, n] >= 0`.
         rank: `1 … min(m, n)`.
     """
+    weight, importance = beside_float64(weight), beside_float64(importance)
     problem = WeightedProblem.of(weight, importance)
     inputs, outputs = importance.double().sum(0), importance.double().sum(1)
     candidates = [

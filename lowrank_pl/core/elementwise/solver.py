@@ -6,13 +6,14 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowrank_pl.core.elementwise.problem import WeightedProblem
 from lowrank_pl.core.factors import Factors
+from lowrank_pl.core.precision import beside_float64
 from lowrank_pl.errors.numerics import RangeError, ShapeError
 
 DIVERGED = "diverged"
@@ -82,9 +83,12 @@ class ElementwiseSolver(ABC):
         shape = (start.left.shape[0], start.right.shape[1])
         if shape != tuple(weight.shape):
             raise ShapeError("the start's product", shape, f"that of the weight, {list(weight.shape)}")
-        problem = WeightedProblem.of(weight, importance)
+        device = weight.device
+        problem = WeightedProblem.of(beside_float64(weight), beside_float64(importance))
         with torch.no_grad():
-            return self._solve(problem, start, weight.dtype)
+            start = start.to(start.left.dtype, problem.weight.device)
+            result = self._solve(problem, start, weight.dtype)
+        return replace(result, factors=result.factors.to(weight.dtype, device))
 
     def _solve(self, problem: WeightedProblem, start: Factors, dtype: torch.dtype) -> SolveResult:
         a, b = (factor.to(problem.weight.dtype) for factor in start.balanced())
