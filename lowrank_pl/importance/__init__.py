@@ -1,18 +1,32 @@
 """How much a weight, input, output or singular group of a linear layer matters to the loss. Knows nothing of ranks."""
 
-from lowrank_pl.importance.cache import FisherCache
+from lowrank_pl.importance.cache import ImportanceCache
 from lowrank_pl.importance.fisher import Fisher, FisherKind, LayerFisher, empirical_fisher
+from lowrank_pl.importance.identity import identity, settings
+from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
+from lowrank_pl.importance.kinds import FisherSums, FullFisher, Nothing
+from lowrank_pl.importance.second_moments import LayerMoments, SecondMoments
 from lowrank_pl.importance.sensitivity import FirstOrder, Groups, GroupSensitivity, Squared, Triplet
 
 __all__ = [
     "FirstOrder",
     "Fisher",
-    "FisherCache",
     "FisherKind",
+    "FisherSums",
+    "FullFisher",
     "GroupSensitivity",
     "Groups",
+    "Importance",
+    "ImportanceCache",
     "LayerFisher",
+    "LayerImportance",
+    "LayerMoments",
+    "Measured",
+    "Nothing",
+    "SecondMoments",
     "Squared",
     "Triplet",
     "empirical_fisher",
+    "identity",
+    "settings",
 ]

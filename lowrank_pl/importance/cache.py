@@ -1,25 +1,30 @@
-"""Fisher information on disk, keyed by everything it depends on."""
+"""What was measured, on disk, keyed by everything it depends on."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-import os
+import uuid
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank_pl.importance.fisher import Fisher, FisherKind, LayerFisher
+from lowrank_pl.files import follow_umask
+from lowrank_pl.importance.identity import identity, own_code
+from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "1"
+_FORMAT = "3"
+T = TypeVar("T", bound=LayerImportance)
 
 
-class FisherCache:
+class ImportanceCache:
     """Files `<key>.safetensors` in one folder.
 
     Args:
@@ -30,59 +35,78 @@ class FisherCache:
         self.folder = folder
 
     @staticmethod
-    def key(model: nn.Module, names: list[str], kind: FisherKind, data_fingerprint: str, loss: str = "") -> str:
-        """A digest of the weights, dtypes and configuration of the whole model, the layers, the kind and the data.
+    def key(model: nn.Module, names: list[str], kind: str, data_fingerprint: str, loss: str = "") -> str:
+        """A digest of what a measurement depends on.
+
+        Of the model, that is its weights, dtypes, configuration and code: an installed package counts by its version,
+        a class of the user's by its bytecode and its modules' own attributes.
 
         Args:
             model: The module that is differentiated; a `config` with `to_json_string` counts as part of it.
             names: The layers.
-            kind: What was accumulated.
+            kind: What was measured, see `Importance.key`.
             data_fingerprint: Identifies samples, order and batches.
-            loss: Identifies the loss.
+            loss: Identifies the loss, its settings and its code; see `identity`.
         """
         digest = hashlib.blake2b(digest_size=16)
         config = getattr(model, "config", None)
         configuration = str(config.to_json_string()) if config is not None else ""
-        for part in (_FORMAT, type(model).__qualname__, configuration, kind.value, data_fingerprint, loss, *names):
+        of_model = (type(model).__qualname__, identity(own_code(model)), configuration)
+        for part in (_FORMAT, *of_model, kind, data_fingerprint, loss, *names):
             digest.update(part.encode() + b"\0")
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def load(self, key: str, device: torch.device) -> Fisher | None:
+    def load(self, key: str, device: torch.device, importance: Importance[T]) -> Measured[T] | None:
         """Returns what was saved under a key, or `None`; a damaged file counts as absent, with a warning."""
         path = self._path(key)
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             with safe_open(path, framework="pt", device=str(device)) as file:
-                samples = int(file.metadata()["num_samples"])
+                told = file.metadata()
+                samples, places = int(told["num_samples"]), json.loads(told["places"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            names = sorted({name.rsplit("/", 1)[0] for name in tensors})
             layers = {
-                name: LayerFisher(
-                    tensors[f"{name}/input_sums"], tensors[f"{name}/output_sums"], tensors.get(f"{name}/full")
-                )
-                for name in names
+                name: importance.layer({part: tensors[place] for part, place in parts.items()})
+                for name, parts in places.items()
             }
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            logger.warning("ignoring the damaged Fisher cache file %s (%s); measuring anew", path, error)
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            logger.warning("ignoring the damaged cache file %s (%s); measuring anew", path, error)
             return None
-        return Fisher(layers, samples)
+        return Measured(layers, samples)
 
-    def save(self, key: str, fisher: Fisher) -> None:
-        """Saves under a key; atomic, so that a crash or a second process leaves no half file."""
+    def save(self, key: str, measured: Measured[T]) -> None:
+        """Saves under a key; atomic, so that a crash or a second process leaves no half file.
+
+        A tensor that several layers share is written once.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full; nothing is left behind.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
-        for name, layer in fisher.layers.items():
-            tensors[f"{name}/input_sums"] = layer.input_sums.cpu().contiguous()
-            tensors[f"{name}/output_sums"] = layer.output_sums.cpu().contiguous()
-            if layer.full is not None:
-                tensors[f"{name}/full"] = layer.full.cpu().contiguous()
-        temporary = self.folder / f".{key}.{os.getpid()}"
-        save_file(tensors, temporary, metadata={"num_samples": str(fisher.num_samples)})
-        temporary.replace(self._path(key))
+        places: dict[str, dict[str, str]] = {}
+        known: dict[int, str] = {}
+        for name, layer in measured.layers.items():
+            places[name] = {}
+            for part, tensor in layer.tensors().items():
+                place = known.setdefault(id(tensor), f"{name}/{part}")
+                places[name][part] = place
+                if place not in tensors:
+                    tensors[place] = tensor.cpu().contiguous()
+        temporary = self.folder / f".{key}.{uuid.uuid4().hex}"
+        try:
+            told = {"num_samples": str(measured.num_samples), "places": json.dumps(places)}
+            save_file(tensors, temporary, metadata=told)
+            follow_umask(temporary)
+            temporary.replace(self._path(key))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_pl.core.checks import check_importance
 from lowrank_pl.errors.numerics import NonFiniteError
+from lowrank_pl.importance.frozen import frozen_eval
+from lowrank_pl.importance.importance import LayerImportance, Measured
+from lowrank_pl.importance.passes import Batch as Batch
+from lowrank_pl.importance.passes import Passes
+from lowrank_pl.importance.passes import PerSampleLoss as PerSampleLoss
+from lowrank_pl.importance.passes import Reduce as Reduce
 from lowrank_pl.importance.squares import Accumulator, AxisSquares, FullSquares, Scratch
-from lowrank_pl.importance.tape import LinearTape, SampleMixingError
-
-logger = logging.getLogger(__name__)
-
-Batch = Mapping[str, Tensor]
-PerSampleLoss = Callable[[Batch], Tensor]
-Reduce = Callable[[Tensor], Tensor]
+from lowrank_pl.nn import dense_shape, dense_weight
 
 
 class FisherKind(Enum):
@@ -30,7 +29,7 @@ class FisherKind(Enum):
 
 
 @dataclass(frozen=True)
-class LayerFisher:
+class LayerFisher(LayerImportance):
     """`F_ij = (1/|D|) Σ_d (∂L_d/∂W_ij)²` of one layer.
 
     Attributes:
@@ -48,29 +47,45 @@ class LayerFisher:
         full = None if self.full is None else self.full.to(device)
         return LayerFisher(self.input_sums.to(device), self.output_sums.to(device), full)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names."""
+        whole = {} if self.full is None else {"full": self.full}
+        return {"input_sums": self.input_sums, "output_sums": self.output_sums, **whole}
 
-@dataclass(frozen=True)
-class Fisher:
-    """The Fisher information of several layers.
+    @property
+    def is_zero(self) -> bool:
+        """Whether no loss depended on the layer."""
+        return not bool(self.input_sums.any())
 
-    Attributes:
-        layers: By fully qualified name.
-        num_samples: `|D|`, over all processes.
-    """
+    def check(self, name: str) -> None:
+        """Refuses an importance that is negative or not finite, with the layer's name and the entry."""
+        told = {"input_sums": " (sums by input)", "output_sums": " (sums by output)", "full": ""}
+        for part, tensor in self.tensors().items():
+            check_importance(f"the Fisher information{told[part]} of layer {name!r}", tensor, tuple(tensor.shape))
 
-    layers: dict[str, LayerFisher]
-    num_samples: int
+
+Fisher = Measured[LayerFisher]
+"""The Fisher information of several layers."""
 
 
 def empirical_fisher(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     batches: Iterable[Batch],
     per_sample_loss: PerSampleLoss,
     kind: FisherKind = FisherKind.FULL,
     reduce_sum: Reduce | None = None,
+    expected: int | None = None,
 ) -> Fisher:
     """Accumulates squared per-sample gradients over batches: one forward and one backward pass each.
+
+    A model in which samples of a batch share tensors (DeBERTa projects relative positions once for all) is measured in
+    vectorised passes, in each of which every sample goes through the model alone; one that cannot be vectorised,
+    sample by sample, which a warning tells with an estimate of the time. A batch that memory is too short for is
+    halved, and so are those after it; a warning tells that too.
+
+    Gradients are in the dtype of the model's weights, without autocast: products in bfloat16 would save time and memory
+    at the cost of digits. Squares and sums are float32.
 
     The model runs in eval mode (no dropout) and leaves in the mode it came in. No parameter needs or gets a
     gradient. Padding contributes nothing as long as no loss depends on it. The global random state is only
@@ -83,94 +98,28 @@ def empirical_fisher(
         per_sample_loss: Maps a batch to the losses of its samples `[b]`, each as if it were alone.
         kind: What to accumulate. Sums are cheaper in time and memory.
         reduce_sum: Sums a tensor over processes and returns it; called once, on one flat tensor.
+        expected: How many samples the batches hold, for the estimate of the time.
 
     Returns:
         Float32 tensors on the model's device, divided by the number of samples of all processes.
 
     Raises:
         NonFiniteError: a loss is NaN or Inf, or a layer's accumulated gradients are (it is named).
+        torch.OutOfMemoryError, RuntimeError: memory is too short for a single sample.
 
     References:
         Hsu et al., ICLR 2022, equation 4 (observed labels, over the training data).
     """
-    samples = 0
-    singly = False
-    with _frozen_eval(model):
+    with frozen_eval(model):
         accumulators: dict[str, Accumulator] = {}
         scratch = Scratch()
         for name, layer in layers.items():
             make = FullSquares if kind is FisherKind.FULL else AxisSquares
-            accumulators[name] = make(layer.out_features, layer.in_features, layer.weight.device, scratch)
-        run = _Run(layers, per_sample_loss, accumulators)
-        with run:
-            for batch in batches:
-                if not singly:
-                    try:
-                        samples += run.add(batch)
-                        continue
-                    except SampleMixingError:
-                        logger.info("a layer sees tensors shared by all samples of a batch: measuring one by one")
-                        singly = True
-                samples += sum(run.add(sample) for sample in _single_samples(batch))
+            shape, device = dense_shape(layer), dense_weight(layer).device
+            accumulators[name] = make(shape.out_features, shape.in_features, device, scratch)
+        with Passes(layers, per_sample_loss, accumulators, expected) as passes:
+            samples = sum(passes.add(batch) for batch in batches)
         return _collect(accumulators, samples, kind, reduce_sum)
-
-
-class _Run:
-    """One tape over many batches."""
-
-    def __init__(
-        self, layers: Mapping[str, nn.Linear], loss: PerSampleLoss, accumulators: Mapping[str, Accumulator]
-    ) -> None:
-        self._loss = loss
-        self._rehearsed = False
-        self._tape = LinearTape(layers, lambda name, x, g: accumulators[name].add(x, g))
-
-    def __enter__(self) -> _Run:
-        self._tape.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._tape.__exit__(None, None, None)
-
-    def add(self, batch: Batch) -> int:
-        """Adds one batch; returns its number of samples. Nothing is accumulated if it raises in the forward."""
-        size = int(next(iter(batch.values())).shape[0])
-        with torch.enable_grad():
-            if size and not self._rehearsed:
-                self._rehearsed = True
-                self._tape.rehearse(lambda: self._loss(next(_single_samples(batch))))
-            self._tape.start(size)
-            losses = self._loss(batch)
-            if not bool(torch.isfinite(losses.detach()).all()):
-                raise NonFiniteError("the loss of a calibration batch", int((~torch.isfinite(losses)).sum()))
-            losses.sum().backward()
-        self._tape.finish()
-        return size
-
-
-def _single_samples(batch: Batch) -> Iterator[Batch]:
-    size = int(next(iter(batch.values())).shape[0])
-    for index in range(size):
-        yield {key: value[index : index + 1] for key, value in batch.items()}
-
-
-@contextmanager
-def _frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode and frozen parameters inside the block; every module's mode and every flag restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        # A trainer may call this from under no_grad or inference mode; hooks need a graph.
-        with torch.inference_mode(False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _collect(

@@ -15,7 +15,7 @@ class Accumulator(Protocol):
     """Adds up what one layer's tape hands out."""
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        """Adds the samples of `x [b, t, n]` and `g [b, t, m]`."""
+        """Adds the samples of `x [b, t, n]` and `g [b, t, m]`: all of them, or none where it runs out of memory."""
         ...
 
     def tensors(self) -> list[Tensor]:
@@ -57,8 +57,10 @@ class FullSquares:
                 self.total.addcmul_(self._buffer, self._buffer)
             return
         step = max(1, CHUNK_BYTES // (self.total.numel() * self.total.element_size()))
+        found = torch.zeros_like(self.total)
         for x_c, g_c in zip(x.split(step), g.split(step), strict=True):
-            self.total += torch.bmm(g_c.mT, x_c).square_().sum(0)
+            found += torch.bmm(g_c.mT, x_c).square_().sum(0)
+        self.total += found
 
     def tensors(self) -> list[Tensor]:
         """`[total]`."""
@@ -85,23 +87,30 @@ class AxisSquares:
         if 2 * t * (m + n) > m * n:
             self._add_products(x, g)
             return
-        self.input_sums += torch.bmm(torch.bmm(g, g.mT), x).mul_(x).sum((0, 1))
-        self.output_sums += torch.bmm(torch.bmm(x, x.mT), g).mul_(g).sum((0, 1))
+        inputs = torch.bmm(torch.bmm(g, g.mT), x).mul_(x).sum((0, 1))
+        outputs = torch.bmm(torch.bmm(x, x.mT), g).mul_(g).sum((0, 1))
+        self._add(inputs, outputs)
 
     def _add_products(self, x: Tensor, g: Tensor) -> None:
+        inputs, outputs = torch.zeros_like(self.input_sums), torch.zeros_like(self.output_sums)
         if x.device.type == "cpu":
             squares = self._scratch.get(g.shape[2], x.shape[2])
             for x_d, g_d in zip(x, g, strict=True):
                 torch.mm(g_d.mT, x_d, out=squares)
                 squares.square_()
-                self.input_sums += squares.sum(0)
-                self.output_sums += squares.sum(1)
-            return
-        step = max(1, CHUNK_BYTES // (g.shape[2] * x.shape[2] * x.element_size()))
-        for x_c, g_c in zip(x.split(step), g.split(step), strict=True):
-            chunk = torch.bmm(g_c.mT, x_c).square_().sum(0)
-            self.input_sums += chunk.sum(0)
-            self.output_sums += chunk.sum(1)
+                inputs += squares.sum(0)
+                outputs += squares.sum(1)
+        else:
+            step = max(1, CHUNK_BYTES // (g.shape[2] * x.shape[2] * x.element_size()))
+            for x_c, g_c in zip(x.split(step), g.split(step), strict=True):
+                chunk = torch.bmm(g_c.mT, x_c).square_().sum(0)
+                inputs += chunk.sum(0)
+                outputs += chunk.sum(1)
+        self._add(inputs, outputs)
+
+    def _add(self, inputs: Tensor, outputs: Tensor) -> None:
+        self.input_sums += inputs
+        self.output_sums += outputs
 
     def tensors(self) -> list[Tensor]:
         """`[input_sums, output_sums]`."""

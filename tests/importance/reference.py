@@ -42,13 +42,13 @@ def single_samples(batch: Batch) -> list[dict[str, Tensor]]:
 
 
 def reference_fisher(
-    layers: Mapping[str, nn.Linear], samples: list[dict[str, Tensor]], loss: PerSampleLoss
+    layers: Mapping[str, nn.Module], samples: list[dict[str, Tensor]], loss: PerSampleLoss
 ) -> dict[str, Tensor]:
     """`F [m, n]` of each layer, in float64. The model is expected in eval mode, its weights requiring gradients."""
-    sums = {name: torch.zeros_like(layer.weight, dtype=torch.float64) for name, layer in layers.items()}
-    weights = [layer.weight for layer in layers.values()]
+    weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
     for sample in samples:
-        gradients = torch.autograd.grad(loss(sample).sum(), weights, allow_unused=True)
+        gradients = torch.autograd.grad(loss(sample).sum(), list(weights.values()), allow_unused=True)
         for name, gradient in zip(layers, gradients, strict=True):
             if gradient is not None:
                 sums[name] += gradient.double() ** 2

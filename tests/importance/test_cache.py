@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from lowrank_pl.importance import Fisher, FisherCache, FisherKind, LayerFisher
+from lowrank_pl.importance import Fisher, FullFisher, ImportanceCache, LayerFisher
 from lowrank_pl.importance import cache as cache_module
 from tests.core.matrices import random_importance
 
@@ -33,18 +34,18 @@ def model() -> nn.Module:
 def key(
     root: nn.Module | None = None,
     names: tuple[str, ...] = ("0", "2"),
-    kind: FisherKind = FisherKind.FULL,
+    kind: str = "FullFisher",
     data: str = "mrpc",
     loss: str = "",
 ) -> str:
-    return FisherCache.key(root or model(), list(names), kind, data, loss)
+    return ImportanceCache.key(root or model(), list(names), kind, data, loss)
 
 
 @pytest.mark.parametrize("full", [True, False])
 def test_round_trip_is_exact(tmp_path: Path, full: bool) -> None:
-    cache, fisher = FisherCache(tmp_path / "not" / "yet"), some_fisher(full)
+    cache, fisher = ImportanceCache(tmp_path / "not" / "yet"), some_fisher(full)
     cache.save("k", fisher)
-    given = FisherCache(tmp_path / "not" / "yet").load("k", CPU)
+    given = ImportanceCache(tmp_path / "not" / "yet").load("k", CPU, FullFisher())
     assert given is not None
     assert given.num_samples == 77
     assert given.layers.keys() == fisher.layers.keys()
@@ -58,25 +59,25 @@ def test_round_trip_is_exact(tmp_path: Path, full: bool) -> None:
 
 
 def test_an_unknown_key_is_absent_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cache = FisherCache(tmp_path)
+    cache = ImportanceCache(tmp_path)
     cache.save("k", some_fisher())
-    assert cache.load("other", CPU) is None
-    assert FisherCache(tmp_path / "missing").load("k", CPU) is None
+    assert cache.load("other", CPU, FullFisher()) is None
+    assert ImportanceCache(tmp_path / "missing").load("k", CPU, FullFisher()) is None
     assert caplog.records == []
 
 
 def test_saving_leaves_one_file_and_replaces_an_older_one(tmp_path: Path) -> None:
-    cache = FisherCache(tmp_path)
+    cache = ImportanceCache(tmp_path)
     cache.save("k", Fisher({}, 1))
     cache.save("k", some_fisher())
     assert [entry.name for entry in tmp_path.iterdir()] == ["k.safetensors"]
-    given = cache.load("k", CPU)
+    given = cache.load("k", CPU, FullFisher())
     assert given is not None
     assert given.num_samples == 77
 
 
 def test_a_crash_while_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = FisherCache(tmp_path)
+    cache = ImportanceCache(tmp_path)
 
     def crash(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half a file")
@@ -85,10 +86,53 @@ def test_a_crash_while_writing_leaves_what_was_there(tmp_path: Path, monkeypatch
     monkeypatch.setattr(cache_module, "save_file", crash)
     with pytest.raises(OSError, match="no space"):
         cache.save("k", some_fisher())
-    assert cache.load("k", CPU) is None
+    assert list(tmp_path.iterdir()) == []  # what was begun is removed
+    assert cache.load("k", CPU, FullFisher()) is None
     monkeypatch.undo()
     cache.save("k", some_fisher())
-    assert cache.load("k", CPU) is not None
+    assert cache.load("k", CPU, FullFisher()) is not None
+
+
+def test_a_full_disk_as_safetensors_tells_it_is_an_error_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(cache_module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        ImportanceCache(tmp_path).save("k", some_fisher())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_none_counts_as_absent(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert ImportanceCache(tmp_path / "file").load("k", CPU, FullFisher()) is None
+    with pytest.raises(OSError, match="file"):
+        ImportanceCache(tmp_path / "file").save("k", some_fisher())
+
+
+class Doubled(nn.Linear):
+    """A layer of the user's own, with a setting that no weight tells."""
+
+    factor = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+def test_a_key_changes_with_the_code_and_settings_of_the_models_own_classes() -> None:
+    def own(kind: type[nn.Linear], **settings: object) -> str:
+        layer = kind(3, 3)
+        for parameter in layer.parameters():
+            parameter.data.fill_(0.5)
+        vars(layer).update(settings)
+        return key(nn.Sequential(layer))
+
+    edited = type("Doubled", (nn.Linear,), {"forward": lambda self, x: x, "__module__": __name__})
+    keys = [own(nn.Linear), own(Doubled), own(Doubled, factor=3.0), own(edited)]
+    assert len(set(keys)) == len(keys)
+    assert own(Doubled) == keys[1]
 
 
 def cut(path: Path) -> None:
@@ -121,11 +165,11 @@ def without_a_tensor(path: Path) -> None:
 def test_a_damaged_file_is_ignored_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
-    cache = FisherCache(tmp_path)
+    cache = ImportanceCache(tmp_path)
     cache.save("k", some_fisher())
     damage(tmp_path / "k.safetensors")
     with caplog.at_level(logging.WARNING, logger="lowrank_pl"):
-        assert cache.load("k", CPU) is None
+        assert cache.load("k", CPU, FullFisher()) is None
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert str(tmp_path / "k.safetensors") in record.getMessage()
@@ -164,7 +208,7 @@ def test_a_key_changes_with_everything_the_measurement_depends_on() -> None:
         key(nudged(lambda root: root.double())),
         key(nn.Sequential(model(), nn.Tanh(), nn.Linear(1, 1))),
         key(names=("0",)),
-        key(kind=FisherKind.SUMS),
+        key(kind="FisherSums"),
         key(data="sst2"),
         key(loss="mean"),
     ]
@@ -184,3 +228,9 @@ def test_a_key_changes_with_the_configuration_at_equal_weights() -> None:
 def test_a_key_does_not_change_with_mode_flags_or_gradients() -> None:
     root = model().eval().requires_grad_(False)
     assert key(root) == key(model().train())
+
+
+def test_a_file_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    ImportanceCache(tmp_path).save("k", some_fisher())
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "k.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

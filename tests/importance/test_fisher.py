@@ -1,10 +1,17 @@
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    DebertaConfig,
+    XLNetConfig,
+)
 
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.importance import Fisher, FisherKind, empirical_fisher
@@ -18,7 +25,7 @@ from tests.importance.reference import (
     single_samples,
     token_loss,
 )
-from tests.support.tiny import FAMILIES
+from tests.support.tiny import FAMILIES, VOCAB
 from tests.surgery.encoders import padded_batch, tiny_model
 
 LENGTHS = (9, 4, 7, 12)
@@ -93,14 +100,55 @@ def test_a_layer_called_at_every_depth_is_summed_before_it_is_squared() -> None:
         assert_same(full(fisher, name), reference)
 
 
-def test_shared_relative_positions_fall_back_to_single_samples(caplog: pytest.LogCaptureFixture) -> None:
+def fresh(config: Any) -> nn.Module:
+    """A random sequence classifier; the global random state stays where it was."""
+    config.num_labels = 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    return model.eval()
+
+
+def xlnet() -> nn.Module:
+    return fresh(XLNetConfig(vocab_size=len(VOCAB), d_model=32, n_layer=2, n_head=2, d_inner=64))
+
+
+def deberta() -> nn.Module:
+    """The first version of DeBERTa, whose scores of positions are broadcast rather than repeated."""
+    config = {**FAMILIES["bert"], "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    return fresh(DebertaConfig(vocab_size=len(VOCAB), **config))
+
+
+@pytest.mark.parametrize("make", [xlnet, deberta, *(partial(tiny_model, family) for family in FAMILIES)])
+def test_as_many_samples_as_tokens(make: Callable[[], nn.Module]) -> None:
+    # XLNet puts the tokens first: the size of its first dimension is that of the batch here, and is not the batch.
+    model, batch = make().double(), labelled_batch((6, 4, 5, 6, 3, 6))
+    assert batch["input_ids"].shape == (6, 6)
+    layers, loss = TargetSelector().select(model), classification_loss(model)
+    padded = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(6)]
+    expected = reference_fisher(layers, padded, loss)
+    fisher = measure(model, [batch])
+    for name, reference in expected.items():
+        assert_same(full(fisher, name), reference)
+
+
+def test_samples_that_share_relative_positions_are_measured_together(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, batch = tiny_model("deberta-v2"), labelled_batch()
+    sizes: list[int] = []
+
+    def record(self: AxisSquares, x: Tensor, g: Tensor) -> None:
+        sizes.append(len(x))
+
+    monkeypatch.setattr(AxisSquares, "add", record)
     with caplog.at_level(logging.INFO, logger="lowrank_pl"):
-        measure(model, [batch])
-        assert "measuring one by one" in caplog.text
+        measure(model, [batch], FisherKind.SUMS)
+        assert "measuring in vectorised passes" in caplog.text
+        assert set(sizes) == {len(LENGTHS)}
         caplog.clear()
-        measure(tiny_model("bert"), [batch])
-        assert "measuring one by one" not in caplog.text
+        measure(tiny_model("bert"), [batch], FisherKind.SUMS)
+        assert caplog.text == ""
 
 
 def test_a_first_batch_of_one_sample_does_not_hide_the_sharing() -> None:
@@ -118,7 +166,7 @@ def test_the_square_of_the_batch_gradient_is_something_else() -> None:
     model, batch = tiny_model("bert"), labelled_batch()
     layers = TargetSelector().select(model)
     name = "bert.encoder.layer.0.output.dense"
-    (gradient,) = torch.autograd.grad(classification_loss(model)(batch).mean(), [layers[name].weight])
+    (gradient,) = torch.autograd.grad(classification_loss(model)(batch).mean(), [layers[name].get_parameter("weight")])
     exact = full(measure(model, [batch]), name)
     with pytest.raises(AssertionError):
         assert_same(gradient**2, exact, tolerance=0.1)

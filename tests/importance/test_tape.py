@@ -20,12 +20,12 @@ def linear(out_features: int, in_features: int, seed: int) -> nn.Linear:
 
 
 def play(
-    layers: dict[str, nn.Linear], losses: Callable[[], Tensor], batch_size: int = 3, rehearsed: bool = False
+    layers: dict[str, nn.Linear], losses: Callable[..., Tensor], batch_size: int = 3, rehearsed: bool = False
 ) -> Record:
     records: Record = {name: [] for name in layers}
     with LinearTape(layers, lambda name, x, g: records[name].append((x, g))) as tape:
         if rehearsed:
-            tape.rehearse(losses)
+            assert tape.rehearse(losses)
         tape.start(batch_size)
         losses().sum().backward()
         tape.finish()
@@ -45,7 +45,9 @@ def weight_gradients(layers: dict[str, nn.Linear], losses: Callable[[], Tensor])
     return [dict(zip(layers, gradients, strict=True)) for gradients in each]
 
 
-def assert_gradients_match(layers: dict[str, nn.Linear], losses: Callable[[], Tensor], rehearsed: bool = False) -> None:
+def assert_gradients_match(
+    layers: dict[str, nn.Linear], losses: Callable[..., Tensor], rehearsed: bool = False
+) -> None:
     expected = weight_gradients(layers, losses)
     records = play(layers, losses, rehearsed=rehearsed)
     for name in layers:
@@ -98,8 +100,8 @@ def test_a_first_layer_whose_output_is_modified_in_place(change: str, shape: tup
 def test_a_later_layer_whose_output_is_modified_in_place(change: str, shape: tuple[int, ...], rehearsed: bool) -> None:
     layers, x = {"first": linear(4, 4, 0), "later": linear(4, 4, 10)}, random_matrix(*shape)
 
-    def losses() -> Tensor:
-        out: Tensor = layers["later"](layers["first"](x).tanh())
+    def losses(samples: int = 3) -> Tensor:
+        out: Tensor = layers["later"](layers["first"](x[:samples]).tanh())
         IN_PLACE[change](out)
         return out.square().flatten(1).sum(1)
 
@@ -138,6 +140,63 @@ def test_tensors_shared_by_the_samples_are_noticed_in_the_forward_pass() -> None
         play(layers, lambda: layers["a"](shared).sum().expand(3))
     ((seen, _),) = play(layers, lambda: layers["a"](shared).sum().expand(1), batch_size=1)["a"]
     assert seen.shape == (1, 5, 4)
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1, 2])
+def test_the_batch_is_the_dimension_that_grows_with_the_samples(batch_dim: int) -> None:
+    # Three samples of three tokens in three pieces: no size tells which is which.
+    layers, x = {"a": linear(6, 4, 0)}, random_matrix(3, 3, 3, 4)
+
+    def losses(samples: int = 3) -> Tensor:
+        out: Tensor = layers["a"](x[:samples].movedim(0, batch_dim)).tanh()
+        return out.movedim(batch_dim, 0).square().flatten(1).sum(1)
+
+    assert_gradients_match(layers, losses, rehearsed=True)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda size: (1, 5, 4),  # shared by the samples
+        lambda size: (4,),
+        lambda size: (5 * size, 4),  # with the tokens in one dimension, in an order that shapes do not tell
+        lambda size: (size, size, 4),
+        lambda size: (size, 5, 4) if size == 2 else (5, size, 1, 4),
+    ],
+)
+def test_a_rehearsal_tells_that_no_dimension_is_the_batch(shape: Callable[[int], tuple[int, ...]]) -> None:
+    layers = {"a": linear(6, 4, 0), "b": linear(6, 4, 5)}
+
+    def forward(size: int) -> None:
+        layers["b"](random_matrix(size, 4))
+        layers["a"](random_matrix(*shape(size)))
+
+    with LinearTape(layers, lambda *_: None) as tape:
+        assert not tape.rehearse(forward)
+        tape.start(5)
+        layers["b"](random_matrix(5, 4))
+        with pytest.raises(SampleMixingError):
+            layers["a"](random_matrix(5, 4))
+
+
+def test_pieces_that_were_not_rehearsed_are_taken_like_those_that_were() -> None:
+    # A model that takes long texts in pieces has more calls for longer ones; here all have their tokens first.
+    layers, x = {"a": linear(6, 4, 0)}, random_matrix(3, 9, 4)
+
+    def losses(samples: int = 3, tokens: int = 9) -> Tensor:
+        pieces = x[:samples, :tokens].movedim(1, 0).split(3)
+        return torch.cat([layers["a"](piece).tanh() for piece in pieces]).movedim(1, 0).square().sum((1, 2))
+
+    expected = weight_gradients(layers, losses)
+    records: list[tuple[Tensor, Tensor]] = []
+    with LinearTape(layers, lambda _, x, g: records.append((x, g))) as tape:
+        assert tape.rehearse(lambda samples: losses(samples, tokens=3))
+        tape.start(3)
+        losses().sum().backward()
+        tape.finish()
+    ((seen, gradient),) = records
+    for d, gradients in enumerate(expected):
+        torch.testing.assert_close(gradient[d].mT @ seen[d], gradients["a"], rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_are_gone_afterwards_also_after_an_error() -> None:

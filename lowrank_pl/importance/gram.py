@@ -1,0 +1,52 @@
+"""Sums of outer products of rows, in float64. n: width of a row, t: rows, s: width of a block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_pl.core.precision import float64_device
+
+_BLOCK = 384
+"""Columns that are multiplied at once: wide enough for full speed, and only blocks on and above the diagonal are."""
+
+
+class GramSum:
+    """`Σ x xᵀ` over rows, `[n, n]`, or its diagonal alone.
+
+    Products of one batch are taken in the rows' dtype (at least float32) and added up in float64, so the error does not
+    grow with the number of batches. By symmetry only blocks on and above the diagonal are multiplied.
+
+    Args:
+        size: `n`.
+        device: Where the rows are; Apple's mps, which has no float64, adds up in float32.
+        diagonal: Keep the diagonal only.
+    """
+
+    def __init__(self, size: int, device: torch.device, diagonal: bool = False) -> None:
+        dtype = torch.float64 if float64_device(device) == device else torch.float32
+        shape = (size,) if diagonal else (size, size)
+        self.total = torch.zeros(shape, dtype=dtype, device=device)
+        count = -(-size // _BLOCK)
+        self._edges = [round(index * size / count) for index in range(count + 1)]
+
+    def add(self, rows: Tensor) -> None:
+        """Adds rows `[t, n]`."""
+        rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        if self.total.ndim == 1:
+            self.total += rows.square().sum(0)
+            return
+        for start, stop in zip(self._edges, self._edges[1:], strict=False):
+            self.total[start:stop, start:] += rows[:, start:stop].mT @ rows[:, start:]
+
+    def clone(self) -> GramSum:
+        """The same sum, from here on apart."""
+        made = object.__new__(GramSum)
+        made.total, made._edges = self.total.clone(), self._edges
+        return made
+
+    def matrix(self) -> Tensor:
+        """The whole symmetric matrix, or the diagonal."""
+        if self.total.ndim == 1:
+            return self.total
+        return torch.triu(self.total) + torch.triu(self.total, 1).mT

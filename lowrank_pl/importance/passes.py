@@ -1,0 +1,236 @@
+"""Forward and backward passes over batches: the fastest way that is exact for the model at hand. b: samples."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.errors.numerics import NonFiniteError
+from lowrank_pl.importance.memory import is_out_of_memory, release_memory
+from lowrank_pl.importance.tape import LinearTape, SampleMixingError
+from lowrank_pl.importance.vectorise import vectorised
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Tensor]
+PerSampleLoss = Callable[[Batch], Tensor]
+Reduce = Callable[[Tensor], Tensor]
+
+
+class AddsTokens(Protocol):
+    """Adds up what one layer's tape hands out."""
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Adds the samples of `x [b, t, n]` and `g [b, t, m]`."""
+        ...
+
+
+class Way(Enum):
+    """How the samples of a batch go through the model, from the fastest to the slowest."""
+
+    TOGETHER = "as one batch: every layer's input has a dimension that is the batch"
+    VECTORISED = "each as a batch of one, all in one vectorised pass: a layer sees what samples share"
+    SINGLY = "one after the other: the model branches on values, or memory is too short for more"
+
+
+class Passes:
+    """Adds batch by batch to accumulators; a context manager, whose block holds the hooks in the layers.
+
+    A batch that does not fit into memory is halved until it does, and so are the batches after it. A layer
+    whose gradients had been added when memory ran out is not added again.
+
+    Args:
+        layers: The layers to measure, by name.
+        loss: Maps a batch to the losses of its samples, each as if it were alone.
+        accumulators: Where each layer's gradients go.
+        expected: How many samples there will be, for what is told of the time, or `None`.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        loss: PerSampleLoss,
+        accumulators: Mapping[str, AddsTokens],
+        expected: int | None = None,
+    ) -> None:
+        self._loss = loss
+        self._accumulators = accumulators
+        self._expected = expected
+        self._way: Way | None = None
+        self._limit: int | None = None
+        self._done: set[str] = set()
+        self._untold = False
+        self._tape = LinearTape(layers, self._consume)
+
+    def __enter__(self) -> Passes:
+        self._tape.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._tape.__exit__(None, None, None)
+
+    def add(self, batch: Batch) -> int:
+        """Adds one batch; returns its number of samples.
+
+        Raises:
+            NonFiniteError: a loss is NaN or Inf.
+            torch.OutOfMemoryError, RuntimeError: memory is too short for a single sample.
+        """
+        size = batch_size(batch)
+        if size:
+            if self._way is None:
+                self._way = self._first_way(batch)
+            self._add(batch, frozenset())
+        return size
+
+    def _add(self, batch: Batch, done: frozenset[str]) -> None:
+        """Adds a batch to all layers but those for which it is done."""
+        size = batch_size(batch)
+        limit = 1 if self._way is Way.SINGLY else self._limit
+        if limit is not None and size > limit:
+            for part in _parts(batch, limit):
+                self._add(part, done)
+            return
+        self._done = set(done)
+        failure = self._pass(batch)
+        if failure is None:
+            return
+        # Only now, because the traceback of an error that is being handled keeps its tensors alive.
+        self._tape.start(0)
+        release_memory()
+        if failure is _Failure.MEMORY:
+            self._halve(size)
+        elif failure is _Failure.MIXING:
+            self._way = self._slower_way(batch)
+        else:
+            self._way = self._singly("it cannot be vectorised")
+        self._add(batch, frozenset(self._done))
+
+    def _pass(self, batch: Batch) -> _Failure | None:
+        """One forward and backward pass; says what to do something about, and raises what nothing can be done about."""
+        began = time.perf_counter()
+        try:
+            with torch.enable_grad():
+                losses = self._losses(batch)
+                if not bool(torch.isfinite(losses.detach()).all()):
+                    raise NonFiniteError("the loss of a calibration batch", int((~torch.isfinite(losses)).sum()))
+                losses.sum().backward()
+            self._tape.finish()
+        except SampleMixingError:
+            return _Failure.MIXING
+        except NonFiniteError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                if batch_size(batch) == 1:
+                    raise
+                return _Failure.MEMORY
+            if self._way is Way.VECTORISED:
+                return _Failure.VECTORISING
+            raise
+        if self._untold:
+            self._untold = False
+            self._tell_time(time.perf_counter() - began)
+        return None
+
+    def _losses(self, batch: Batch) -> Tensor:
+        size = batch_size(batch)
+        if self._way is Way.VECTORISED:
+            return vectorised(self._loss, batch, lambda marker: self._tape.start(size, marker))
+        self._tape.start(size)
+        return self._loss(batch)
+
+    def _consume(self, name: str, x: Tensor, g: Tensor) -> None:
+        if name not in self._done:
+            self._accumulators[name].add(x, g)
+            self._done.add(name)
+
+    def _first_way(self, batch: Batch) -> Way:
+        """Finds out on copies of a batch's first samples, before anything is added."""
+        failed = None
+        try:
+            with torch.enable_grad():
+                if self._tape.rehearse(lambda size: self._loss(_take(batch, size))):
+                    return Way.TOGETHER
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = "memory is too short for three"
+        if failed is not None:
+            release_memory()
+            return self._singly(failed)
+        return self._slower_way(batch)
+
+    def _slower_way(self, batch: Batch) -> Way:
+        """The vectorised way if it works for the model and gives its losses, on copies of a batch's first samples."""
+        two = _take(batch, 2)
+        try:
+            with torch.enable_grad():
+                given = vectorised(self._loss, two, lambda marker: self._tape.start(2, marker))
+                expected = torch.cat([self._alone(sample) for sample in _parts(two, 1)])
+        except Exception as error:
+            return self._singly(f"it cannot be vectorised ({_first_line(error)})")
+        # A loss that is NaN is for the pass itself to refuse.
+        if not torch.allclose(given.float(), expected.float(), rtol=1e-2, atol=1e-3, equal_nan=True):
+            return self._singly("vectorising changes its losses")
+        logger.info("samples share tensors inside the model: measuring in vectorised passes")
+        return Way.VECTORISED
+
+    def _alone(self, sample: Batch) -> Tensor:
+        self._tape.start(1)
+        return self._loss(sample)
+
+    def _singly(self, reason: str) -> Way:
+        count = "" if self._expected is None else f", {self._expected} in this process"
+        logger.warning(
+            "the Fisher information is measured with a forward and a backward pass per sample%s: samples cannot go "
+            "through the model together, and %s",
+            count,
+            reason,
+        )
+        self._untold = self._expected is not None
+        return Way.SINGLY
+
+    def _tell_time(self, seconds: float) -> None:
+        assert self._expected is not None
+        total = seconds * self._expected
+        logger.warning(
+            "the first sample took %.2g s: about %.0f s for all; calibration.max_samples lowers it", seconds, total
+        )
+
+    def _halve(self, size: int) -> None:
+        self._limit = (size + 1) // 2
+        logger.warning("out of memory with %d samples in a calibration batch: going on with %d", size, self._limit)
+
+
+class _Failure(Enum):
+    MIXING = "samples share a tensor"
+    MEMORY = "memory is too short"
+    VECTORISING = "an operation cannot be vectorised"
+
+
+def batch_size(batch: Batch) -> int:
+    """Number of samples."""
+    return int(next(iter(batch.values())).shape[0])
+
+
+def _parts(batch: Batch, size: int) -> Iterator[Batch]:
+    """Batches of at most a size."""
+    for start in range(0, batch_size(batch), size):
+        yield {key: value[start : start + size] for key, value in batch.items()}
+
+
+def _take(batch: Batch, size: int) -> Batch:
+    """The first samples of a batch, again from the start where there are too few."""
+    first = torch.arange(size) % batch_size(batch)
+    return {key: value[first.to(value.device)] for key, value in batch.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]

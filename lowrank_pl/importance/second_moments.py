@@ -1,0 +1,258 @@
+"""Second moments of what goes into linear layers and of the gradients at what comes out.
+
+b: samples, t: tokens, m: out_features, n: in_features.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.core import LinearShape
+from lowrank_pl.core.checks import check_finite
+from lowrank_pl.errors.numerics import NonFiniteError, RangeError
+from lowrank_pl.importance.frozen import frozen_eval
+from lowrank_pl.importance.gram import GramSum
+from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
+from lowrank_pl.importance.passes import Batch, Passes, PerSampleLoss, Reduce
+from lowrank_pl.nn import dense_shape
+
+logger = logging.getLogger(__name__)
+
+Extent = Literal["full", "diagonal", "none"]
+
+
+@dataclass(frozen=True)
+class LayerMoments(LayerImportance):
+    """Second moments of one layer.
+
+    Attributes:
+        inputs: `C = (1/T) Σ x xᵀ` over the `T` tokens that a loss depends on, `[n, n]`, its diagonal `[n]`, or `None`
+            where it was not asked for. Layers with one input share one tensor.
+        outputs: `G = (1/|D|) Σ g gᵀ` over the same tokens, of the gradients of the summed per-sample losses, `[m, m]`,
+            its diagonal `[m]`, or `None`.
+    """
+
+    inputs: Tensor | None
+    outputs: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`inputs` and `outputs`, where they are."""
+        both = {"inputs": self.inputs, "outputs": self.outputs}
+        return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no loss depended on the layer."""
+        return not all(bool(tensor.any()) for tensor in self.tensors().values())
+
+    def check(self, name: str) -> None:
+        """Raises `NonFiniteError` for NaN and Inf."""
+        for what, tensor in self.tensors().items():
+            check_finite(f"the second moment of the {what}", tensor, name)
+
+
+class SecondMoments(Importance[LayerMoments]):
+    """The two factors of K-FAC's approximation of the Fisher information, `C ⊗ G`, of every layer.
+
+    One forward and one backward pass per batch. A token of which no gradient comes back, be it padding or one that the
+    head never looks at, counts for neither moment. Sums are float64, the means float32.
+
+    Args:
+        inputs: `full`, only the `diagonal`, or `none`.
+        outputs: The same for the gradients at the outputs.
+
+    References:
+        Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML 2015, section
+        3. That tokens without gradient are left out of `C` is this project's.
+    """
+
+    def __init__(self, inputs: Extent = "full", outputs: Extent = "full") -> None:
+        for side, extent in (("inputs", inputs), ("outputs", outputs)):
+            if extent not in ("full", "diagonal", "none"):
+                raise RangeError(f"importance.{side}", extent, "'full', 'diagonal' or 'none'")
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def measure(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Iterable[Batch],
+        loss: PerSampleLoss,
+        reduce_sum: Reduce | None = None,
+        expected: int | None = None,
+    ) -> Measured[LayerMoments]:
+        """See `Importance.measure`."""
+        device = next(model.parameters()).device
+        sums = self._sums(model, layers, batches, loss, expected, share=True)
+        if not _agree(list(layers), sums, device, reduce_sum):
+            logger.info("layers that shared their input in the first batch do not always: measuring each apart")
+            sums = self._sums(model, layers, batches, loss, expected, share=False)
+        assert sums is not None
+        shapes = {name: dense_shape(layer) for name, layer in layers.items()}
+        return _collect(shapes, sums, device, reduce_sum)
+
+    def _sums(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Iterable[Batch],
+        loss: PerSampleLoss,
+        expected: int | None,
+        share: bool,
+    ) -> _Sums | None:
+        """The sums of this process; `None` if inputs were shared that should not be."""
+        inputs = _InputSums(self.inputs, share)
+        own = {name: _MomentSum(name, inputs, self.outputs) for name in layers}
+        try:
+            with frozen_eval(model), Passes(layers, loss, own, expected) as passes:
+                samples = sum(passes.add(batch) for batch in batches)
+        except _InputsDifferError:
+            return None
+        return _Sums(inputs, own, samples)
+
+    def layer(self, tensors: Mapping[str, Tensor]) -> LayerMoments:
+        """From `inputs` and `outputs`."""
+        return LayerMoments(tensors.get("inputs"), tensors.get("outputs"))
+
+    def bytes(self, shape: LinearShape) -> int:
+        """Float64 sums of both sides, were no input shared."""
+        sides = ((self.inputs, shape.in_features), (self.outputs, shape.out_features))
+        return sum(8 * {"full": size * size, "diagonal": size, "none": 0}[extent] for extent, size in sides)
+
+
+class _InputsDifferError(Exception):
+    """Layers that had one input in the first pass have several in another."""
+
+
+class _InputSums:
+    """The sums of the layers' inputs; layers that see the same input have one between them.
+
+    Which layers those are is seen in the first pass, by content, and looked at again in every further one.
+    """
+
+    def __init__(self, extent: Extent, share: bool) -> None:
+        self.extent = extent
+        self._share = share
+        self._leaders: dict[str, str] = {}
+        self._seen: dict[str, tuple[object, ...]] = {}
+        self.sums: dict[str, GramSum] = {}
+        self.tokens: dict[str, int] = {}
+
+    def add(self, name: str, x: Tensor, kept: Tensor) -> None:
+        """Adds the rows `x[kept]` of a layer's input, `x [b, t, n]`, `kept [b, t]`; a name that comes again: next pass.
+
+        Raises:
+            _InputsDifferError: the layer shares its sum with one that has seen something else in this pass.
+        """
+        if self.extent == "none":
+            return
+        if name in self._seen:
+            self._seen = {}
+        rows = x[kept]
+        mark = _mark(rows) if self._share else (name,)
+        leader = self._leaders.get(name)
+        if leader is None:
+            leader = next((other for other, seen in self._seen.items() if seen == mark), name)
+            leader = self._leaders[name] = self._leaders.get(leader, name)
+        earlier = next((other for other in self._seen if self._leaders[other] == leader), None)
+        self._seen[name] = mark
+        if earlier is not None:
+            if self._seen[earlier] != mark:
+                raise _InputsDifferError(f"{name!r} and {earlier!r} shared their input in the first pass only")
+            return
+        if leader not in self.sums:
+            self.sums[leader] = GramSum(x.shape[-1], x.device, self.extent == "diagonal")
+        self.sums[leader].add(rows)
+        self.tokens[leader] = self.tokens.get(leader, 0) + len(rows)
+
+    def leader(self, name: str) -> str:
+        """Under whose name a layer's sum is kept."""
+        return self._leaders.get(name, name)
+
+
+def _mark(rows: Tensor) -> tuple[object, ...]:
+    """Tells different inputs apart by their content: a sum over everything, and over one row and one column."""
+    parts = (rows, rows[:1], rows[:, :1])
+    return (tuple(rows.shape), *(float(part.sum(dtype=torch.float32)) for part in parts))
+
+
+class _MomentSum:
+    """Adds up what one layer's tape hands out."""
+
+    def __init__(self, name: str, inputs: _InputSums, outputs: Extent) -> None:
+        self.name = name
+        self._inputs = inputs
+        self.extent = outputs
+        self.outputs: GramSum | None = None
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Adds the tokens of `x [b, t, n]` and `g [b, t, m]` that have a gradient."""
+        kept = g.abs().amax(-1) > 0  # NaN compares as false and would vanish without a word
+        kept |= g.isnan().any(-1)
+        self._inputs.add(self.name, x, kept)
+        if self.extent != "none":
+            if self.outputs is None:
+                self.outputs = GramSum(g.shape[-1], g.device, self.extent == "diagonal")
+            self.outputs.add(g[kept])
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What one process has added up over its samples."""
+
+    inputs: _InputSums
+    layers: dict[str, _MomentSum]
+    samples: int
+
+
+def _agree(names: list[str], sums: _Sums | None, device: torch.device, reduce_sum: Reduce | None) -> bool:
+    """Whether all processes have sums, and the same layers share theirs. All of them must call it."""
+    if reduce_sum is None:
+        return sums is not None
+    leaders = [-1] * len(names) if sums is None else [names.index(sums.inputs.leader(name)) for name in names]
+    own = torch.tensor([1, int(sums is not None), *leaders], dtype=torch.float32, device=device)
+    total = reduce_sum(torch.stack([own, own.square()]))
+    world = total[0, 0]
+    # Equal numbers are those whose variance over processes is zero.
+    same = bool((world * total[1] == total[0].square()).all())
+    return same and bool(total[0, 1] == world)
+
+
+def _collect(
+    shapes: Mapping[str, LinearShape], sums: _Sums, device: torch.device, reduce_sum: Reduce | None
+) -> Measured[LayerMoments]:
+    """Means over all processes; zeros for a layer that no loss depended on."""
+    inputs, samples = sums.inputs, sums.samples
+
+    def over_processes(tensor: Tensor) -> Tensor:
+        return tensor if reduce_sum is None else reduce_sum(tensor)
+
+    def mean_of(gram: GramSum | None, extent: Extent, size: int, count: float) -> Tensor | None:
+        if extent == "none":
+            return None
+        gram = gram or GramSum(size, device, extent == "diagonal")
+        mean = over_processes(gram.matrix()) / max(float(over_processes(gram.total.new_tensor([count]))), 1.0)
+        # A mean over samples has no more digits than this, and half the memory is enough to keep it.
+        return mean.float()
+
+    total = round(float(over_processes(torch.tensor([float(samples)], device=device))))
+    means: dict[str, Tensor | None] = {}
+    layers = {}
+    for name, shape in shapes.items():
+        leader = inputs.leader(name)
+        if leader not in means:
+            tokens = inputs.tokens.get(leader, 0)
+            means[leader] = mean_of(inputs.sums.get(leader), inputs.extent, shape.in_features, tokens)
+        outputs = mean_of(sums.layers[name].outputs, sums.layers[name].extent, shape.out_features, samples)
+        layers[name] = LayerMoments(means[leader], outputs)
+        for what, tensor in layers[name].tensors().items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(f"the second moment of the {what}", layer=name)
+    return Measured(layers, total)

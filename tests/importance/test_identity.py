@@ -1,0 +1,163 @@
+import enum
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowrank_pl.importance import identity
+from lowrank_pl.importance.identity import own_code, settings
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Holder:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale, self.linear = scale, nn.Linear(2, 2)
+        nn.init.ones_(self.linear.weight)
+        nn.init.ones_(self.linear.bias)
+
+
+def closure(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def cyclic(value: Any) -> list[Any]:
+    made: list[Any] = [value]
+    made.append(made)
+    return made
+
+
+DIFFERENT: dict[str, Callable[[Any], Any]] = {
+    "number": lambda v: v,
+    "list": lambda v: [1, v],
+    "mapping": lambda v: {"a": v},
+    "set": lambda v: {"a", "b", v},
+    "tensor": lambda v: torch.tensor([1.0, v]),
+    "array": lambda v: torch.tensor([1.0, v]).numpy(),
+    "object": Holder,
+    "object in an object": lambda v: Holder([Holder(v)]),
+    "namespace": lambda v: SimpleNamespace(a=v),
+    "partial": lambda v: partial(F.cross_entropy, label_smoothing=v),
+    "closure": closure,
+    "default": lambda v: eval("lambda a=v: a", {"v": v, "__name__": "users"}),
+    "constant": lambda v: eval(f"lambda: {v}"),
+    "inner constant": lambda v: eval(f"lambda: (lambda: {v})"),
+    "global": lambda v: eval("lambda: g", {"g": v, "__name__": "users"}),
+    "global function": lambda v: eval("lambda: g()", {"g": closure(v), "__name__": "users"}),
+    "class": lambda v: type("Same", (), {"method": closure(v), "__module__": "users"}),
+    "base class": lambda v: type("Same", (type("Base", (), {"a": v, "__module__": "users"}),), {"__module__": "users"}),
+    "module": Scaled,
+    "module of torch": lambda v: nn.CrossEntropyLoss(label_smoothing=v),
+    "cycle": cyclic,
+}
+
+
+@pytest.mark.parametrize("make", DIFFERENT.values(), ids=DIFFERENT)
+def test_equal_things_are_one_and_different_ones_are_not(make: Callable[[Any], Any]) -> None:
+    assert identity(make(0.25)) == identity(make(0.25)) != identity(make(0.5))
+
+
+def test_types_order_and_nesting_count() -> None:
+    values: list[Any] = [1, 1.0, "1", True, None, [1], (1,), {1}, {1: 1}, [[1]], [1, 1], Colour.RED, Colour.BLUE, b"1"]
+    values += [torch.float16, torch.bfloat16, F.gelu, F.relu, nn.ReLU, nn.GELU, torch.ones(1), torch.ones(1).double()]
+    assert len({identity(value) for value in values}) == len(values)
+
+
+def test_what_cannot_be_looked_into_does_not_differ_between_runs() -> None:
+    # A default repr tells the address, a logger holds the process's handlers.
+    assert identity(object()) == identity(object())
+    assert identity(logging.getLogger("a")) == identity(logging.getLogger("b"))
+
+
+def test_what_is_too_deep_is_like_nothing_else() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    assert identity(deep) != identity(deep)
+
+
+def test_code_of_a_model_is_that_of_its_own_classes_and_the_versions_of_others() -> None:
+    model = nn.Sequential(Scaled(2.0), nn.ReLU())
+    assert own_code(model) == {
+        "package torch": torch.__version__,
+        "0": (Scaled, {"scale": 2.0}),
+    }
+    assert settings(model.eval()) == {}
+
+
+SCRIPT = """
+    import sys
+    sys.path.insert(0, {folder!r})
+    import users
+    from lowrank_pl.importance import identity
+    print(identity(users.Task, users.Task("mean")))
+"""
+USERS = """
+    import logging
+    from torch import nn
+    import helpers
+    logger = logging.getLogger(__name__)
+    NAMES = {{"mean", "sum", "none", "median"}}
+    class Task(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            assert kind in {{"a", "b", "mean"}}
+            self.kind = kind
+        def losses(self, logits, labels):
+            logger.info("losses")
+            return helpers.scaled(logits) if self.kind in NAMES else {body}
+"""
+HELPERS = """
+    FACTOR = {factor}
+    def scaled(x):
+        return FACTOR * x
+"""
+
+
+def in_a_process(folder: Path, seed: int, body: str = "0", factor: int = 2) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "users.py").write_text(textwrap.dedent(USERS.format(body=body)), encoding="utf-8")
+    (folder / "helpers.py").write_text(textwrap.dedent(HELPERS.format(factor=factor)), encoding="utf-8")
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONDONTWRITEBYTECODE": "1"}
+    script = textwrap.dedent(SCRIPT.format(folder=str(folder)))
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_code_is_found_again_in_another_process_unless_it_has_changed(tmp_path: Path) -> None:
+    first = in_a_process(tmp_path / "a", seed=1)
+    assert in_a_process(tmp_path / "b", seed=2) == first
+    assert in_a_process(tmp_path / "a", seed=1, body="1") != first
+    assert in_a_process(tmp_path / "a", seed=1, factor=3) != first
+
+
+def test_this_packages_tasks_are_found_again_in_another_process() -> None:
+    script = "from lowrank_pl.importance import identity as i; from lowrank_pl import tasks; print(i(tasks.MaskedLM))"
+    # Two fresh processes: in this one other tests may have changed what the classes refer to.
+    found = set()
+    for seed in ("3", "4"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found.add(done.stdout.strip())
+    assert len(found) == 1
