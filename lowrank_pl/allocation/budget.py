@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lowrank_pl.allocation.measure import Measure, Parameters
-from lowrank_pl.allocation.uniform import check_ratio, floor_cost
+from lowrank_pl.allocation.measure import Parameters
+from lowrank_pl.allocation.ranking import Cost
+from lowrank_pl.allocation.uniform import check_ratio
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, RangeError
 from lowrank_pl.errors.run import MissingArgumentError
@@ -41,31 +42,43 @@ class Budget:
             if value is not None and value < 1:
                 raise RangeError(name, value, "a whole number from 1")
 
-    def resolve(self, shapes: Mapping[str, LinearShape], untargeted: int, cost: Measure | None = None) -> int:
+    def resolve(
+        self,
+        shapes: Mapping[str, LinearShape],
+        untargeted: int,
+        cost: Cost | None = None,
+        lowest: Mapping[str, int] | None = None,
+    ) -> int:
         """What the targeted weights may cost.
 
         Args:
             shapes: The targeted layers.
             untargeted: Parameters of the model outside the targeted weights.
-            cost: In which unit; parameters by default.
+            cost: What ranks cost; in parameters, every layer in two factors, by default.
+            lowest: The rank that each layer keeps at least; 1 by default.
 
         Raises:
-            BudgetError: less than one singular group per targeted layer, or, for `model_parameters`, less than what
-                is not targeted.
+            BudgetError: less than what the lowest ranks cost, or, for `model_parameters`, less than that and what is
+                not targeted.
+            RangeError: more parameters than the dense model has.
             BudgetUnitError: a number of parameters, and a cost in another unit.
         """
-        cost = cost or Parameters()
-        dense = sum(cost.dense(shape) for shape in shapes.values())
+        cost = cost or Cost()
+        measure = cost.measure
+        lowest = dict.fromkeys(shapes, 1) if lowest is None else lowest
+        dense = sum(measure.dense(shape) for shape in shapes.values())
         name, value = next((name, value) for name, value in vars(self).items() if value is not None)
-        if name != "keep_ratio" and not isinstance(cost, Parameters):
-            raise BudgetUnitError(name, cost.unit)
-        asked = {
-            "keep_ratio": int((self.keep_ratio or 0) * dense + 1e-6),
-            "parameters": self.parameters or 0,
-            "model_parameters": (self.model_parameters or 0) - untargeted,
-        }[name]
-        floor = floor_cost(shapes, cost)
+        if name != "keep_ratio" and not isinstance(measure, Parameters):
+            raise BudgetUnitError(name, measure.unit)
+        outside = untargeted if name == "model_parameters" else 0
+        if name != "keep_ratio" and value > dense + outside:
+            whole = "the dense model has" if outside else "the targeted weights have when dense"
+            raise RangeError(name, value, f"at most {dense + outside:,}, what {whole}")
+        asked = int(value * dense + 1e-6) if name == "keep_ratio" else value - outside
+        floor = cost.total(shapes, lowest)
         if asked < floor:
-            outside = untargeted if self.model_parameters is not None else 0
-            raise BudgetError(value, floor / dense, floor, dense, name, outside, cost.unit)
+            raised = {layer: rank for layer, rank in lowest.items() if rank > 1}
+            dearest = max(raised, key=lambda layer: cost.of(shapes[layer], raised[layer]), default=None)
+            bound = "" if dearest is None else f", e.g. rank {raised[dearest]} in {dearest!r}"
+            raise BudgetError(value, floor, dense, name, outside, measure.unit, bound)
         return asked

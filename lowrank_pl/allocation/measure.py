@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -24,6 +25,11 @@ class Measure(ABC):
         """What identifies it in reports, as primitives."""
         told = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {"class": type(self).__name__, **told}
+
+    def identity(self) -> str:
+        """What two measures that cost everything the same have in common; another for any other."""
+        told = ", ".join(f"{name}={value!r}" for name, value in self.options().items() if name != "class")
+        return f"{type(self).__name__}({told})" if told else type(self).__name__
 
     @abstractmethod
     def dense(self, shape: LinearShape) -> int:
@@ -125,6 +131,9 @@ class Latency(Measure):
     Args:
         table: The file `latency.json` of a benchmark, of the device, data type and number of tokens to serve.
 
+    Attributes:
+        digest: SHA-256 of the times in it, for reports: another table gives other ranks.
+
     Raises:
         LatencyTableError: the file cannot be read, or is no such table.
     """
@@ -134,7 +143,13 @@ class Latency(Measure):
     def __init__(self, table: str) -> None:
         self.table = table
         content, self._curves = _read(Path(table).expanduser())
+        times = sorted((m, n, c.dense, c.ranks, c.nanoseconds) for (m, n), c in self._curves.items())
+        self.digest = hashlib.sha256(repr(times).encode()).hexdigest()
         self.circumstances = {name: content.get(name) for name in ("device", "dtype", "threads", "tokens")}
+
+    def identity(self) -> str:
+        """By the times of the table, wherever its file lies."""
+        return f"Latency with a table of digest {self.digest[:12]}"
 
     def dense(self, shape: LinearShape) -> int:
         """As measured."""
@@ -161,9 +176,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[int, int], LatencyCurv
     if not isinstance(table, dict) or table.get("version") != TABLE_VERSION or not table.get("shapes"):
         raise LatencyTableError(str(path), f"it is no latency table of version {TABLE_VERSION}")
     try:
-        return table, {(int(entry["out"]), int(entry["in"])): _curve(entry) for entry in table["shapes"]}
+        curves = {(int(entry["out"]), int(entry["in"])): _curve(entry) for entry in table["shapes"]}
     except (KeyError, TypeError, ValueError) as error:
         raise LatencyTableError(str(path), f"an entry is damaged ({type(error).__name__}: {error})") from error
+    if len(curves) < len(table["shapes"]):
+        raise LatencyTableError(str(path), "it has two entries for one shape")
+    return table, curves
 
 
 def _curve(entry: dict[str, Any]) -> LatencyCurve:

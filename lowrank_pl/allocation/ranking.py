@@ -115,7 +115,7 @@ def globally_ranked(
     candidates: list[tuple[float, str, int]] = []
     for name, score in scores.items():
         bound = (bounds or {}).get(name, RankBounds())
-        values = score.detach().double().cpu()
+        values = score.detach().cpu().double()
         order = torch.sort(values, descending=True, stable=True).indices.tolist()
         chosen[name] = order[: bound.low]
         scale = cost.measure.per_rank(shapes[name]) if per_parameter else 1
@@ -158,7 +158,7 @@ def rounded(
         cost: What ranks cost.
     """
     cost = cost or Cost()
-    orders = {name: torch.sort(s.detach().double().cpu(), descending=True, stable=True) for name, s in scores.items()}
+    orders = {name: torch.sort(s.detach().cpu().double(), descending=True, stable=True) for name, s in scores.items()}
     ranks = {}
     for name, indices in kept.items():
         rank, low = len(indices), (bounds or {}).get(name, RankBounds()).low

@@ -48,6 +48,15 @@ class Allocation:
         rank = self.ranks[name]
         return self.shapes[name].dense_params if rank is None else self.shapes[name].factored_params(rank)
 
+    def cost(self, name: str, measure: Measure) -> int:
+        """What a layer costs under this allocation, in the unit of a measure."""
+        rank, shape = self.ranks[name], self.shapes[name]
+        return measure.dense(shape) if rank is None else measure.factored(shape, rank)
+
+    def total_cost(self, measure: Measure) -> int:
+        """What all layers cost under this allocation, in the unit of a measure."""
+        return sum(self.cost(name, measure) for name in self.shapes)
+
     @property
     def kept(self) -> int:
         """Parameters of all layers under this allocation."""
@@ -179,7 +188,7 @@ def _fit_budget(allocation: Allocation, keep_ratio: float, multiple_of: int, nam
     dense = sum(cost.dense(shape) for shape in shapes.values())
     budget = keep_ratio * dense + 1e-6
     if (floor := floor_cost(shapes, cost)) > budget:
-        raise BudgetError(keep_ratio, floor / dense, floor, dense, unit=cost.unit)
+        raise BudgetError(keep_ratio, floor, dense, unit=cost.unit)
 
     while _spent(allocation, names, cost) > budget:
         highest = max(names, key=lambda name: allocation.ranks[name] or 0)
@@ -188,11 +197,7 @@ def _fit_budget(allocation: Allocation, keep_ratio: float, multiple_of: int, nam
 
 
 def _spent(allocation: Allocation, names: list[str], cost: Measure) -> int:
-    ranks = {name: allocation.ranks[name] for name in names}
-    shapes = allocation.shapes
-    return sum(
-        cost.dense(shapes[name]) if rank is None else cost.factored(shapes[name], rank) for name, rank in ranks.items()
-    )
+    return sum(allocation.cost(name, cost) for name in names)
 
 
 def _round_up(allocation: Allocation, keep_ratio: float, multiple_of: int, names: list[str], cost: Measure) -> None:

@@ -1,11 +1,12 @@
 """What may be kept, said in three ways."""
 
+import re
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from lowrank_pl.allocation import Budget
+from lowrank_pl.allocation import Budget, Cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
 from lowrank_pl.errors.run import MissingArgumentError
@@ -110,3 +111,41 @@ def test_a_model_too_small_is_refused_with_what_is_not_targeted(asked: int) -> N
         Budget(model_parameters=asked).resolve(SHAPES, UNTARGETED)
     for part in (f"model_parameters={asked}", "190 of 3,500", "1,000 more parameters of the model are not targeted"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["keep_ratio", "parameters", "model_parameters"])
+def test_the_least_that_a_refusal_names_is_accepted(name: str) -> None:
+    shapes = {"a": LinearShape(7, 11), "b": LinearShape(13, 3)}
+    with pytest.raises(BudgetError) as caught:
+        _budget(name, 0.01 if name == "keep_ratio" else 1).resolve(shapes, 100)
+    (least,) = re.findall(rf"Ask for {name}=([\d.]+) or more", str(caught.value))
+    value = float(least) if name == "keep_ratio" else int(least)
+    assert _budget(name, value).resolve(shapes, 100) == 18 + 16
+
+
+def _budget(name: str, value: Any) -> Budget:
+    return Budget(**{name: value})
+
+
+def test_the_floor_is_that_of_the_form_the_layers_end_in() -> None:
+    """Two factors of a 1 x 9 weight have 10 numbers, the weight has 9: it is the floor only where dense is allowed."""
+    shapes = {"head": LinearShape(1, 9), "body": LinearShape(10, 10)}
+    assert Budget(parameters=30).resolve(shapes, 0) == 30
+    assert Budget(parameters=29).resolve(shapes, 0, Cost(allow_dense=True)) == 29
+    with pytest.raises(BudgetError, match="30 of 109"):
+        Budget(parameters=29).resolve(shapes, 0)
+    with pytest.raises(BudgetError, match=r"10 of 9 parameters.*Set allow_dense"):
+        Budget(keep_ratio=1.0).resolve({"head": shapes["head"]}, 0)
+
+
+def test_the_lowest_ranks_of_bounds_are_the_floor() -> None:
+    lowest = {"a": 3, "b": 1, "c": 2}
+    assert Budget(parameters=430).resolve(SHAPES, 0, lowest=lowest) == 430
+    with pytest.raises(BudgetError, match=r"bounds, e\.g\. rank 3 in 'a', already cost 430 .*=430 or more, lower the"):
+        Budget(parameters=429).resolve(SHAPES, 0, lowest=lowest)
+
+
+@pytest.mark.parametrize("given", [{"parameters": 3_501}, {"model_parameters": 4_501}])
+def test_more_than_the_dense_model_has_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(RangeError, match=r"at most [34],500, what the"):
+        Budget(**given).resolve(SHAPES, UNTARGETED)

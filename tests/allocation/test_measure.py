@@ -138,13 +138,22 @@ def test_a_plateau_is_no_reason_to_leave_the_multiple(latency: Latency) -> None:
 
 def test_a_budget_is_resolved_in_the_unit_of_its_cost(latency: Latency) -> None:
     assert Budget(keep_ratio=0.5).resolve(SHAPES, 1000) == 64
-    assert Budget(keep_ratio=0.5).resolve(SHAPES, 1000, Flops()) == 128
-    assert Budget(keep_ratio=0.5).resolve(SHAPES, 1000, latency) == 95
+    assert Budget(keep_ratio=0.5).resolve(SHAPES, 1000, Cost(measure=Flops())) == 128
+    assert Budget(keep_ratio=0.5).resolve(SHAPES, 1000, Cost(measure=latency)) == 95
     with pytest.raises(BudgetError, match=r"70 of 190 ns"):
-        Budget(keep_ratio=0.1).resolve(SHAPES, 1000, latency)
+        Budget(keep_ratio=0.1).resolve(SHAPES, 1000, Cost(measure=latency))
     for budget in (Budget(parameters=64), Budget(model_parameters=2000)):
         with pytest.raises(BudgetUnitError, match="in ns"):
-            budget.resolve(SHAPES, 1000, latency)
+            budget.resolve(SHAPES, 1000, Cost(measure=latency))
+
+
+def test_a_table_is_known_by_its_times_and_not_by_its_place(tmp_path: Path, latency: Latency) -> None:
+    assert Latency(write(tmp_path / "copy.json")).identity() == latency.identity()
+    shapes: Any = STEPS["shapes"]
+    first, second = shapes
+    changed = {"version": 1, "shapes": [first, {**second, "dense_nanoseconds": 91}]}
+    assert Latency(write(tmp_path / "other.json", changed)).identity() != latency.identity()
+    assert Parameters().identity() != Flops().identity()
 
 
 def test_options_are_primitives(latency: Latency) -> None:
@@ -162,6 +171,7 @@ def test_options_are_primitives(latency: Latency) -> None:
         ({"version": 1, "shapes": []}, "no latency table"),
         ({"version": 2, "shapes": []}, "version 1"),
         ({"version": 1}, "no latency table"),
+        ({"version": 1, "shapes": [STEPS["shapes"][0], STEPS["shapes"][0]]}, "two entries for one shape"),  # type: ignore[index]
         ({"version": 1, "shapes": [{"out": 1}]}, "damaged"),
         ({"version": 1, "shapes": [{**STEPS["shapes"][0], "ranks": [1, 2]}]}, "one time each"),  # type: ignore[index]
         ({"version": 1, "shapes": [{**STEPS["shapes"][0], "ranks": [2, 1, 4]}]}, "ascend"),  # type: ignore[index]

@@ -1,0 +1,175 @@
+"""Ranks where they save the most loss per unit of cost, over all layers together. m: outputs, n: inputs."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+from torch import Tensor
+
+from lowrank_pl.allocation.allocator import Allocator, RankRequest
+from lowrank_pl.allocation.measure import Measure
+from lowrank_pl.allocation.uniform import Allocation
+from lowrank_pl.core.checks import check_finite
+from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.errors.numerics import RangeError, ShapeError
+
+
+class Global(Allocator):
+    """Gives ranks to the layers in which a unit of cost saves the most energy, from a floor up to dense.
+
+    Energies are by how much the loss rises, to second order, when a singular group is left out, so they compare across
+    layers. A layer at its break-even rank becomes dense, which costs no more and keeps everything; the choice between
+    the ranks below it and dense is made on the concave envelope of energy over cost, so that a dense layer is found
+    although the last rank before it may be a poor bargain by itself.
+
+    Args:
+        floor: Every layer gets at least this share of the rank that uniform ranks would give it, `0 <= floor <= 1`:
+            energies are estimates, and a layer without any rank is a bet on them. At 1 ranks are uniform, but for what
+            rounding leaves.
+
+    References:
+        The allocation is this project's; that energies in a Kronecker metric compare across layers follows from the
+        second-order expansion of the loss (`docs/methods.md`).
+    """
+
+    needs_energies: ClassVar[bool] = True
+
+    def __init__(self, floor: float = 0.25) -> None:
+        if not (math.isfinite(floor) and 0 <= floor <= 1):
+            raise RangeError("allocation.floor", floor, "0 <= floor <= 1, a share of the uniform rank")
+        self.floor = floor
+
+    def allocate(self, request: RankRequest, energies: Mapping[str, Tensor]) -> Allocation:
+        """Ranks within the budget of the request, from the highest energy per unit of cost downwards.
+
+        Raises:
+            ShapeError: a layer without energies, or with another number than its full rank.
+            NonFiniteError: an energy is NaN or Inf.
+        """
+        uniform = request.uniform()
+        fixed = {n for n in request.shapes if any(fnmatchcase(n, o.pattern) for o in request.overrides)}
+        free = {name: shape for name, shape in request.shapes.items() if name not in fixed}
+        ladders = {}
+        for name, shape in free.items():
+            energy = energies.get(name)
+            if energy is None or energy.numel() != shape.full_rank:
+                given = () if energy is None else tuple(energy.shape)
+                raise ShapeError(f"the energies of layer {name!r}", given, f"[{shape.full_rank}]")
+            check_finite("an energy", energy, name)
+            ladders[name] = _ladder(shape, energy, self._lowest(uniform.ranks[name], shape, request), request)
+        chosen = _climb(ladders, _budget(request, uniform, free))
+        ranks = {n: chosen[n].rank if n in chosen else uniform.ranks[n] for n in request.shapes}
+        return Allocation(dict(request.shapes), ranks)
+
+    def _lowest(self, uniform: int | None, shape: LinearShape, request: RankRequest) -> int:
+        share = shape.break_even_rank if uniform is None else uniform
+        lowest, step = max(1, int(self.floor * share)), request.multiple_of
+        multiple = -(-lowest // step) * step
+        return multiple if multiple <= share else lowest
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """A rank that a layer may have (`None`: dense), what it costs, and the energy that it keeps."""
+
+    rank: int | None
+    cost: int
+    energy: float
+
+
+def _budget(request: RankRequest, uniform: Allocation, free: Mapping[str, LinearShape]) -> float:
+    if request.keep_ratio is not None:
+        return request.keep_ratio * sum(request.cost.dense(shape) for shape in free.values()) + 1e-6
+    return sum(_cost(request.cost, shape, uniform.ranks[name]) for name, shape in free.items())
+
+
+def _cost(measure: Measure, shape: LinearShape, rank: int | None) -> int:
+    return measure.dense(shape) if rank is None else measure.factored(shape, rank)
+
+
+def _ladder(shape: LinearShape, energy: Tensor, lowest: int, request: RankRequest) -> list[_Rung]:
+    """The ranks to choose from, in ascending cost: from the lowest up to break-even, then dense."""
+    measure, step = request.cost, request.multiple_of
+    sums = energy.double().clamp(min=0).cumsum(0).tolist()
+    dense = _Rung(None, measure.dense(shape), sums[-1])
+    ranks = [r for r in range(lowest, shape.full_rank + 1) if r == lowest or r % step == 0]
+    rungs = [_Rung(rank, measure.factored(shape, rank), sums[rank - 1]) for rank in ranks]
+    return [*(rung for rung in rungs if rung.cost < dense.cost), dense]
+
+
+def _envelope(ladder: list[_Rung], start: int) -> list[int]:
+    """Places of the rungs on the upper concave envelope of energy over cost, from one rung on."""
+    hull = [start]
+    for place in range(start + 1, len(ladder)):
+        if ladder[place].cost == ladder[hull[-1]].cost:  # a measured time may not rise with the rank
+            if len(hull) == 1:
+                hull = [place]
+                continue
+            hull.pop()
+        while len(hull) > 1 and _slope(ladder, hull[-2], place) >= _slope(ladder, hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(place)
+    return hull
+
+
+def _slope(ladder: list[_Rung], low: int, high: int) -> float:
+    return (ladder[high].energy - ladder[low].energy) / (ladder[high].cost - ladder[low].cost)
+
+
+def _climb(ladders: Mapping[str, list[_Rung]], budget: float) -> dict[str, _Rung]:
+    """The best bargains first; what no longer fits is replaced by the best that does.
+
+    Along the envelopes the order of bargains is that of falling slopes, which is optimal for the budget at every step.
+    A step that does not fit leaves less than itself unspent; that is spent on single rungs.
+    """
+    places = {name: _first(ladder) for name, ladder in ladders.items()}
+    spent = sum(ladders[name][place].cost for name, place in places.items())
+    order = {name: index for index, name in enumerate(ladders)}
+    heap: list[tuple[float, int, str, int]] = []
+
+    def offer(name: str, hull: list[int]) -> None:
+        if len(hull) > 1:
+            heapq.heappush(heap, (-_slope(ladders[name], hull[0], hull[1]), order[name], name, hull[1]))
+
+    hulls = {name: _envelope(ladder, places[name]) for name, ladder in ladders.items()}
+    for name, hull in hulls.items():
+        offer(name, hull)
+    while heap:
+        _, _, name, target = heapq.heappop(heap)
+        price = ladders[name][target].cost - ladders[name][places[name]].cost
+        if spent + price > budget:
+            continue
+        spent, places[name] = spent + price, target
+        hulls[name] = hulls[name][1:]
+        offer(name, hulls[name])
+    _spend_rest(ladders, places, budget - spent)
+    return {name: ladders[name][place] for name, place in places.items()}
+
+
+def _first(ladder: list[_Rung]) -> int:
+    """The lowest rung; the highest of those that cost the same."""
+    return max(place for place, rung in enumerate(ladder) if rung.cost == ladder[0].cost)
+
+
+def _spend_rest(ladders: Mapping[str, list[_Rung]], places: dict[str, int], rest: float) -> None:
+    """Spends what is left on the single steps with the highest slope that it pays for."""
+    while True:
+        best, gain = None, 0.0
+        for name, ladder in ladders.items():
+            here = places[name]
+            for place in range(here + 1, len(ladder)):
+                price = ladder[place].cost - ladder[here].cost
+                if price > rest:
+                    break
+                if price > 0 and (slope := _slope(ladder, here, place)) > gain:
+                    best, gain = (name, place), slope
+        if best is None:
+            return
+        name, place = best
+        rest -= ladders[name][place].cost - ladders[name][places[name]].cost
+        places[name] = place
