@@ -6,7 +6,7 @@ A task reads `TargetSpec` from `trainer.datamodule.target`; a strategy that cali
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -69,7 +69,10 @@ class CalibrationBatches(Protocol):
 
 @runtime_checkable
 class CalibrationSource(Protocol):
-    """A datamodule that can hand out calibration batches."""
+    """A datamodule that can hand out calibration batches.
+
+    If it has a `batch_size` (or `hparams.batch_size`), that is asked for unless the user gives another.
+    """
 
     def calibration_batches(
         self,
@@ -90,6 +93,44 @@ class HasTarget(Protocol):
     @property
     def target(self) -> TargetSpec:
         """The specification of the labels."""
+        ...
+
+
+@runtime_checkable
+class ForetellsTarget(Protocol):
+    """A datamodule that knows something of its target before it has read anything."""
+
+    @property
+    def expected_target(self) -> TargetSpec | None:
+        """The target, with empty `label_names` where only the data tell them; `None` if nothing is known yet."""
+        ...
+
+
+@runtime_checkable
+class AdoptsTarget(Protocol):
+    """A datamodule whose texts may come without the labels that tell the classes, as in prediction."""
+
+    @property
+    def lacks_target(self) -> bool:
+        """Whether only the model can tell what the run predicts."""
+        ...
+
+    @property
+    def knows_target(self) -> bool:
+        """Whether there is a `target`: not before `setup`, and not for texts alone, as long as no model has told."""
+        ...
+
+    def adopt_target(self, target: TargetSpec) -> None:
+        """Takes over what the model predicts. Called before the data are prepared."""
+        ...
+
+
+@runtime_checkable
+class TellsTexts(Protocol):
+    """A datamodule that can show what was predicted on. Known once `setup` has run."""
+
+    def predicted_rows(self) -> Sequence[Mapping[str, Any]] | None:
+        """The raw rows of the split that `predict` runs on, in its order, JSON-ready; `None` if there are none."""
         ...
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader, Sampler
-from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.contract import CalibrationBatches, TargetSpec
 from lowrank_pl.data.cache import cache_root, digest, tokenizer_digest
 from lowrank_pl.data.calibration import SortedBatches, choose
 from lowrank_pl.data.collate import Collator, PadCollator
+from lowrank_pl.data.loaders import BatchLoaders
 from lowrank_pl.data.prepared import Prepared, tell_truncation
 from lowrank_pl.data.raw import RawData
-from lowrank_pl.data.resuming import ResumableData
-from lowrank_pl.data.sampler import EvaluationSampler, LengthGroupedSampler, grouped_by_length
 from lowrank_pl.data.tokenise import (
     Rows,
     Truncation,
@@ -30,14 +26,19 @@ from lowrank_pl.data.tokenise import (
     encode_texts,
     tokenise,
 )
-from lowrank_pl.errors.data import ArgumentRangeError, DataNotReadyError, TooFewSamplesError
+from lowrank_pl.errors.data import (
+    ArgumentRangeError,
+    DataNotReadyError,
+    MissingSplitError,
+    UnknownTargetError,
+)
 from lowrank_pl.hub import load_config, load_tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 """Goes up when the same input would be prepared differently, so that older caches are left alone."""
 
 
-class TextDataModule(ResumableData, ABC):
+class TextDataModule(BatchLoaders):
     """Texts and labels, tokenised for an encoder.
 
     Args:
@@ -71,7 +72,7 @@ class TextDataModule(ResumableData, ABC):
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size, num_workers, length_grouping, seed)
         at_least_one: dict[str, int | None] = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
         at_least_one |= {"max_train_samples": max_train_samples, "pad_to_multiple_of": pad_to_multiple_of}
         for argument, value in at_least_one.items():
@@ -82,13 +83,8 @@ class TextDataModule(ResumableData, ABC):
                 raise ArgumentRangeError(argument, value, "0 or more")
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.length_grouping = length_grouping
         self.pad_to_multiple_of = pad_to_multiple_of
         self.max_train_samples = max_train_samples
-        self.seed = seed
         self.cache_dir = cache_dir
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self._prepared: Prepared | None = None
@@ -121,69 +117,66 @@ class TextDataModule(ResumableData, ABC):
         Args:
             seed: Replaces the datamodule's seed where a batch depends on one.
         """
-        return PadCollator(self.load_tokenizer(), self.target.kind, self.pad_to_multiple_of)
+        kind = self.target.kind if self.knows_target else "classification"
+        return PadCollator(self.load_tokenizer(), kind, self.pad_to_multiple_of)
 
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
         """Reads, checks, tokenises and caches the data, unless that has been done before; one process."""
-        folder = self._folder()
-        if not Prepared.exists(folder):
-            self._prepare(folder)
-        tell_truncation(type(self).__name__, self.max_length, Prepared.read(folder).truncation)
+        tell_truncation(type(self).__name__, self.max_length, self.prepared(self.source_key(), self.read).truncation)
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Loads the prepared data: all splits in every stage, because calibration needs the training split."""
         if self._prepared is None:
-            folder = self._folder()
-            if not Prepared.exists(folder):
-                self._prepare(folder)
-            self._prepared = Prepared.read(folder)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """The training split, in an order that the seed and the epoch decide."""
-        dataset = self.split("train")
-        rank, world_size = self._place()
-        sampler = LengthGroupedSampler(
-            len(dataset),
-            self.batch_size,
-            self._ready().lengths["train"] if self.length_grouping else None,
-            num_replicas=world_size,
-            rank=rank,
-            seed=self.seed,
-        )
-        with warnings.catch_warnings():
-            # About a call inside torchdata, which no user can change.
-            warnings.filterwarnings("ignore", message=".*set_vital.*")
-            loader = self._loader(dataset, self.batch_size, self.train_collator(), sampler, StatefulDataLoader)
-        return self.resumable(loader)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """The validation split, in batches of similar length."""
-        return self._eval_loader("validation")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test split if it is labelled, else the validation split: the test files of GLUE carry no labels."""
-        return self._eval_loader("test" if self.has_labelled_test else "validation")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The test split, labelled or not, else the validation split, in the order of the file."""
-        split = "test" if "test" in self._ready().splits else "validation"
-        dataset = self.split(split)
-        return self._loader(dataset, self.eval_batch_size, self.eval_collator(), self._shares(split))
+            self._prepared = self.prepared(self.source_key(), self.read)
 
     # What tasks, strategies and reports ask.
 
     @property
+    def expected_target(self) -> TargetSpec | None:
+        """What is known of `target` before anything is read; here nothing."""
+        return None
+
+    @property
     def target(self) -> TargetSpec:
-        """What the labels mean. Known once `setup` has run."""
-        return self._ready().target
+        """What the labels mean. Known once `setup` has run.
+
+        Raises:
+            UnknownTargetError: there are no labels, and no model has told.
+        """
+        if (target := self._target_found()) is None:
+            self._ready()
+            raise UnknownTargetError(type(self).__name__)
+        return target
+
+    @property
+    def knows_target(self) -> bool:
+        """Whether there is a `target`: not before `setup`, and not for texts alone, as long as no model has told."""
+        return self._target_found() is not None
+
+    def _target_found(self) -> TargetSpec | None:
+        return None if self._prepared is None else self._prepared.target
+
+    @property
+    def data_name(self) -> str:
+        """Of the task, where it is known; else of the class."""
+        return self.target.name if self.knows_target else type(self).__name__
+
+    def lengths(self, split: str) -> list[int]:
+        """Tokens of each sample of a split."""
+        return self._ready().lengths[split]
+
+    def content(self, split: str) -> str:
+        """Identifies the rows of a split."""
+        return self._ready().content[split]
 
     @property
     def has_labelled_test(self) -> bool:
         """Whether there is a test split with labels. Masked language models label every split themselves."""
         splits = self._ready().splits
-        return "test" in splits and ("labels" in splits["test"].column_names or self.target.kind == "masked_lm")
+        masked = self.knows_target and self.target.kind == "masked_lm"
+        return "test" in splits and ("labels" in splits["test"].column_names or masked)
 
     @property
     def fingerprint(self) -> str:
@@ -203,8 +196,20 @@ class TextDataModule(ResumableData, ABC):
         return self._ready().truncation
 
     def split(self, name: str) -> Dataset:
-        """Returns a tokenised split: `train`, `validation` or, if there is one, `test`."""
-        return self._ready().splits[name]
+        """Returns a tokenised split: `train`, `validation` or, if there is one, `test`.
+
+        Raises:
+            MissingSplitError: the data do not have it.
+        """
+        splits = self._ready().splits
+        if name not in splits:
+            remedy = "A test split has to be labelled to be scored." if name != "train" and "test" in splits else ""
+            raise MissingSplitError(name, list(splits), remedy or f"Give data.init_args.{name}.")
+        return splits[name]
+
+    def predicted_rows(self) -> Sequence[Mapping[str, Any]] | None:
+        """The raw rows of the split that `predict` runs on, in its order; `None` if a sample is not one row."""
+        return self._ready().texts.get(self.split_to_predict())
 
     def calibration_batches(
         self,
@@ -266,73 +271,35 @@ class TextDataModule(ResumableData, ABC):
             raise DataNotReadyError(f"the content of {type(self).__name__}")
         return self._prepared
 
-    def _folder(self) -> Path:
+    def prepared(self, source: list[Any], read: Callable[[], RawData]) -> Prepared:
+        """Finds prepared data by what identifies their source, or reads and tokenises them."""
         subset = None if self.max_train_samples is None else [self.max_train_samples, self.seed]
-        key = digest(
-            _FORMAT,
-            type(self).__name__,
-            self.source_key(),
-            tokenizer_digest(self.load_tokenizer()),
-            self.max_length,
-            subset,
-        )
-        return cache_root(self.cache_dir) / f"{type(self).__name__.lower()}-{key}"
+        tokenizer = tokenizer_digest(self.load_tokenizer())
+        key = digest(_FORMAT, type(self).__name__, source, tokenizer, self.max_length, subset)
+        folder = cache_root(self.cache_dir) / f"{type(self).__name__.lower()}-{key}"
+        if not Prepared.exists(folder):
+            self._prepare(folder, read())
+        return Prepared.read(folder)
 
-    def _prepare(self, folder: Path) -> None:
+    def _prepare(self, folder: Path, raw: RawData) -> None:
         tokenizer = self.load_tokenizer()
-        raw = self.read()
         splits, truncation = {}, {}
         for split, rows in raw.splits.items():
             choose_rows = split == "train" and self.rows_are_samples
             tokenised, cut = self.tokenise(tokenizer, self._subset(rows) if choose_rows else rows, split)
             splits[split] = self._subset(tokenised) if split == "train" and not choose_rows else tokenised
             truncation[split] = replace(cut, samples=len(splits[split]))
-        Prepared.write(folder, splits, raw.target, truncation)
+        texts = {
+            split: rows.remove_columns([name for name in rows.column_names if name == "labels"])
+            for split, rows in raw.splits.items()
+            if split != "train" and self.rows_are_samples
+        }
+        Prepared.write(folder, splits, raw.target, truncation, texts)
 
     def _subset(self, dataset: Dataset) -> Dataset:
         chosen = choose(len(dataset), self.max_train_samples, self.seed)
         return dataset if len(chosen) == len(dataset) else dataset.select(chosen)
 
-    def _eval_loader(self, split: str) -> DataLoader[Any]:
-        # Batches of similar length in random order: sorting all would make the first batches, which
-        # limit_val_batches keeps, the shortest texts. The order is fixed by the seed.
-        shares = self._shares(split)
-        generator = torch.Generator().manual_seed(self.seed)
-        together = self.eval_batch_size * shares.num_replicas
-        order = grouped_by_length(self._ready().lengths[split], together, generator, window=None)
-        return self._loader(self.split(split).select(order), self.eval_batch_size, self.eval_collator(), shares)
-
-    def _shares(self, split: str) -> EvaluationSampler:
-        rank, world_size = self._place()
-        size = len(self.split(split))
-        # A process without a batch would leave the others waiting for its part of the score.
-        if size < world_size:
-            name = f"{split} split of {self.target.name}"
-            raise TooFewSamplesError(name, size, world_size, "for every process to have one", "Lower trainer.devices.")
-        return EvaluationSampler(size, world_size, rank)
-
-    def _place(self) -> tuple[int, int]:
-        """Returns this process and how many there are."""
-        where = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        return where.get("rank", 0), where.get("num_replicas", 1)
-
-    def _loader(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        collate: Collator,
-        sampler: Sampler[int],
-        kind: type[DataLoader[Any]] = DataLoader,
-    ) -> DataLoader[Any]:
-        return kind(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            # A loader without one draws a seed from the global random state, and a run that skips an evaluation, as one
-            # does that is resumed after it, would go on with other dropout masks.
-            generator=torch.Generator().manual_seed(self.seed),
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def split_to_predict(self) -> str:
+        """The test split, labelled or not, else the validation split."""
+        return "test" if "test" in self._ready().splits else "validation"

@@ -121,6 +121,11 @@ class CoNLL(TextDataModule):
         self.token_column = token_column
         self.tag_column = tag_column
 
+    @property
+    def expected_target(self) -> TargetSpec:
+        """What is known before anything is read."""
+        return TargetSpec(type(self).__name__, "token_classification", (), ("entity_f1",))
+
     def source_key(self) -> list[Any]:
         """Identifies the files and how they are read."""
         files = {split: file_digest(path) for split, path in find_splits(self.files).items()}

@@ -45,6 +45,11 @@ class Docstrings(TextDataModule):
         self.packages = packages
         self.max_per_class = max_per_class
 
+    @property
+    def expected_target(self) -> TargetSpec:
+        """What is known before anything is read."""
+        return TargetSpec(type(self).__name__, "classification")
+
     def source_key(self) -> list[Any]:
         """Identifies the sources by path, size and time of change."""
         sources = package_sources(self.packages)

@@ -1,4 +1,4 @@
-"""Reads columns of CSV, TSV, JSON Lines and Parquet files, and says which line is wrong."""
+"""Reads columns of CSV, TSV, JSON Lines, Parquet and text files, and says which line is wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def read_columns(path: Path, wanted: dict[str, str], optional: Sequence[str] = (
     """Reads columns of a file whose extension tells its format.
 
     Args:
-        path: A `.csv` (quoted), `.tsv` (not quoted), `.jsonl` or `.parquet` file.
+        path: A `.csv` (quoted), `.tsv` (not quoted), `.jsonl` or `.parquet` file, or a `.txt` file, whose lines are the
+            first wanted column, whatever its name.
         wanted: Columns that must exist, each with the argument that names it.
         optional: Columns that are read if they exist.
 
@@ -104,6 +105,14 @@ def _read_tsv(path: Path, wanted: dict[str, str], optional: Sequence[str]) -> Co
     return Columns({name: list(values) for name, values in table.columns.items()}, table.lines)
 
 
+def _read_txt(path: Path, wanted: dict[str, str], optional: Sequence[str]) -> Columns:
+    lines = read_lines(path)
+    if not any(line.strip() for line in lines):
+        raise EmptyDataError(path)
+    (name,) = _present(path, [next(iter(wanted))], wanted, optional)
+    return Columns({name: list(lines)}, range(1, len(lines) + 1))
+
+
 def _read_jsonl(path: Path, wanted: dict[str, str], optional: Sequence[str]) -> Columns:
     objects: list[dict[str, Any]] = []
     rows: list[int] = []
@@ -139,4 +148,5 @@ _READERS: dict[str, _Reader] = {
     ".tsv": _read_tsv,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+    ".txt": _read_txt,
 }

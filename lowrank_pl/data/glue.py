@@ -8,11 +8,21 @@ from typing import Any, Literal
 import datasets
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data.base import TextDataModule
 from lowrank_pl.data.cache import dataset_digest, file_digest
 from lowrank_pl.data.files import BadLines, find_file, read_tsv
 from lowrank_pl.data.glue_tasks import find_task
-from lowrank_pl.data.raw import LabelledText, RawData, check_classes, check_labelled, class_ids, scores
+from lowrank_pl.data.raw import (
+    EmptyTexts,
+    LabelledText,
+    RawData,
+    check_classes,
+    check_labelled,
+    class_ids,
+    scores,
+    with_texts,
+)
 from lowrank_pl.errors.data import OfflineError
 
 _HUB = "nyu-mll/glue"
@@ -34,6 +44,8 @@ class GLUE(TextDataModule):
         mnli_validation: Validate MNLI on the genres of the training split, or on others.
         bad_lines: What to do with a line that has too few or too many columns (QQP's official file has some):
             stop and name it, or leave it out and say how many.
+        empty_texts: What to do with a row in which a sentence is empty or white space: stop and name it, or leave it
+            out and say how many.
         kwargs: What every datamodule takes, see `TextDataModule`.
     """
 
@@ -44,6 +56,7 @@ class GLUE(TextDataModule):
         path: str | None = None,
         mnli_validation: Literal["matched", "mismatched"] = "matched",
         bad_lines: BadLines = "error",
+        empty_texts: EmptyTexts = "error",
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, **kwargs)
@@ -51,20 +64,30 @@ class GLUE(TextDataModule):
         self.path = path
         self.mnli_validation = mnli_validation
         self.bad_lines = bad_lines
+        self.empty_texts = empty_texts
+
+    @property
+    def expected_target(self) -> TargetSpec:
+        """The task's, before anything is read."""
+        return self.task.target
 
     def source_key(self) -> list[Any]:
         """Identifies the files, or the content of the hub's data set."""
         if self.path is None:
             splits = self._from_hub()
-            return [self.task.hub, {name: dataset_digest(dataset) for name, dataset in splits.items()}]
-        return [self.task.name, self.bad_lines, {split: file_digest(file) for split, file in self._files().items()}]
+            digests = {name: dataset_digest(dataset) for name, dataset in splits.items()}
+            return [self.task.hub, self.empty_texts, digests]
+        digests = {split: file_digest(file) for split, file in self._files().items()}
+        return [self.task.name, self.bad_lines, self.empty_texts, digests]
 
     def read(self) -> RawData:
         """Reads the task; see `TextDataModule.read`."""
         if self.path is None:
-            parts = {split: self._part_of_hub(rows) for split, rows in self._from_hub().items()}
+            parts, columns = {s: self._part_of_hub(rows) for s, rows in self._from_hub().items()}, self.task.hub_texts
         else:
-            parts = {split: self._part_of_file(split, file) for split, file in self._files().items()}
+            parts, columns = {s: self._part_of_file(s, file) for s, file in self._files().items()}, self.task.texts
+        # The test split keeps all rows: GLUE's server wants a prediction for each.
+        parts = {s: part if s == "test" else with_texts(part, columns, self.empty_texts) for s, part in parts.items()}
         names = self.task.label_names
         splits = {}
         for split, part in parts.items():

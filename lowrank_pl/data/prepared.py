@@ -14,6 +14,7 @@ from lowrank_pl.data.cache import dataset_digest, written_whole
 from lowrank_pl.data.tokenise import Truncation
 
 _META = "meta.json"
+_TEXTS = "texts"
 _WARN_TRUNCATED = 0.05
 
 
@@ -27,13 +28,15 @@ class Prepared:
         truncation: What was cut off, by split.
         content: Identifies the rows, by split.
         lengths: Tokens of each sample, by split.
+        texts: Raw rows without labels, by split, of splits that may be predicted on.
     """
 
     splits: DatasetDict
-    target: TargetSpec
+    target: TargetSpec | None
     truncation: dict[str, Truncation]
     content: dict[str, str]
     lengths: dict[str, list[int]]
+    texts: dict[str, Dataset]
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -41,15 +44,24 @@ class Prepared:
         return (folder / _META).is_file()
 
     @staticmethod
-    def write(folder: Path, splits: dict[str, Dataset], target: TargetSpec, truncation: dict[str, Truncation]) -> None:
+    def write(
+        folder: Path,
+        splits: dict[str, Dataset],
+        target: TargetSpec | None,
+        truncation: dict[str, Truncation],
+        texts: dict[str, Dataset],
+    ) -> None:
         """Writes a prepared data set to a folder, whole or not at all."""
         meta = {
-            "target": target.to_dict(),
+            "target": None if target is None else target.to_dict(),
+            "texts": list(texts),
             "truncation": {split: asdict(cut) for split, cut in truncation.items()},
             "content": {split: dataset_digest(dataset) for split, dataset in splits.items()},
         }
         with written_whole(folder) as temporary:
             DatasetDict(splits).save_to_disk(str(temporary))
+            for split, dataset in texts.items():
+                dataset.save_to_disk(str(temporary / _TEXTS / split))
             (temporary / _META).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
     @classmethod
@@ -60,10 +72,11 @@ class Prepared:
         assert isinstance(splits, DatasetDict)
         return cls(
             splits,
-            TargetSpec.from_dict(meta["target"]),
+            None if meta["target"] is None else TargetSpec.from_dict(meta["target"]),
             {split: Truncation(**cut) for split, cut in meta["truncation"].items()},
             meta["content"],
             {split: list(dataset["length"]) for split, dataset in splits.items()},
+            {split: Dataset.load_from_disk(str(folder / _TEXTS / split)) for split in meta["texts"]},
         )
 
 

@@ -6,17 +6,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from datasets import Dataset
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.data import (
     EmptyDataError,
     MissingLabelsError,
+    MissingValueError,
     NotANumberError,
+    NotATextError,
     SingleClassError,
     UnknownLabelError,
 )
+
+EmptyTexts = Literal["error", "skip"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,11 +34,11 @@ class RawData:
     Attributes:
         splits: `train`, `validation` and maybe `test`. Rows have `text` and maybe `text_pair`, and `labels` as
             ids, scores or one id per word, except in an unlabelled test split.
-        target: What the labels mean.
+        target: What the labels mean; `None` if there are none.
     """
 
     splits: dict[str, Dataset]
-    target: TargetSpec
+    target: TargetSpec | None
 
 
 @dataclass
@@ -42,15 +48,15 @@ class LabelledText:
     Attributes:
         path: The file, or the hub id.
         rows: Line or row numbers, counted from 1.
-        text: First sentences.
+        text: First sentences, as they stand in the file: strings, once `with_texts` has looked at them.
         text_pair: Second sentences, or `None` for tasks with one.
         labels: Labels as written in the file, or `None` if it has none.
     """
 
     path: str | Path
     rows: Sequence[int]
-    text: list[str]
-    text_pair: list[str] | None = None
+    text: Sequence[object]
+    text_pair: Sequence[object] | None = None
     labels: list[object] | None = field(default=None)
 
     def to_dataset(self, labels: Sequence[int] | Sequence[float] | None) -> Dataset:
@@ -61,12 +67,55 @@ class LabelledText:
         """
         if not self.text:
             raise EmptyDataError(self.path)
-        columns: dict[str, object] = {"text": self.text}
+        columns: dict[str, object] = {"text": list(self.text)}
         if self.text_pair is not None:
-            columns["text_pair"] = self.text_pair
+            columns["text_pair"] = list(self.text_pair)
         if labels is not None:
             columns["labels"] = list(labels)
         return Dataset.from_dict(columns)
+
+
+def with_texts(part: LabelledText, columns: Sequence[str], empty_texts: EmptyTexts) -> LabelledText:
+    """Refuses rows without text, or leaves them out and says how many.
+
+    A text is empty if it is missing (a null, or the NaN that tables use for it) or white space. What merely looks like
+    a null, such as `NA`, is a text. Of a pair both have to be there.
+
+    Args:
+        part: A split as it was read.
+        columns: Names of the columns of `text` and, if there is one, `text_pair`.
+        empty_texts: What to do with such rows.
+
+    Raises:
+        MissingValueError: a row without text.
+        NotATextError: a value that is neither a string nor a number.
+        EmptyDataError: nothing is left.
+    """
+    empty = set()
+    for column, values in zip(columns, filter(None, (part.text, part.text_pair)), strict=True):
+        for at, value in enumerate(values):
+            if value is not None and not isinstance(value, (str, int, float)):
+                raise NotATextError(part.path, part.rows[at], column, value)
+            if value is None or value != value or not str(value).strip():
+                if empty_texts == "error":
+                    raise MissingValueError(part.path, part.rows[at], column, value)
+                empty.add(at)
+    kept = [at for at in range(len(part.text)) if at not in empty]
+    if empty:
+        first = part.rows[min(empty)]
+        rank_zero_warn(
+            f"left out {len(empty)} of {len(part.text)} rows of {str(part.path)!r} without text, first {first}."
+        )
+    if not kept:
+        raise EmptyDataError(part.path)
+    pair, labels = part.text_pair, part.labels
+    return LabelledText(
+        part.path,
+        [part.rows[at] for at in kept],
+        [str(part.text[at]) for at in kept],
+        None if pair is None else [str(pair[at]) for at in kept],
+        None if labels is None else [labels[at] for at in kept],
+    )
 
 
 def class_ids(part: LabelledText, ids: dict[str, int], label_names: Sequence[str]) -> list[int]:

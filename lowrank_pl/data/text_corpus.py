@@ -51,6 +51,11 @@ class TextCorpus(TextDataModule):
         self.files: dict[str, str | None] = {"train": train, "validation": validation, "test": test}
         self.mlm_probability = mlm_probability
 
+    @property
+    def expected_target(self) -> TargetSpec:
+        """What is known before anything is read."""
+        return TargetSpec(type(self).__name__, "masked_lm", (), ("perplexity",))
+
     def source_key(self) -> list[Any]:
         """Identifies the files."""
         return [{split: file_digest(path) for split, path in find_splits(self.files).items()}]
@@ -63,7 +68,7 @@ class TextCorpus(TextDataModule):
             if not lines:
                 raise EmptyDataError(path)
             splits[split] = Dataset.from_dict({"text": lines})
-        return RawData(splits, TargetSpec(type(self).__name__, "masked_lm", (), ("perplexity",)))
+        return RawData(splits, self.expected_target)
 
     def tokenise(self, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, split: str) -> tuple[Dataset, Truncation]:
         """Joins the tokens of all lines and cuts them into blocks; nothing is lost, so nothing is cut off."""

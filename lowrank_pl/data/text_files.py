@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
 
 from lowrank_pl.contract import MetricName, TargetSpec
 from lowrank_pl.data.base import TextDataModule
 from lowrank_pl.data.cache import file_digest
-from lowrank_pl.data.files import find_splits
+from lowrank_pl.data.files import find_file, find_splits
 from lowrank_pl.data.formats import read_columns
-from lowrank_pl.data.raw import LabelledText, RawData, check_classes, check_labelled, class_ids, scores
-from lowrank_pl.errors.data import ArgumentRangeError, MissingValueError, TooFewSamplesError
+from lowrank_pl.data.prepared import Prepared
+from lowrank_pl.data.raw import (
+    EmptyTexts,
+    LabelledText,
+    RawData,
+    check_classes,
+    check_labelled,
+    class_ids,
+    scores,
+    with_texts,
+)
+from lowrank_pl.errors.data import ArgumentRangeError, MissingSplitError, TooFewSamplesError, UnknownClassesError
+from lowrank_pl.errors.run import TargetKindError
 
 _METRICS: dict[str, tuple[MetricName, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
@@ -22,16 +38,23 @@ _METRICS: dict[str, tuple[MetricName, ...]] = {
 
 
 class TextFiles(TextDataModule):
-    """Texts, or pairs of texts, with a class or a number: CSV, TSV, JSON Lines or Parquet files.
+    """Texts, or pairs of texts, with a class or a number: CSV, TSV, JSON Lines, Parquet or text files.
 
-    CSV may be quoted; in TSV a quotation mark is a character like any other. Both start with a header line.
+    CSV may be quoted; in TSV a quotation mark is a character like any other. Both start with a header line. A `.txt`
+    file has a text per line and nothing else.
+
+    Without a training split there is nothing to learn the classes from: a model that is scored or predicts tells them
+    then, and their order.
 
     Args:
         tokenizer: Folder, hub id, or `pkg://module/sub/folder` of the encoder whose tokenizer is used. The
             command line sets it from `model.init_args.pretrained`.
-        train: File of the training split; its extension tells its format.
+        train: File of the training split; its extension tells its format. `validate`, `test` and `predict` can do
+            without.
         validation: File of the validation split; without it a part of the training split is set aside.
         test: File of the test split, labelled or not.
+        predict: File of texts for the verb `predict`, which then reads nothing else; labels in it are not looked at.
+            Without it `predict` runs on the test split, or else on the validation split.
         text: Column of the text.
         text_pair: Column of the second text, if there are two.
         label: Column of the label.
@@ -41,13 +64,15 @@ class TextFiles(TextDataModule):
         metrics: Metrics whose mean is the score; accuracy for classes, pearson and spearman for numbers if not given.
         validation_fraction: Part of the training file to validate on if there is no validation file, chosen by
             `seed`.
+        empty_texts: What to do with a row whose text (of a pair: one of them) is missing, empty or white space: stop
+            and name it, or leave it out and say how many.
         kwargs: What every datamodule takes, see `TextDataModule`.
     """
 
     def __init__(
         self,
         tokenizer: str,
-        train: str,
+        train: str | None = None,
         validation: str | None = None,
         test: str | None = None,
         text: str = "text",
@@ -57,6 +82,8 @@ class TextFiles(TextDataModule):
         label_names: list[str] | None = None,
         metrics: list[MetricName] | None = None,
         validation_fraction: float = 0.1,
+        predict: str | None = None,
+        empty_texts: EmptyTexts = "error",
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, **kwargs)
@@ -69,20 +96,108 @@ class TextFiles(TextDataModule):
         if label_names is not None and not 2 <= len(set(label_names)) == len(label_names):
             raise ArgumentRangeError("label_names", label_names, "two or more names, all different")
         self.files: dict[str, str | None] = {"train": train, "validation": validation, "test": test}
+        self.to_predict = predict
         self.text = text
         self.text_pair = text_pair
         self.label = label
         self.kind = kind
         self.label_names = label_names
+        self.metrics_given = metrics is not None
         self.metrics = tuple(metrics) if metrics else (allowed[:1] if kind == "classification" else allowed)
         self.validation_fraction = validation_fraction
+        self.empty_texts = empty_texts
+        self._adopted: TargetSpec | None = None
+        self._new_texts: Prepared | None = None
+
+    # Without a training split.
+
+    @property
+    def expected_target(self) -> TargetSpec | None:
+        """What the arguments tell, if the labels are to be learnt; else what the model has told."""
+        if self.lacks_target:
+            return self._adopted
+        return self._target(self.label_names or ())
+
+    @property
+    def lacks_target(self) -> bool:
+        """Whether there is no training split, or none is read, to tell the classes."""
+        return self._predicts_new_texts or self.files["train"] is None
+
+    def adopt_target(self, target: TargetSpec) -> None:
+        """Takes over the kind, the classes and, unless they were given, the metrics of a model.
+
+        Raises:
+            TargetKindError: the model predicts something per token.
+        """
+        if target.kind not in _METRICS:
+            raise TargetKindError(f"a model of {target.name!r}", (target.kind,), type(self).__name__, self.kind)
+        if target != self._adopted and not self._predicts_new_texts:
+            self._prepared = None  # its labels may stand for other classes
+        self._adopted = target
+
+    def _target_found(self) -> TargetSpec | None:
+        return self._adopted if self._predicts_new_texts else super()._target_found()
+
+    @property
+    def _predicts_new_texts(self) -> bool:
+        return self.to_predict is not None and self._runs(TrainerFn.PREDICTING)
+
+    def _runs(self, verb: TrainerFn) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == verb
+
+    def prepare_data(self) -> None:
+        """Prepares the splits, or only the new texts where they are what `predict` runs on.
+
+        Raises:
+            MissingSplitError: the run trains, and there is no training file.
+        """
+        if self._predicts_new_texts:
+            self._prepare_new_texts()
+            return
+        fits = self._runs(TrainerFn.FITTING)
+        if not any(self.files.values()) or (fits and self.files["train"] is None):
+            given = [split for split, file in self.files.items() if file is not None]
+            wanted = "train" if fits else "validation or test"
+            raise MissingSplitError(wanted, given, f"Give data.init_args.{wanted.replace(' or ', ' or .')}.")
+        super().prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads what `prepare_data` has prepared."""
+        if self._predicts_new_texts:
+            self._new_texts = self._prepare_new_texts()
+        else:
+            super().setup(stage)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The new texts in the order of their file; see `TextDataModule.predict_dataloader`."""
+        if self._new_texts is None or not self._predicts_new_texts:
+            return super().predict_dataloader()
+        return self.loader_in_order("predict", self._new_texts.splits["predict"])
+
+    def predicted_rows(self) -> Sequence[Mapping[str, Any]] | None:
+        """Texts with the `row` of the file; see `TextDataModule.predicted_rows`."""
+        if self._new_texts is None or not self._predicts_new_texts:
+            return super().predicted_rows()
+        rows: Sequence[Mapping[str, Any]] = self._new_texts.texts["predict"]
+        return rows
+
+    def _prepare_new_texts(self) -> Prepared:
+        path = find_file(str(self.to_predict), "data.init_args.predict")
+        key = ["new texts", path.suffix, file_digest(path), self.text, self.text_pair, self.empty_texts]
+        return self.prepared(key, lambda: RawData({"predict": self._rows_of(path)}, None))
+
+    def _rows_of(self, path: Path) -> Dataset:
+        part = self._part("predict", path)
+        return part.to_dataset(None).add_column("row", list(part.rows))
+
+    # With labels.
 
     def source_key(self) -> list[Any]:
         """Identifies the files and how they are read."""
         files = {split: [path.suffix, file_digest(path)] for split, path in find_splits(self.files).items()}
         columns = [self.text, self.text_pair, self.label]
         split = [self.validation_fraction, self.seed] if self.files["validation"] is None else None
-        return [files, columns, self.kind, self.label_names, self.metrics, split]
+        return [files, columns, self._target(self._given_names() or ()).to_dict(), self.empty_texts, split]
 
     def read(self) -> RawData:
         """Reads the files; see `TextDataModule.read`."""
@@ -90,19 +205,20 @@ class TextFiles(TextDataModule):
         for split, part in parts.items():
             if split != "test":
                 check_labelled(split, part, self.label)
-        names = self._names(parts["train"]) if self.kind == "classification" else []
+        kind = self._target(()).kind
+        names = self._names(parts) if kind == "classification" else []
         splits = {}
         for split, part in parts.items():
             if part.labels is None:
                 splits[split] = part.to_dataset(None)
-            elif self.kind == "regression":
+            elif kind == "regression":
                 splits[split] = part.to_dataset(scores(part))
             else:
                 ids = class_ids(part, _ids(names), names)
                 if split == "train":
                     check_classes(part, ids, names)
                 splits[split] = part.to_dataset(ids)
-        if "validation" not in splits:
+        if "train" in splits and "validation" not in splits:
             whole = splits.pop("train")
             if len(whole) < 2:
                 raise TooFewSamplesError(
@@ -116,33 +232,51 @@ class TextFiles(TextDataModule):
             aside = min(max(1, round(self.validation_fraction * len(whole))), len(whole) - 1)
             splits["train"] = whole.select(sorted(order[aside:]))
             splits["validation"] = whole.select(sorted(order[:aside]))
-        return RawData(splits, TargetSpec(type(self).__name__, self.kind, tuple(names), self.metrics))
+        if kind == "classification" and not names:
+            return RawData(splits, None)
+        return RawData(splits, self._target(names))
 
     def _part(self, split: str, path: Path) -> LabelledText:
         wanted = {self.text: "data.init_args.text"}
         if self.text_pair is not None:
             wanted[self.text_pair] = "data.init_args.text_pair"
-        if split != "test":
+        if split in ("train", "validation"):
             wanted[self.label] = "data.init_args.label"
-        columns = read_columns(path, wanted, [self.label])
-        texts = []
-        for column in [self.text, self.text_pair]:
-            if column is None:
-                continue
-            for row, value in zip(columns.rows, columns.values[column], strict=True):
-                if value is None:
-                    raise MissingValueError(path, row, column)
-            texts.append([str(value) for value in columns.values[column]])
-        labels: list[object] | None = [_spelled(value) for value in columns.values.get(self.label, [])]
+        columns = read_columns(path, wanted, [self.label] if split != "predict" else [])
+        names = [column for column in (self.text, self.text_pair) if column is not None]
+        texts = [columns.values[column] for column in names]
+        labels: list[object] | None = None
+        if split != "predict":
+            labels = [_spelled(value) for value in columns.values.get(self.label, [])]
         if not labels or all(value in (None, "") for value in labels):
             labels = None
-        return LabelledText(path, columns.rows, texts[0], texts[1] if len(texts) > 1 else None, labels)
+        part = LabelledText(path, columns.rows, texts[0], texts[1] if len(texts) > 1 else None, labels)
+        return with_texts(part, names, self.empty_texts)
 
-    def _names(self, train: LabelledText) -> list[str]:
-        if self.label_names is not None:
-            return self.label_names
-        assert train.labels is not None
-        found = {str(value) for value in train.labels if value not in (None, "")}
+    def _target(self, names: Sequence[str]) -> TargetSpec:
+        """What is predicted: what the arguments say, or the model where there is nothing to learn it from."""
+        own = TargetSpec(type(self).__name__, self.kind, tuple(names), self.metrics)
+        if self._adopted is None or not self.lacks_target:
+            return own
+        if self.metrics_given and self._adopted.kind == self.kind:
+            return own
+        return replace(self._adopted, name=own.name, label_names=own.label_names)
+
+    def _given_names(self) -> list[str] | None:
+        adopted = list(self._adopted.label_names) if self._adopted is not None and self.lacks_target else []
+        return self.label_names or adopted or None
+
+    def _names(self, parts: Mapping[str, LabelledText]) -> list[str]:
+        if (given := self._given_names()) is not None:
+            return given
+        if "train" not in parts:
+            for split, part in parts.items():
+                if part.labels is not None:
+                    raise UnknownClassesError(split, part.path)
+            return []
+        labels = parts["train"].labels
+        assert labels is not None
+        found = {str(value) for value in labels if value not in (None, "")}
         return sorted(found, key=int) if all(map(_is_integer, found)) else sorted(found)
 
 

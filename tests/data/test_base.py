@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lowrank_pl.contract import CalibrationSource, DescribesData, HasTarget
@@ -116,7 +117,8 @@ def test_validation_is_the_same_in_every_epoch(sst2: GLUE) -> None:
 def in_process(module: GLUE, rank: int, world_size: int) -> GLUE:
     """The datamodule as Lightning hands it to one of several processes."""
     kwargs = {"num_replicas": world_size, "rank": rank}
-    module.trainer = SimpleNamespace(distributed_sampler_kwargs=kwargs)  # type: ignore[assignment]
+    state = SimpleNamespace(fn=TrainerFn.VALIDATING)
+    module.trainer = SimpleNamespace(state=state, distributed_sampler_kwargs=kwargs)  # type: ignore[assignment]
     return module
 
 
@@ -335,7 +337,7 @@ def test_nothing_is_known_before_setup(tiny_bert: str, tmp_path: Path) -> None:
 )
 def test_numbers_out_of_range(argument: str, value: int, allowed: str) -> None:
     with pytest.raises(ArgumentRangeError, match=f"{argument}={value}; allowed is {allowed}. Check data.init_args"):
-        GLUE("any", "sst2", None, "matched", "error", **{argument: value})
+        GLUE("any", "sst2", None, "matched", "error", "error", **{argument: value})
 
 
 @pytest.mark.parametrize(

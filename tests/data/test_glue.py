@@ -15,6 +15,7 @@ from lowrank_pl.errors.data import (
     EncodingError,
     MalformedLineError,
     MissingFileError,
+    MissingValueError,
     NotANumberError,
     OfflineError,
     SingleClassError,
@@ -256,3 +257,23 @@ def test_offline(tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(OfflineError, match=told):
         ready(tiny_bert, "sst2", None)
+
+
+def test_rows_without_a_sentence(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused from the hub and from files alike, or left out; every row of the test split is predicted."""
+    whole = hub_mrpc("nyu-mll/glue", "mrpc")
+    rows = [{**whole["train"][0], "sentence2": text} for text in ("bad", " ", "bad")]
+    rows[2]["label"] = 0
+    train = Dataset.from_list(rows, features=whole["train"].features)
+    test = Dataset.from_list([{**whole["test"][0], "sentence1": ""}], features=whole["test"].features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: DatasetDict({**whole, "train": train, "test": test}))
+    with pytest.raises(MissingValueError, match=r"mrpc, rows\):2 has nothing but white space, ' ', in column"):
+        ready(tiny_bert, "MRPC", None)
+    with pytest.warns(UserWarning, match="left out 1 of 3 rows"):
+        module = ready(tiny_bert, "MRPC", None, empty_texts="skip")
+    assert module.split("train")["labels"][:] == [1, 0]
+    assert len(module.split("test")) == 1
+    for name in ("train", "dev"):
+        write_tsv(tmp_path / f"{name}.tsv", MRPC, [["1", "0", "0", "good", "bad"], ["0", "0", "0", "", "bad"]])
+    with pytest.raises(MissingValueError, match=r"train.tsv:3 has no value in column '#1 String'"):
+        ready(tiny_bert, "MRPC", tmp_path)

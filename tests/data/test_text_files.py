@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
+from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import TextFiles
 from lowrank_pl.errors.data import (
     ArgumentRangeError,
@@ -18,14 +21,18 @@ from lowrank_pl.errors.data import (
     MalformedLineError,
     MissingFileError,
     MissingLabelsError,
+    MissingSplitError,
     MissingValueError,
     NotANumberError,
+    NotATextError,
     SingleClassError,
     TooFewSamplesError,
+    UnknownClassesError,
     UnknownColumnError,
     UnknownLabelError,
     UnsupportedFormatError,
 )
+from lowrank_pl.errors.run import TargetKindError
 from tests.data.samples import write
 
 ROWS: list[dict[str, Any]] = [
@@ -153,7 +160,7 @@ def test_missing_file(tiny_bert: str, tmp_path: Path) -> None:
 
 def test_unknown_format(tiny_bert: str, tmp_path: Path) -> None:
     path = write(tmp_path / "train.xlsx", "text")
-    told = r"from its extension '.xlsx'; allowed are '.csv', '.tsv', '.jsonl', '.parquet'"
+    told = r"from its extension '.xlsx'; allowed are '.csv', '.tsv', '.jsonl', '.parquet', '.txt'"
     with pytest.raises(UnsupportedFormatError, match=told):
         ready(tiny_bert, train=str(path))
 
@@ -196,6 +203,111 @@ def test_missing_text(tiny_bert: str, tmp_path: Path) -> None:
     train = save(tmp_path / "train.jsonl", [ROWS[0], {"text": None, "label": "neg"}])
     with pytest.raises(MissingValueError, match=r"train.jsonl:2 has no value in column 'text'"):
         ready(tiny_bert, train=train)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("blank", ["", "  ", "\u00a0"], ids=["empty", "spaces", "no-break"])
+def test_rows_without_text_are_refused_in_every_format(tiny_bert: str, tmp_path: Path, suffix: str, blank: str) -> None:
+    rows = [*ROWS, {**ROWS[0], "text": blank}]
+    place = {".csv": 5, ".tsv": 5, ".jsonl": 4, ".parquet": 4}[suffix]
+    with pytest.raises(MissingValueError, match=rf"train{suffix}:{place} has no.* in column 'text'.*empty_texts=skip"):
+        ready(tiny_bert, train=save(tmp_path / f"train{suffix}", rows))
+    rows = [*ROWS, {**ROWS[0], "other": blank}]
+    with pytest.raises(MissingValueError, match=rf"pair{suffix}:{place} has no.* in column 'other'"):
+        ready(tiny_bert, train=save(tmp_path / f"pair{suffix}", rows), text_pair="other")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_rows_without_text_are_left_out_if_asked(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
+    train = save(tmp_path / f"train{suffix}", [{**ROWS[1], "text": " "}, *ROWS, {**ROWS[0], "other": ""}])
+    with pytest.warns(UserWarning, match=rf"left out 2 of 5 rows of '.*train{suffix}' without text, first [12]"):
+        module = ready(tiny_bert, train=train, validation=train, text_pair="other", empty_texts="skip")
+    assert labels(module, "train") == [2, 0, 1]
+    nothing = save(tmp_path / f"nothing{suffix}", [{**ROWS[1], "text": " "}])
+    with pytest.raises(EmptyDataError), pytest.warns(UserWarning, match="left out 1 of 1"):
+        ready(tiny_bert, train=nothing, empty_texts="skip")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_words_that_look_like_nulls_are_texts(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
+    words = ["NA", "null", "None", "nan", "NaN", "N/A", "0"]
+    train = save(tmp_path / f"train{suffix}", [{"text": w, "label": at % 2} for at, w in enumerate(words)])
+    assert len(ready(tiny_bert, train=train, validation=train).split("train")) == len(words)
+
+
+def test_a_missing_number_is_no_text(tiny_bert: str, tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.table({"text": [1.5, float("nan")], "label": [0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(MissingValueError, match=r"train.parquet:2 has no value in column 'text'"):
+        ready(tiny_bert, train=str(tmp_path / "train.parquet"))
+
+
+def test_a_list_is_no_text(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.jsonl", [ROWS[0], {"text": ["a"], "label": "neg"}])
+    with pytest.raises(NotATextError, match=r"train.jsonl:2 has a list in column 'text'; allowed are strings and numb"):
+        ready(tiny_bert, train=train)
+
+
+# Without a training split.
+
+
+def running(module: TextFiles, verb: str) -> TextFiles:
+    """The datamodule as a trainer hands it to a verb."""
+    module.trainer = SimpleNamespace(  # type: ignore[assignment]
+        state=SimpleNamespace(fn=TrainerFn(verb)), distributed_sampler_kwargs=None, overfit_batches=0
+    )
+    return module
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
+def test_new_texts_are_all_that_predict_reads(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
+    if suffix == ".txt":
+        new = str(write(tmp_path / "new.txt", "good film\nthe film\n"))
+    else:
+        new = save(tmp_path / f"new{suffix}", [{"other": "awful", "text": text} for text in ("good film", "the film")])
+    module = TextFiles(tiny_bert, train=str(tmp_path / "missing.csv"), predict=new, max_length=32)
+    running(module, "predict").prepare_data()
+    module.setup("predict")
+    assert not module.knows_target
+    first = 1 if suffix in (".txt", ".jsonl", ".parquet") else 2
+    rows = module.predicted_rows()
+    assert rows is not None
+    assert list(rows) == [{"text": "good film", "row": first}, {"text": "the film", "row": first + 1}]
+    (batch,) = module.predict_dataloader()
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert [module.load_tokenizer().decode(ids) for ids in batch["input_ids"]] == [
+        "[CLS] good film [SEP]",
+        "[CLS] the film [SEP]",
+    ]
+
+
+def test_a_labelled_test_file_alone_takes_its_classes_from_the_model(tiny_bert: str, tmp_path: Path) -> None:
+    test = save(tmp_path / "test.csv", ROWS)
+    with pytest.raises(UnknownClassesError, match=r"test split in '.*test.csv' is labelled.*--ckpt_path.*label_names"):
+        ready(tiny_bert, test=test)
+    for names in (("pos", "neutral", "neg"), ("neg", "neutral", "pos")):
+        module = TextFiles(tiny_bert, test=test, max_length=32)
+        assert module.lacks_target
+        module.adopt_target(TargetSpec("reviews", "classification", names, ("f1", "accuracy"), "f1"))
+        module.setup()
+        assert labels(module, "test") == [names.index(str(row["label"])) for row in ROWS]
+        assert (module.target.label_names, module.target.score) == (names, "f1")
+        assert module.has_labelled_test
+    assert labels(ready(tiny_bert, test=test, label_names=["pos", "neg", "neutral"]), "test") == [0, 1, 2]
+    with pytest.raises(TargetKindError, match="'TextFiles' is a classification data set"):
+        TextFiles(tiny_bert, test=test).adopt_target(TargetSpec("ner", "token_classification", ("O", "B-X")))
+
+
+def test_splits_that_are_not_there(tiny_bert: str, tmp_path: Path) -> None:
+    test = save(tmp_path / "test.csv", ROWS)
+    with pytest.raises(MissingSplitError, match="the data have no train split; they have 'test'"):
+        running(TextFiles(tiny_bert, test=test), "fit").prepare_data()
+    with pytest.raises(MissingSplitError, match="no validation or test split; they have none"):
+        running(TextFiles(tiny_bert, predict=test), "validate").prepare_data()
+    module = ready(tiny_bert, test=test, label_names=["neg", "neutral", "pos"])
+    with pytest.raises(MissingSplitError, match="no train split"):
+        module.calibration_batches(4)
+    with pytest.raises(MissingSplitError, match="no validation split"):
+        module.val_dataloader()
 
 
 def test_not_a_number(tiny_bert: str, tmp_path: Path) -> None:

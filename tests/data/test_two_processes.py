@@ -32,6 +32,12 @@ def test_an_odd_split_is_scored_as_in_one_process(tiny_bert: str, tmp_path: Path
     for rank in found[2]:
         assert rank["accuracy"] == one["accuracy"]
         assert rank["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    texts = [line.split("\t")[1] for line in (data / "test.tsv").read_text().splitlines()[1:]]
+    for run, name in (("1", "predictions"), ("2", "predictions-0"), ("2", "predictions-1")):
+        for line in (tmp_path / run / f"{name}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            assert row["text"] == texts[row["index"]]
+            assert row["probability"] == max(row["probabilities"].values())
     whole = predictions(tmp_path / "1" / "predictions.jsonl")
     shares = [predictions(tmp_path / "2" / f"predictions-{rank}.jsonl") for rank in (0, 1)]
     assert [list(share) for share in shares] == [[0, 2, 4], [1, 3]]
