@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lowrank_pl.errors.model import (
@@ -20,7 +21,10 @@ from lowrank_pl.errors.model import (
     HubUnreachableError,
     ModelFolderError,
     PackageModelError,
+    UnsupportedModelError,
 )
+from lowrank_pl.files.checksums import CHECKSUMS, verify_checksums
+from lowrank_pl.files.weight_files import INDEX, SINGLE, weight_files
 
 _PACKAGE_PREFIX = "pkg://"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -56,6 +60,23 @@ def resolve_pretrained(name: str) -> str:
     return str(folder)
 
 
+def lasting_name(name: str) -> str:
+    """The same model's name for a run in another working folder: a folder with its whole path, others as they are."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
+def require_weights(name: str) -> None:
+    """Refuses a folder without weights; see `resolve_pretrained` for `name` and further errors.
+
+    Raises:
+        ModelFolderError: a folder without weights.
+    """
+    source = resolve_pretrained(name)
+    if Path(source).is_dir():
+        _require(Path(source), _WEIGHTS, "weights (model.safetensors, …)")
+
+
 def _package_folder(address: str) -> Path:
     module, _, inside = address.removeprefix(_PACKAGE_PREFIX).partition("/")
     try:
@@ -78,7 +99,9 @@ def load_exactly(auto_class: Any, folder: str, config: Any) -> PreTrainedModel:
     Raises:
         CheckpointMismatchError: a key is missing or unexpected, or a shape differs.
         ModelFolderError: the weights cannot be read.
+        UnsupportedModelError: the architecture has no such head.
     """
+    check_supported(auto_class, folder, config)
     try:
         with _quiet():
             model, info = auto_class.from_pretrained(
@@ -118,8 +141,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelFolderError: a folder without tokenizer files.
         HubUnreachableError: a hub id that cannot be fetched.
+        UnsupportedModelError: the model reads no text.
     """
     source = resolve_pretrained(name)
+    _check_reads_text(name, source)
     if Path(source).is_dir():
         _require(Path(source), _TOKENIZER, "tokenizer (tokenizer.json, vocab.txt, …)")
     try:
@@ -129,6 +154,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             raise ModelFolderError(source, f"usable tokenizer ({first_line(error)})", _names(source)) from error
         raise HubUnreachableError(name, first_line(error)) from error
     return tokenizer
+
+
+def _check_reads_text(name: str, source: str) -> None:
+    """Refuses a folder of a model that no tokenizer belongs to, such as one for pictures or sound."""
+    if not Path(source).is_dir():
+        return
+    kind = load_config(source).model_type
+    if kind not in TOKENIZER_MAPPING_NAMES and not any(file in _names(source) for file in _TOKENIZER):
+        raise UnsupportedModelError(name, kind, None, reads_text=False)
 
 
 def load_config(name: str, **overrides: Any) -> Any:
@@ -159,11 +193,15 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
         ModelFolderError: a folder without weights.
         HubUnreachableError: a hub id that cannot be fetched.
         CheckpointMismatchError: the weights lack parts of the encoder.
+        UnsupportedModelError: the architecture has no such head.
+        DamagedWeightsError: they are not those that `SHA256SUMS` in the folder tells of, where there is one.
     """
+    require_weights(name)
     source = resolve_pretrained(name)
-    if Path(source).is_dir():
-        _require(Path(source), _WEIGHTS, "weights (model.safetensors, …)")
     config = load_config(name, **config_overrides)
+    check_supported(auto_class, name, config)
+    if Path(source).is_dir():
+        _verify(Path(source))
     try:
         # Half-precision checkpoints are common and a poor place to fine-tune in; the trainer's precision, which
         # sets torch's default dtype, decides.
@@ -177,17 +215,33 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
         raise ModelFolderError(source, f"readable weights ({first_line(error)})", _names(source)) from error
     except OSError as error:
         raise HubUnreachableError(name, first_line(error)) from error
-    prefix = f"{model.base_model_prefix}."
+    # A bare encoder's keys have no prefix: all of them are the encoder's.
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     for key, theirs, ours in sorted(info["mismatched_keys"]):
         if key.startswith(prefix):
             raise CheckpointMismatchError(source, f"{key!r} is {list(theirs)} there and {list(ours)} here")
     # Encoders trained as language models have no pooler; classifiers make a new one, like their head.
-    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and ".pooler" not in key)
+    missing = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and "pooler" not in key.split("."))
     if missing:
         raise CheckpointMismatchError.keys(f"model folder {source!r}", missing, [])
     # from_pretrained returns eval mode, and Lightning trains a module in the mode it finds it in.
     encoder: PreTrainedModel = model.train()
     return encoder, bool(info["missing_keys"] or info["mismatched_keys"])
+
+
+def check_supported(auto_class: Any, name: str, config: Any) -> None:
+    """Refuses a model whose architecture transformers has no head of this kind for, such as one for pictures."""
+    mapping = getattr(auto_class, "_model_mapping", None)  # a class of one architecture has none
+    if mapping is not None and type(config) not in mapping:
+        reads_text = config.model_type in TOKENIZER_MAPPING_NAMES
+        raise UnsupportedModelError(name, config.model_type, auto_class.__name__, reads_text)
+
+
+def _verify(folder: Path) -> None:
+    """Compares the weights that transformers will read with the checksums that an export has left."""
+    # Pickles are not among what is exported; whose checksums they might be is not known.
+    if (folder / CHECKSUMS).is_file() and any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        verify_checksums(folder, weight_files(folder, "pretrained").names)
 
 
 def longest_input(model: PreTrainedModel) -> int:

@@ -11,20 +11,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BertModel,
 )
 from transformers.utils import logging as transformers_logging
 
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.model import (
     CheckpointMismatchError,
+    DamagedWeightsError,
     HubUnreachableError,
     ModelFolderError,
+    NotACheckpointError,
     PackageModelError,
+    UnsupportedModelError,
 )
+from lowrank_pl.files.checksums import write_checksums
 from lowrank_pl.hub import load_config, load_exactly, load_pretrained, load_tokenizer, resolve_pretrained
 from tests.support.tiny import FAMILIES, save_tiny_model
 
@@ -227,6 +233,43 @@ def test_missing_encoder_weights_are_refused_and_the_log_level_restored(folder: 
     assert repr(str(folder)) in str(caught.value)
 
 
+def test_a_bare_encoder_notices_missing_weights_too(folder: Path) -> None:
+    """Its keys have no prefix by which encoder and head could be told apart."""
+    model, fresh = load_pretrained(AutoModel, str(folder))
+    assert fresh  # a language model has no pooler
+    assert isinstance(model, BertModel)
+    drop_weights(folder, "bert.encoder.layer.1.output.dense.weight")
+    with pytest.raises(CheckpointMismatchError, match=r"missing 'encoder\.layer\.1\.output\.dense\.weight'"):
+        load_pretrained(AutoModel, str(folder))
+
+
+def test_a_bare_encoder_of_another_size_is_refused_by_name(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(CheckpointMismatchError, match="intermediate"):
+        load_pretrained(AutoModel, str(folder))
+
+
+def test_weights_that_do_not_match_their_checksums_are_refused(folder: Path) -> None:
+    write_checksums(folder)
+    load_pretrained(AutoModelForSequenceClassification, str(folder))
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # a weight that is a little other
+    file.write_bytes(content)
+    with pytest.raises(DamagedWeightsError, match=r"model\.safetensors.* is damaged or was replaced"):
+        load_pretrained(AutoModelForSequenceClassification, str(folder))
+    (folder / "SHA256SUMS").unlink()
+    load_pretrained(AutoModelForSequenceClassification, str(folder))
+
+
+def test_a_folder_with_checksums_and_an_impossible_index_is_named_as_given(folder: Path) -> None:
+    write_checksums(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(NotACheckpointError, match=r"pretrained=.*Allowed is a hub id, a Hugging Face folder or pkg://"):
+        load_pretrained(AutoModelForSequenceClassification, str(folder))
+
+
 def test_many_missing_encoder_weights_are_counted(folder: Path) -> None:
     drop_weights(folder, *(key for key in load_file(folder / "model.safetensors") if ".layer.1." in key))
     with pytest.raises(CheckpointMismatchError, match=r"… \(16 in all\)"):
@@ -283,3 +326,16 @@ def test_a_hub_id_without_network_tells_what_to_do(loader: str, monkeypatch: pyt
         assert part in str(caught.value)
     assert "second line" not in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_model_for_pictures_is_refused(tmp_path: Path) -> None:
+    """With and without a tokenizer beside it, and one for text that has no such head."""
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UnsupportedModelError, match="'vit', which does not read text"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UnsupportedModelError, match=r"'vit', which does not read text.*such as BERT"):
+        load_pretrained(AutoModelForSequenceClassification, str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UnsupportedModelError, match="'gpt2', which has no AutoModelForMaskedLM"):
+        load_pretrained(AutoModelForMaskedLM, str(tmp_path))

@@ -103,15 +103,93 @@ class MissingValueError(DataError):
     """A sample without text.
 
     Args:
-        path: The file.
+        path: The file, or the hub id.
         row: Number of the line or row, counted from 1.
         column: The empty column.
+        value: What stands there: nothing, or white space.
     """
 
-    def __init__(self, path: str | Path, row: int, column: str) -> None:
+    def __init__(self, path: str | Path, row: int, column: str, value: object = None) -> None:
+        found = f"nothing but white space, {value!r}," if isinstance(value, str) and value else "no value"
         super().__init__(
-            f"{_place(path, row)} has no value in column {column!r}; every sample needs a text. "
-            "Fill it in or remove the row."
+            f"{_place(path, row)} has {found} in column {column!r}; every sample needs a text. "
+            "Fill it in or remove the row, or leave such rows out with data.init_args.empty_texts=skip."
+        )
+
+
+class NotATextError(DataError):
+    """A value in a column of texts that nobody would read as one.
+
+    Args:
+        path: The file.
+        row: Number of the line or row, counted from 1.
+        column: The column.
+        value: What stands there.
+    """
+
+    def __init__(self, path: str | Path, row: int, column: str, value: object) -> None:
+        super().__init__(
+            f"{_place(path, row)} has a {type(value).__name__} in column {column!r}; allowed are strings and numbers. "
+            "Check the file, and that the column is the right one."
+        )
+
+
+class MissingSplitError(DataError):
+    """A split that a run needs and that the data do not have.
+
+    Args:
+        split: The split.
+        given: The splits there are.
+        remedy: What to do.
+    """
+
+    def __init__(self, split: str, given: Sequence[str], remedy: str) -> None:
+        super().__init__(f"the data have no {split} split; they have {_listed(given) or 'none'}. {remedy}")
+
+
+class UnknownTargetError(DataError):
+    """Texts alone, of which nobody has told what is to be predicted.
+
+    Args:
+        data: The class of the data.
+    """
+
+    def __init__(self, data: str) -> None:
+        super().__init__(
+            f"these {data} have no labels, and no model has told what it predicts. Run them through a trainer with a "
+            "model that does: a checkpoint (ckpt_path, init_from), or one that is loaded or trained already."
+        )
+
+
+class UnknownClassesError(DataError):
+    """Labelled data of which nothing tells the classes.
+
+    Args:
+        split: The split that is labelled.
+        path: Its file.
+    """
+
+    def __init__(self, split: str, path: str | Path) -> None:
+        super().__init__(
+            f"the {split} split in {str(path)!r} is labelled, and without a training split nothing tells the classes "
+            "and their order. Give the checkpoint that is to be scored (--ckpt_path or model.init_args.init_from), "
+            "data.init_args.label_names, or data.init_args.train."
+        )
+
+
+class ResumedDataError(DataError):
+    """A run that was stopped in the middle of an epoch is resumed with data in another order.
+
+    Args:
+        differences: Each setting that differs: its name, its value in the checkpoint, and now.
+    """
+
+    def __init__(self, differences: Sequence[tuple[str, object, object]]) -> None:
+        told = ", ".join(f"{name} was {before!r} and is {now!r}" for name, before, now in differences)
+        super().__init__(
+            f"the checkpoint was written in the middle of an epoch by a run with other data settings: {told}. Which "
+            "samples are still to be seen cannot be told. Resume with the run's own settings (its config.yaml), or "
+            "start a new run from the weights with --model.init_args.init_from."
         )
 
 

@@ -93,6 +93,18 @@ class HubUnreachableError(LowRankError):
         )
 
 
+class UnsupportedModelError(LowRankError):
+    """A pre-trained model of an architecture that the task cannot use."""
+
+    def __init__(self, name: str, kind: str, head: str | None, reads_text: bool) -> None:
+        what = f"has no {head}" if reads_text else "does not read text"
+        super().__init__(
+            f"{name!r} is a model of the architecture {kind!r}, which {what}. Allowed are text encoders such as BERT, "
+            "RoBERTa, DistilBERT, ALBERT, ELECTRA, DeBERTa-v2, MPNet, ModernBERT and MobileBERT. Check "
+            "model.init_args.pretrained."
+        )
+
+
 class CheckpointMismatchError(LowRankError):
     """Weights and module tree do not belong together."""
 
@@ -116,21 +128,73 @@ class CheckpointMismatchError(LowRankError):
 class LayoutVersionError(LowRankError):
     """A layout was written by an incompatible version."""
 
-    def __init__(self, given: object, supported: int) -> None:
+    def __init__(self, given: object, supported: Sequence[int]) -> None:
+        versions = " and ".join(str(version) for version in supported)
         super().__init__(
-            f"the low-rank layout has version {given!r}, this release reads version {supported}. "
+            f"the low-rank layout has version {given!r}, this release reads versions {versions}. "
             "Load it with the release that wrote it, or upgrade lowrank-pl."
         )
 
 
+class UnknownFormError(LowRankError):
+    """A checkpoint has a layer in a form that nobody has defined here."""
+
+    def __init__(self, given: str, known: Sequence[str], layer: str | None = None, source: str = "") -> None:
+        self.given = given
+        self.known = known
+        where = f" of layer {layer!r} in {source}" if layer is not None else ""
+        super().__init__(
+            f"the form {given!r}{where} is unknown; known are {_some(known, 8)}. Import the module that defines it (a "
+            "subclass of lowrank_pl.nn.LinearForm) first, or upgrade lowrank-pl."
+        )
+
+
+class FormSpecError(LowRankError):
+    """What tells a layer's form and size is incomplete or of a wrong type."""
+
+    def __init__(self, given: object, lacking: str, layer: str | None = None) -> None:
+        what = f"layer {layer!r}" if layer is not None else "a layer"
+        super().__init__(
+            f"{what} is described by {given!r}, which lacks {lacking}. Allowed is what the form's spec() returns, "
+            "e.g. {'form': 'low_rank', 'rank': 64}; a checkpoint or config.json that says otherwise was edited or is "
+            "damaged."
+        )
+
+
+_CHECKPOINT = "a Lightning checkpoint written by this package (*.ckpt)"
+_COMPRESSED = "the --output folder of compress"
+_ALLOWED = {  # by the argument that names the path
+    "--ckpt_path": (_CHECKPOINT,),
+    "export --ckpt_path": (_CHECKPOINT, _COMPRESSED),
+    "init_from": (_CHECKPOINT, _COMPRESSED, "a Hugging Face folder"),
+    "--models": (_CHECKPOINT, _COMPRESSED, "an exported folder", "a dense model as pretrained names it"),
+    "pretrained": ("a hub id", "a Hugging Face folder", "pkg://module/folder"),
+    "from_pretrained": ("a folder that export has written in the factorised form",),
+}
+
+
 class NotACheckpointError(LowRankError):
-    """A file or folder holds no model this package can read."""
+    """A file or folder holds no model this package can read.
+
+    Args:
+        path: As the user named it.
+        problem: What is wrong with it.
+        argument: By which the user named it: a key of `_ALLOWED`.
+    """
 
     def __init__(self, path: str, problem: str, argument: str = "init_from") -> None:
-        folders = ", the --output folder of compress, or a Hugging Face folder" if argument != "--ckpt_path" else ""
+        *first, last = _ALLOWED[argument]
+        allowed = f"{', '.join(first)} or {last}" if first else last
+        super().__init__(f"{argument}={path!r} cannot be read: {problem}. Allowed is {allowed}.")
+
+
+class NonFiniteWeightsError(LowRankError):
+    """A model that is to be exported has NaN or Inf among its weights."""
+
+    def __init__(self, source: str, name: str) -> None:
         super().__init__(
-            f"{argument}={path!r} cannot be read: {problem}. Allowed is a Lightning checkpoint written by this "
-            f"package (*.ckpt){folders}."
+            f"the model of {source!r} was not written: {name!r} contains NaN or Inf, so every output would. Its "
+            "training has diverged; export an earlier checkpoint, or train again with a lower learning rate."
         )
 
 
@@ -154,7 +218,7 @@ class OnnxExportError(LowRankError):
         super().__init__(
             f"{model} cannot be written as ONNX: torch.export could not follow its code ({reason}). Allowed are "
             "architectures whose code branches on no values and fixes no lengths, such as BERT, RoBERTa, DistilBERT, "
-            "ALBERT, ELECTRA, DeBERTa-v2, MPNet, ModernBERT and MobileBERT. Use --format factored or dense, which "
+            "ALBERT, ELECTRA, DeBERTa-v2, MPNet, ModernBERT and MobileBERT. Use --format factorised or dense, which "
             "write every architecture."
         )
 
@@ -165,5 +229,15 @@ class OnnxMismatchError(LowRankError):
     def __init__(self, model: str, problem: str) -> None:
         super().__init__(
             f"the ONNX file of {model} does not compute what torch does: {problem}; nothing was written. Try other "
-            "versions of torch, onnxscript and onnxruntime, or use --format factored or dense, and please report it."
+            "versions of torch, onnxscript and onnxruntime, or use --format factorised or dense, and please report it."
+        )
+
+
+class HeadError(LowRankError):
+    """The head of a model cannot be recalibrated."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(
+            f"the head of {model} cannot be recalibrated: {problem}. Allowed are classes and values that a linear "
+            "layer with a bias puts out. Leave model.init_args.strategy.init_args.recalibration unset."
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lowrank_pl.errors.base import LowRankError
 
 
@@ -64,23 +66,29 @@ class ImportanceError(LowRankError):
 
 
 class BudgetError(LowRankError):
-    """A budget lies below what one singular group per targeted layer costs."""
+    """A budget lies below what the lowest ranks that the targeted layers may have cost."""
 
     def __init__(
         self,
         asked: float,
-        floor: float,
         floor_cost: int,
         dense_cost: int,
         name: str = "keep_ratio",
         untargeted: int = 0,
         unit: str = "parameters",
+        bound: str = "",
     ) -> None:
         beside = f"; {untargeted:,} more parameters of the model are not targeted at all" if untargeted else ""
+        lowest = f"the lowest ranks in bounds{bound}," if bound else "one rank in each targeted layer"
+        # Rounded up: the number is there to be copied.
+        ratio = math.ceil(floor_cost / dense_cost * 1e6) / 1e6
+        least = {"keep_ratio": f"{ratio:.6f}", "parameters": str(floor_cost)}.get(name, str(floor_cost + untargeted))
+        remedies = [f"Ask for {name}={least} or more"] if ratio <= 1 else ["Set allow_dense, where the strategy has it"]
+        remedies += ["lower the bounds"] if bound else []
         super().__init__(
-            f"{name}={asked!r} cannot be reached: one rank in each targeted layer already costs "
-            f"{floor_cost:,} of {dense_cost:,} {unit}, a keep_ratio of {floor:.6f}{beside}. "
-            "Ask for more than that, or target fewer layers."
+            f"{name}={asked!r} cannot be reached: {lowest} already {'cost' if bound else 'costs'} {floor_cost:,} of "
+            f"{dense_cost:,} {unit}, a keep_ratio of {ratio:.6f}{beside}. "
+            f"{', '.join(remedies)}, or target fewer layers."
         )
 
 
@@ -101,4 +109,14 @@ class BudgetUnitError(LowRankError):
         super().__init__(
             f"{name} is a budget in parameters, and cost is measured in {unit}. Say the budget as keep_ratio, the "
             "share of what the dense layers cost, or leave cost at Parameters."
+        )
+
+
+class MemoryBoundError(LowRankError):
+    """A bound on memory is below what one layer needs."""
+
+    def __init__(self, bound: float, layer: str, needed: int) -> None:
+        super().__init__(
+            f"calibration.max_memory={bound!r} GiB is too little: measuring the layer {layer!r} alone takes "
+            f"{needed / 2**30:.3g} GiB. Allowed is that or more, or null for no bound; or exclude the layer."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from lowrank_pl.errors.base import LowRankError
@@ -37,12 +38,46 @@ class StrategyPlacementError(LowRankError):
 
 
 class UnsupportedParallelismError(LowRankError):
-    """The trainer shards parameters, which the strategies cannot factorise."""
+    """The trainer runs the model in a way that nobody has seen to work with factorised layers."""
 
     def __init__(self, strategy: str, given: str) -> None:
         super().__init__(
-            f"{strategy} cannot work under {given}: it needs whole weight matrices on every process. "
-            "Allowed are a single device and DDP. Set trainer.strategy to 'auto' or 'ddp'."
+            f"{strategy} cannot work under trainer.strategy {given}: shapes, checkpoints and reports need whole weight "
+            "matrices on every process. Allowed are a single device and DDP itself, not its subclasses. Set "
+            "trainer.strategy to 'auto' or 'ddp'."
+        )
+
+
+class StartMethodError(LowRankError):
+    """DDP is asked for in processes that would take the trained model away with them."""
+
+    def __init__(self, strategy: str, method: str) -> None:
+        super().__init__(
+            f"{strategy} cannot work with processes started by {method!r} (ddp_{method}, ddp_notebook): the encoder is "
+            "built inside them, and the process that started them would go on with an untrained one. Allowed are "
+            "trainer.strategy 'ddp', which starts the program once per device, and a single device. In a notebook set "
+            "trainer.devices to 1, or write the run to a file and start that with trainer.strategy 'ddp'."
+        )
+
+
+class ProcessFailedError(LowRankError):
+    """Another process of the same run has failed."""
+
+    def __init__(self, rank: int, problem: str) -> None:
+        super().__init__(
+            f"process {rank} of this run has failed: {problem.rstrip('.')}. This process ends with it, because neither "
+            "can go on alone. Mend what that message names, and start the run again."
+        )
+
+
+class RunFolderInUseError(LowRankError):
+    """The folder of a run holds another run already."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"the run folder {path!r} holds the configuration of another run; nothing is ever overwritten unasked. "
+            "Give another --trainer.logger.init_args.version, leave it out to get the next free number, or move the "
+            "folder away."
         )
 
 
@@ -82,6 +117,69 @@ class MissingArgumentError(LowRankError):
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(f"{what} is missing. {remedy}")
+
+
+class ConstructionError(LowRankError):
+    """A class of the configuration refuses its arguments, or needs what is not installed.
+
+    Args:
+        reason: What it said.
+        name: The class, if that is known.
+        remedy: What to do.
+    """
+
+    def __init__(self, reason: str, name: str | None, remedy: str) -> None:
+        what = f"{name} cannot be made" if name else "the run cannot be set up"
+        super().__init__(f"{what} as configured: {' '.join(reason.split()).rstrip('.')}. {remedy}")
+
+    @classmethod
+    def of(cls, error: BaseException) -> ConstructionError:
+        """From what was raised, which may name the class in a message about all types that were tried."""
+        named = re.findall(r"Problem with given class_path '([^']+)':\s*(.*)", str(error))
+        path, reason = named[-1] if named else ("", str(error))
+        package = re.search(r"not met|No module named|not installed|pip install", reason)
+        remedy = "Install the package, or choose another class." if package else "Check the arguments (--print_config)."
+        return cls(reason, path.rpartition(".")[2] or None, remedy)
+
+
+class InterpolationError(LowRankError):
+    """A value refers to a variable."""
+
+    def __init__(self, key: str, value: str, variable: str) -> None:
+        super().__init__(
+            f"{key}={value!r} contains {variable}; variables are not filled in within configurations. Write the value "
+            f'out (~ is your home folder), or give it on the command line, where the shell fills it in: --{key} "…".'
+        )
+
+
+class OptimizerArgumentsError(LowRankError):
+    """An optimizer refuses its arguments."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the optimizer refuses its arguments: {reason.strip().rstrip('.')}. Check model.init_args.optimizer."
+        )
+
+
+class EngineError(LowRankError):
+    """An engine of `benchmark` cannot run on this machine."""
+
+    def __init__(self, engine: str, device: str, reason: str, needs: str) -> None:
+        super().__init__(
+            f"--engines {engine} cannot run on {device}: {reason}. It needs {needs}. Install that, or leave {engine} "
+            "out of --engines."
+        )
+
+
+class BenchmarkResumeError(LowRankError):
+    """A folder holds no benchmark that `--resume` could go on with."""
+
+    def __init__(self, folder: str, problem: str) -> None:
+        super().__init__(
+            f"--resume cannot go on in {folder!r}: {problem}. Times are only compared if they were taken in the same "
+            "circumstances; repeat the command of the first run (it is in benchmark.json), or give a new --output "
+            "without --resume."
+        )
 
 
 class MissingPackagesError(LowRankError):
@@ -127,13 +225,25 @@ class OptimizerStateError(LowRankError):
         )
 
 
-class MonitorModeError(LowRankError):
-    """A checkpoint callback would keep the worst model."""
+class HiddenOptimizerStateError(LowRankError):
+    """An optimizer keeps its state of a layer where nobody can move it along with the layer's groups."""
 
-    def __init__(self, monitor: str, mode: str, wanted: str, task: str) -> None:
+    def __init__(self, optimizer: str) -> None:
         super().__init__(
-            f"a ModelCheckpoint monitors {monitor!r} with mode={mode!r}, which would keep the worst model: the "
-            f"score of {task!r} is best at its {wanted}imum. Set the callback's mode to {wanted!r}."
+            f"{optimizer} has taken steps, yet it shows no state for some of the factors it updates, while it keeps "
+            "some elsewhere: momentum would end up at other singular groups. Allowed are optimizers, and wrappers "
+            "around one torch optimizer, whose `state` holds every parameter. Set model.init_args.optimizer to one."
+        )
+
+
+class MonitorModeError(LowRankError):
+    """A callback would keep, or wait for, the worst model."""
+
+    def __init__(self, callback: str, monitor: str, mode: str, wanted: str, task: str) -> None:
+        article = "an" if callback[0] in "AEIOU" else "a"
+        super().__init__(
+            f"{article} {callback} monitors {monitor!r} with mode={mode!r}, which would take the worst model for the "
+            f"best: the score of {task!r} is best at its {wanted}imum. Set the callback's mode to {wanted!r}."
         )
 
 
@@ -178,6 +288,36 @@ class BudgetAboveStartError(LowRankError):
         )
 
 
+class NoTrainingStepError(LowRankError):
+    """A run has no step, and the method works only from the first one on."""
+
+    def __init__(self, strategy: str) -> None:
+        super().__init__(
+            f"{strategy} was given a run without a single optimizer step, which would leave the model unfinished: "
+            "factors are written, and ranks shrink, when training starts. Allowed is one step at least: look at "
+            "trainer.max_epochs, .max_steps and .limit_train_batches, and use a new Trainer for a new run. A static "
+            "method factorises without training in the verb compress."
+        )
+
+
+class AlreadyCompactedError(LowRankError):
+    """A run that ended before its budget is to go on with what is left of it in memory."""
+
+    def __init__(self, strategy: str, kept: int, budget: int, unit: str) -> None:
+        super().__init__(
+            f"{strategy} was asked to train on a model that it has compacted already, at {kept:,} {unit} where the "
+            f"budget is {budget:,}: an earlier run ended too early, and ranks cannot shrink any more. Allowed is to "
+            "resume that run, fit(..., ckpt_path=its last checkpoint), or to start anew with a new task."
+        )
+
+
+class UnsupportedCallbackError(LowRankError):
+    """A callback does to a model what factorised layers or checkpoints of this package cannot follow."""
+
+    def __init__(self, callback: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{callback} cannot be used here: {problem}. {remedy}")
+
+
 class BudgetNotReachedError(LowRankError):
     """A run has ended before its ranks had shrunk to the budget."""
 
@@ -198,4 +338,15 @@ class FrozenFactorsError(LowRankError):
             f"{len(names)} targeted layers are frozen (requires_grad=False), e.g. {names[0]!r}: without gradients "
             "their singular groups cannot be scored. Allowed are trainable layers; unfreeze them, or exclude them "
             "through model.init_args.strategy.init_args.targets.exclude."
+        )
+
+
+class AllocationError(LowRankError):
+    """Ranks are to follow the loss, and the method knows nothing of it."""
+
+    def __init__(self, allocation: str, strategy: str, reason: str) -> None:
+        super().__init__(
+            f"allocation {allocation} was asked of {strategy}, which cannot say what a singular group is worth to the "
+            f"loss: {reason}. Allowed are KroneckerSVD (side both or output), FWSVD (side both or output) and TFWSVD. "
+            "Set model.init_args.strategy.init_args.allocation to Uniform, or use one of them."
         )

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_pl.core.diagnosis import SVD, Diagnosis
+from lowrank_pl.monitoring.rank_picture import grid_position
 
 _HEADER = ("layer", "rank", "φ", "φ/mean²", "within input", "rank-1 residual", "SVD", "best", "gain", "recommended")
+_MANY = 48
 
 
 def diagnosis_table(found: Mapping[str, Diagnosis], ranks: Mapping[str, int]) -> str:
@@ -42,14 +44,16 @@ def diagnosis_figure(found: Mapping[str, Diagnosis]) -> Any:
     """Objectives per layer and method, and the indicators below; a matplotlib figure without a window."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2 + 0.28 * len(found), 7), layout="constrained")
+    # Many layers are drawn closer together; few leave room for the legends.
+    width = max(8, 2 + (0.28 if len(found) <= _MANY else 0.16) * len(found))
+    figure = Figure(figsize=(width, 8), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     places = range(len(found))
     methods = list(next(iter(found.values())).objective)
     for method in methods:
         above.plot(places, [d.objective[method] for d in found.values()], marker=".", label=method)
-    above.set_ylabel("weighted error, share of the weight's")
-    above.legend(fontsize=7, ncols=len(methods))
+    above.set_ylabel("relative weighted error")
+    _legend_above(above, len(methods))
     indicators = {
         "Var(F) / mean(F)²": [d.relative_variance for d in found.values()],
         "within input": [d.within_input for d in found.values()],
@@ -57,9 +61,15 @@ def diagnosis_figure(found: Mapping[str, Diagnosis]) -> Any:
     }
     for label, values in indicators.items():
         below.semilogy(places, [max(value, 1e-3) for value in values], marker=".", label=label)
-    below.legend(fontsize=7)
-    below.set_xticks(places, list(found), rotation=90, fontsize=5)
+    below.set_ylabel("indicator")
+    _legend_above(below, len(indicators))
+    below.set_xticks(places, [" ".join(grid_position(name)) for name in found], rotation=90, fontsize=7)
     return figure
+
+
+def _legend_above(axes: Any, columns: int) -> None:
+    """A legend over the frame, where it covers no curve."""
+    axes.legend(fontsize=7, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3)
 
 
 def write_diagnosis(found: Mapping[str, Diagnosis], ranks: Mapping[str, int], folder: Path, **extra: Any) -> None:

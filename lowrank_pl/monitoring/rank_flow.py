@@ -51,7 +51,7 @@ def flow_figure(plan: RankPlan, history: Sequence[Reallocation], last_step: int)
     steps = [0, *reallocations, last_step]
     flow = [start, *(kept_by_kind(plan.shapes, entry.ranks) for entry in history)]
     flow.append(flow[-1])
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     kept = [plan.start_cost, *(entry.kept for entry in history)]
     left.step(steps, [cost / plan.dense_cost for cost in [*kept, kept[-1]]], where="post", label="kept")
@@ -60,10 +60,10 @@ def flow_figure(plan: RankPlan, history: Sequence[Reallocation], last_step: int)
     left.set_xlabel("optimizer step")
     left.set_ylabel(f"{plan.cost.measure.unit} / those of the dense layers")
     left.set_ylim(bottom=0)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3)
     right.stackplot(steps, [[kinds[kind] / dense for kinds in flow] for kind in start], labels=list(start), step="post")
     right.set_xlabel("optimizer step")
-    right.legend(fontsize=7, loc="upper right")
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     right.set_ylabel("parameters / dense targeted parameters")
     right.set_title("by kind of matrix", fontsize=9)
     return figure

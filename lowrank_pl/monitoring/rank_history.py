@@ -13,9 +13,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lowrank_pl.core import LinearShape
 from lowrank_pl.monitoring.rank_flow import dense_parameters, flow_figure, heatmap_of, kept_by_kind
 from lowrank_pl.monitoring.rank_picture import grid_position
+from lowrank_pl.monitoring.run_folder import run_folder
 from lowrank_pl.strategies import RankDyna, Reallocation
 from lowrank_pl.surgery import svd_layers
-from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.tasks import EncoderTask, budget_score
 
 
 class RankHistory(pl.Callback):
@@ -58,17 +59,17 @@ class RankHistory(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Shows the last reallocation, and writes table, history and picture."""
+        folder = run_folder(trainer)  # on every process: it is a collective operation
         strategy = _strategy(trainer, pl_module)
         if strategy is None or not self._shapes:
             return
         self._show(trainer, pl_module)
-        score = trainer.callback_metrics.get("val/score_at_budget")
+        score = trainer.callback_metrics.get(budget_score.KEY)
         for logger in _writers(trainer):
             logger.experiment.add_text("rank_table", _table(self._shapes, strategy.state.history), trainer.global_step)
             _log_hyperparameters(logger, strategy, score)
-        folder = trainer.log_dir
-        if folder is not None and not getattr(trainer, "fast_dev_run", False):
-            self._write(Path(folder), strategy, trainer.global_step)
+        if folder is not None:
+            self._write(folder, strategy, trainer.global_step)
 
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = _strategy(trainer, pl_module)
@@ -136,7 +137,7 @@ def _table(shapes: dict[str, LinearShape], history: list[Reallocation]) -> str:
 
 def _log_hyperparameters(logger: TensorBoardLogger, strategy: RankDyna, score: torch.Tensor | None) -> None:
     """Options beside the score of the model at its budget; a run that never reached it has none."""
-    if score is None or not bool(torch.isfinite(score)):
+    if score is None or not budget_score.is_score(float(score)):
         return
     flat: dict[str, Any] = {}
     for key, value in strategy.options().items():

@@ -28,7 +28,9 @@ def rank_heatmap(layers: Sequence[LayerRecord]) -> Any:
     from matplotlib.figure import Figure
 
     rows, columns = ([*dict.fromkeys(grid_position(layer.name)[axis] for layer in layers)] for axis in (0, 1))
-    figure = Figure(figsize=(1.6 + 1.15 * len(columns), 1.6 + 0.42 * len(rows)), layout="constrained")
+    # Wide and high enough for the title and the name of the colours, however few layers there are.
+    size = max(4.5, 1.6 + 1.15 * len(columns)), max(2.6, 1.6 + 0.42 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     values = [[float("nan")] * len(columns) for _ in rows]
     for layer in layers:

@@ -15,9 +15,8 @@ from typing import Any
 
 from lowrank_pl import __version__
 from lowrank_pl.contract import DescribesData
-from lowrank_pl.core import LinearShape
-from lowrank_pl.nn import LowRankLinear
-from lowrank_pl.surgery import CompressionRecord, LayerRecord
+from lowrank_pl.nn import dense_shape, forms_in
+from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord
 from lowrank_pl.tasks import EncoderTask
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics")
@@ -40,19 +39,12 @@ def layer_records(task: EncoderTask) -> tuple[LayerRecord, ...]:
     """The targeted layers as they are."""
     if task.compression is not None:
         return task.compression.layers
-    factored = {n: m for n, m in task.encoder.named_modules() if isinstance(m, LowRankLinear)}
+    factored = {name: form for name, form in forms_in(task.encoder).items() if form.is_final}
     if factored:
-        return tuple(_record(name, m.shape, m.rank) for name, m in factored.items())
+        return tuple(LayerRecord.of(name, m.shape, m.spec(), type(m)) for name, m in factored.items())
     reasons = task.strategy.targets.explain(task.encoder)
     targets = [name for name, reason in reasons.items() if reason == "targeted"]
-    shapes = {name: tuple(task.encoder.get_parameter(f"{name}.weight").shape) for name in targets}
-    return tuple(_record(name, LinearShape(m, n), None) for name, (m, n) in shapes.items())
-
-
-def _record(name: str, shape: LinearShape, rank: int | None) -> LayerRecord:
-    kind = "dense" if rank is None else "low_rank"
-    cost = shape.dense_params if rank is None else shape.factored_params(rank)
-    return LayerRecord(name, shape.out_features, shape.in_features, rank or shape.full_rank, kind, cost)
+    return tuple(LayerRecord.of(name, dense_shape(task.encoder.get_submodule(name)), None) for name in targets)
 
 
 def build_report(
@@ -69,7 +61,8 @@ def build_report(
         extra: Further entries, e.g. `checkpoint` or `score_dense`.
 
     Returns:
-        JSON-ready; numbers that are not finite appear as `null`.
+        JSON-ready; numbers that are not finite appear as `null`. `keep_ratio` is the share of the targeted parameters,
+        `cost` the same in the unit of the strategy's budget: `{unit, kept, dense, ratio}`.
     """
     values = {name.removeprefix(f"{split}/"): v for name, v in metrics.items() if name.startswith(f"{split}/")}
     record = task.compression or CompressionRecord("NoCompression")
@@ -87,6 +80,7 @@ def build_report(
         "options": record.options,
         "parameters": parameters,
         "keep_ratio": parameters["targeted_kept"] / dense if dense else 1.0,
+        "cost": _cost(record, parameters),
         "layers": [
             {
                 "name": layer.name,
@@ -118,6 +112,15 @@ def build_report(
     return finite
 
 
+def _cost(record: CompressionRecord, parameters: Mapping[str, int]) -> dict[str, Any] | None:
+    """What the budget counts, in its own unit; `None` where the record is of a release that did not write it."""
+    if record.cost is not None:
+        return record.cost.to_dict()
+    if record.options.get("cost", {}).get("class", "Parameters") != "Parameters":
+        return None
+    return CostRecord("parameters", parameters["targeted_kept"], parameters["targeted_dense"]).to_dict()
+
+
 def _data(task: EncoderTask) -> dict[str, Any] | None:
     """Samples by split and a fingerprint; `None` where the data do not tell."""
     trainer = getattr(task, "_trainer", None)  # the property raises where there is none
@@ -134,7 +137,7 @@ def _metric_name(task: EncoderTask) -> str | None:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -169,10 +172,10 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "",
         f"* score ({report['metric']}, {report['split']}): **{_number(report['score'])}**",
         *([f"* score before compression: {_number(report['score_dense'])}"] if "score_dense" in report else []),
+        *_checkpoint_lines(report),
         *_data_lines(report),
         f"* parameters: {p['total']:,} of {p['total_dense']:,}",
-        f"* targeted weights: {p['targeted_kept']:,} of {p['targeted_dense']:,} kept, "
-        f"keep_ratio {report['keep_ratio']:.4f}",
+        *kept_lines(p["targeted_kept"], p["targeted_dense"], report.get("cost")),
         f"* seconds: {report['seconds']}",
         *[f"* note: {note}" for note in report["notes"]],
         "",
@@ -191,6 +194,30 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         )
     lines += ["", f"`{report['command']}`", "", *[f"* {name} {v}" for name, v in report["versions"].items()], ""]
     return "\n".join(lines)
+
+
+def _checkpoint_lines(report: Mapping[str, Any]) -> list[str]:
+    """Under a shrinking budget the checkpoint that was kept may be from before it was reached."""
+    if "checkpoint_at_budget" not in report:
+        return []
+    told = {True: "at the budget", False: "**above the budget**"}.get(report["checkpoint_at_budget"], "of unknown size")
+    return [f"* checkpoint: `{report['checkpoint']}`, {told}"]
+
+
+def kept_lines(kept: int, dense: int, cost: Mapping[str, Any] | None) -> list[str]:
+    """What is left of the targeted weights, in parameters and in the unit of the budget where that is another.
+
+    Args:
+        kept: Parameters now.
+        dense: Parameters when dense.
+        cost: The entry of that name of a report.
+    """
+    told = f"* targeted weights: {kept:,} of {dense:,} parameters kept"
+    share = kept / dense if dense else 1.0
+    if cost is None or cost["unit"] == "parameters":
+        return [f"{told}, keep_ratio {share:.4f}"]
+    spent = f"* cost: {cost['kept']:,} of {cost['dense']:,} {cost['unit']} kept, keep_ratio {cost['ratio']:.4f}"
+    return [f"{told}, a share of {share:.4f}", spent]
 
 
 def _data_lines(report: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
-from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.monitoring.run_folder import run_folder
+from lowrank_pl.tasks import EncoderTask, budget_score
+from lowrank_pl.tasks.saved import saved_at_budget
 
 logger = logging.getLogger(__name__)
 
 
 class ReportWriter(pl.Callback):
-    """Leaves `report.json`, `report.md` and a picture of the ranks in the run folder of every `fit` and `test`."""
+    """Leaves `report.json`, `report.md` and `ranks.png` in the run folder of every `fit` and `test`.
+
+    Nothing there is replaced: a second run in the same folder leaves `report-2.json`, `report-2.md` and `ranks-2.png`.
+
+    Attributes:
+        written: The last report, for people; on the first process.
+    """
 
     def __init__(self) -> None:
+        self.written: Path | None = None
         self._started = 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -36,6 +46,11 @@ class ReportWriter(pl.Callback):
             best = checkpoint.best_model_score
             extra["checkpoint"] = checkpoint.best_model_path
             extra["checkpoint_score"] = None if best is None else float(best)
+            extra["checkpoint_monitor"] = checkpoint.monitor
+            if isinstance(pl_module, EncoderTask) and pl_module.strategy.shrinks:
+                extra["checkpoint_at_budget"] = saved_at_budget(checkpoint.best_model_path)
+                if checkpoint.monitor == budget_score.KEY and not extra["checkpoint_at_budget"]:
+                    extra["checkpoint_score"] = None
         self._write(trainer, pl_module, "fit", "val", extra)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -45,13 +60,16 @@ class ReportWriter(pl.Callback):
     def _write(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, verb: str, split: str, extra: dict[str, Any]
     ) -> None:
-        folder = trainer.log_dir
-        if not isinstance(pl_module, EncoderTask) or getattr(trainer, "fast_dev_run", False) or folder is None:
+        folder = run_folder(trainer)
+        if not isinstance(pl_module, EncoderTask) or folder is None:
             return
         if trainer.is_global_zero:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            if not budget_score.is_score(metrics.get(budget_score.KEY, 0.0)):
+                metrics[budget_score.KEY] = math.nan
             seconds = time.monotonic() - self._started
             report = build_report(pl_module, verb, split, metrics, seconds, **extra)
-            path = write_report(report, Path(folder))
-            save_rank_picture(layer_records(pl_module), Path(folder) / "ranks.png")
+            path = write_report(report, folder)
+            self.written = path.with_suffix(".md")
+            save_rank_picture(layer_records(pl_module), path.with_name(path.stem.replace("report", "ranks") + ".png"))
             logger.info("report: %s", path)

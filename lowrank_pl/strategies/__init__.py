@@ -2,12 +2,15 @@
 
 from lowrank_pl.strategies.base import CompressionStrategy
 from lowrank_pl.strategies.calibration import Calibration
+from lowrank_pl.strategies.decomposition import ByGroups, ByRank, Decomposition, Factorised
 from lowrank_pl.strategies.fwsvd import FWSVD
+from lowrank_pl.strategies.kronecker_svd import KroneckerSVD
 from lowrank_pl.strategies.no_compression import NoCompression
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import Reallocation
 from lowrank_pl.strategies.rankdyna import RankDyna
-from lowrank_pl.strategies.static import Factorised, StaticStrategy
+from lowrank_pl.strategies.recalibration import Recalibration
+from lowrank_pl.strategies.static import StaticStrategy
 from lowrank_pl.strategies.svd import SVD
 from lowrank_pl.strategies.tfwsvd import TFWSVD
 
@@ -15,12 +18,17 @@ __all__ = [
     "FWSVD",
     "SVD",
     "TFWSVD",
+    "ByGroups",
+    "ByRank",
     "Calibration",
     "CompressionStrategy",
+    "Decomposition",
     "Factorised",
+    "KroneckerSVD",
     "NoCompression",
     "RankDyna",
     "RankPlan",
     "Reallocation",
+    "Recalibration",
     "StaticStrategy",
 ]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
+from uuid import uuid4
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocation, Measure, Parameters
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.run import (
     NothingToCompressError,
+    NoTrainingStepError,
     OptimizerCoverageError,
     StrategyPlacementError,
-    UnsupportedParallelismError,
 )
 from lowrank_pl.importance.fisher import Batch
+from lowrank_pl.strategies.processes import check_parallelism
 from lowrank_pl.surgery import CompressionRecord, TargetSelector
 
 
@@ -28,6 +29,7 @@ class Compressible(Protocol):
     compression: CompressionRecord | None
     target: TargetSpec | None
     freshly_initialised_head: bool
+    prepared_by: str | None
 
     def per_sample_losses(self, batch: Batch) -> Tensor:
         """Losses `[b]` of a batch's samples, each as if it were alone."""
@@ -51,9 +53,14 @@ class CompressionStrategy(pl.Callback, ABC):
         targets: Which layers to factorise; all linears inside transformer blocks by default.
     """
 
+    shrinks: ClassVar[bool] = False
+    """Whether the model starts above its budget and comes down to it in training."""
+
     def __init__(self, targets: TargetSelector | None = None) -> None:
         self.targets = targets or TargetSelector()
         self.adopted = False  # set by the task that owns it
+        self._mark: str | None = None
+        self._fit_has_ended = False
 
     @property
     def measure(self) -> Measure:
@@ -65,13 +72,31 @@ class CompressionStrategy(pl.Callback, ABC):
         """Whether the model has the size that was asked for; scores before that do not count as the method's."""
         return True
 
-    def prepare(self, encoder: nn.Module) -> None:
-        """Gives the encoder the shapes it will train in. Called once, when no optimizer exists."""
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gives the module's encoder the shapes it will train in. Called once, when no optimizer exists."""
+
+    def has_prepared(self, pl_module: pl.LightningModule) -> bool:
+        """Whether the module's encoder is the one that was prepared last: a further run must not do it again."""
+        return self._mark is not None and as_compressible(pl_module).prepared_by == self._mark
+
+    def mark_prepared(self, pl_module: pl.LightningModule) -> None:
+        """Remembers the module's encoder as prepared, by a name that copies share, instead of a reference."""
+        self._mark = as_compressible(pl_module).prepared_by = uuid4().hex
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the model needs a training step before it is what was asked for."""
+        return False
 
     def plan(self, encoder: nn.Module) -> Allocation | None:
         """What the strategy would do to the encoder, where that is known without data; changes nothing."""
         del encoder
         return None
+
+    @property
+    def plan_depends_on_data(self) -> bool:
+        """Whether `plan` can only show other ranks of the same budget than the method will choose."""
+        return False
 
     def check(self, encoder: nn.Module) -> None:
         """Refuses what `compress` could not do to an encoder, before any long work; changes nothing.
@@ -92,16 +117,48 @@ class CompressionStrategy(pl.Callback, ABC):
         raise NothingToCompressError(type(self).__name__)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses a wrong place in the configuration and parallelism that shards parameters.
+        """Refuses a wrong place in the configuration and parallelism that has not been seen to work.
 
         Raises:
             StrategyPlacementError: it stands under `trainer.callbacks`.
             UnsupportedParallelismError: the trainer uses neither a single device nor DDP.
+            StartMethodError: DDP in forked or spawned processes.
         """
+        del stage
         if getattr(pl_module, "strategy", None) is not self:
             raise StrategyPlacementError(type(self).__name__)
-        if stage == "fit" and not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise UnsupportedParallelismError(type(self).__name__, type(trainer.strategy).__name__)
+        check_parallelism(trainer.strategy, type(self).__name__)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a run without any step, where the method needs one.
+
+        Raises:
+            NoTrainingStepError: nothing would ever be factorised.
+        """
+        del pl_module
+        if self.is_unfinished and trainer.fit_loop.skip:
+            raise NoTrainingStepError(type(self).__name__)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remembers that the run came to its end: `teardown` also follows a tuner that only tried something."""
+        del trainer, pl_module
+        self._fit_has_ended = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lets a method look at what a run has left behind, when everything has been saved and reported."""
+        if stage == "fit" and self._fit_has_ended:
+            self._fit_has_ended = False
+            self.conclude(trainer, pl_module)
+
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes a run fail that has ended and left the model unfinished.
+
+        Raises:
+            NoTrainingStepError: there was no batch to train on.
+        """
+        del trainer, pl_module
+        if self.is_unfinished:
+            raise NoTrainingStepError(type(self).__name__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses an optimizer that lacks trainable parameters.

@@ -7,13 +7,16 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lowrank_pl.allocation import LayerOverride, Measure
+from lowrank_pl.allocation import Allocator, LayerOverride, Measure
 from lowrank_pl.core import axis_weighted_svd, relative_error
 from lowrank_pl.core.axis_weighted import DEFAULT_DAMPING
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.importance import FisherKind, LayerFisher
+from lowrank_pl.importance import FisherSums, Importance, LayerFisher, LayerImportance
 from lowrank_pl.strategies.calibration import Calibration
-from lowrank_pl.strategies.static import Factorised, StaticStrategy
+from lowrank_pl.strategies.decomposition import ByRank, Decomposition, Factorised
+from lowrank_pl.strategies.fisher_energies import fisher_energies
+from lowrank_pl.strategies.recalibration import Recalibration
+from lowrank_pl.strategies.static import StaticStrategy
 from lowrank_pl.surgery import TargetSelector
 
 
@@ -25,7 +28,8 @@ class FWSVD(StaticStrategy):
         The sides `output` and `both` are this project's.
 
     Args:
-        side: `input` weighs by input feature (the paper), `output` by output feature, `both` by their product.
+        side: `input` weighs by input feature (the paper), `output` by output feature, `both`, the default, by their
+            product: it kept more of the score in every comparison of ours.
         keep_ratio: Share of what each targeted layer costs to keep, `0 < keep_ratio <= 1`.
         rank_ratio: Instead of keep_ratio, the papers' measure: rank `int(rank_ratio * min(out, in))`.
         multiple_of: Round ranks to multiples, all layers together within keep_ratio.
@@ -34,13 +38,13 @@ class FWSVD(StaticStrategy):
         calibration: How importance is measured.
         damping: Added to every importance, relative to the layer's mean importance.
         cost: What keep_ratio is a share of; see `StaticStrategy`.
+        allocation: Which layer gets which rank; see `StaticStrategy`. `Global` needs side `output` or `both`.
+        recalibration: See `StaticStrategy`.
     """
-
-    fisher_kind = FisherKind.SUMS
 
     def __init__(
         self,
-        side: Literal["input", "output", "both"] = "input",
+        side: Literal["input", "output", "both"] = "both",
         keep_ratio: float | None = None,
         rank_ratio: float | None = None,
         multiple_of: int = 1,
@@ -49,21 +53,40 @@ class FWSVD(StaticStrategy):
         calibration: Calibration | None = None,
         damping: float = DEFAULT_DAMPING,
         cost: Measure | None = None,
+        allocation: Allocator | None = None,
+        recalibration: Recalibration | None = None,
     ) -> None:
-        super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost)
+        self.side = side
+        super().__init__(
+            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration
+        )
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean importance")
-        self.side = side
         self.damping = damping
 
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None, samples: int) -> Factorised:
+    @property
+    def importance(self) -> Importance[LayerFisher]:
+        """Sums of the Fisher information."""
+        return FisherSums()
+
+    def why_no_energies(self) -> str:
+        """With weights of inputs alone, ranks would go where inputs are large, not where the loss is."""
+        if self.side != "input":
+            return ""
+        return "weights of inputs alone do not say how much the loss depends on a layer's outputs"
+
+    def decompose(self, weight: Tensor, measured: LayerImportance | None, samples: int) -> Decomposition:
         """Weighted SVD by the chosen side."""
         del samples
-        assert fisher is not None
-        inputs = fisher.input_sums if self.side in ("input", "both") else None
-        outputs = fisher.output_sums if self.side in ("output", "both") else None
-        factors = axis_weighted_svd(weight, rank, inputs, outputs, damping=self.damping)
-        return Factorised(factors, relative_error(weight, factors.product(), inputs, outputs))
+        assert isinstance(measured, LayerFisher)
+        inputs = measured.input_sums if self.side in ("input", "both") else None
+        outputs = measured.output_sums if self.side in ("output", "both") else None
+
+        def factorise(rank: int) -> Factorised:
+            factors = axis_weighted_svd(weight, rank, inputs, outputs, damping=self.damping)
+            return Factorised(factors, relative_error(weight, factors.product(), inputs, outputs))
+
+        return ByRank(factorise, lambda: fisher_energies(weight, measured, inputs, outputs, self.damping))
 
     def options(self) -> dict[str, Any]:
         """Adds the side and the damping."""

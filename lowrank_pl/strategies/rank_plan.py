@@ -13,6 +13,7 @@ from lowrank_pl.core import LinearShape
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import BudgetAboveStartError
+from lowrank_pl.nn import dense_weight
 from lowrank_pl.surgery import LayerRecord, TargetSelector
 
 
@@ -49,22 +50,25 @@ class RankPlan:
         Raises:
             NoTargetError, TiedWeightError, OverrideError, RankError: a bad choice of layers or bounds.
             NonFiniteError: a targeted weight contains NaN or Inf.
-            BudgetError, RangeError: the budget is below the floor, or below what the bounds cost.
+            BudgetError: the budget is below what one rank per layer, or the bounds, cost.
+            RangeError: it is above what the dense model has, or a bound is above the starting rank.
             BudgetAboveStartError: there would be nothing to prune.
             BudgetUnitError, LatencyTableError: a cost that does not fit the budget or the layers.
         """
         layers = targets.select(encoder)
         shapes = targets.shapes(layers)
         dense = sum(shape.dense_params for shape in shapes.values())
-        resolved = budget.resolve(shapes, sum(p.numel() for p in encoder.parameters()) - dense, cost.measure)
-        for name, linear in layers.items():
-            check_finite("the weight", linear.weight, name)
         capacities = {name: max(1, int(start_ratio * s.full_rank + 1e-9)) for name, s in shapes.items()}
-        plan = cls(resolved, shapes, capacities, bounds_of(shapes, bounds), cost)
-        lowest = {name: min(bound.low, capacities[name]) for name, bound in plan.bounds.items()}
-        if (floor := cost.total(shapes, lowest)) > resolved:
-            allowed = f"at least {floor:,} {cost.measure.unit}, what the lowest ranks in bounds cost"
-            raise RangeError("budget", resolved, allowed)
+        bounded = bounds_of(shapes, bounds)
+        for name, bound in bounded.items():
+            if bound.low > capacities[name]:
+                allowed = f"at most {capacities[name]}, with which {name!r} starts at start_ratio={start_ratio!r}"
+                raise RangeError(f"bounds[{bound.pattern!r}].low", bound.low, allowed)
+        lowest = {name: bound.low for name, bound in bounded.items()}
+        resolved = budget.resolve(shapes, sum(p.numel() for p in encoder.parameters()) - dense, cost, lowest)
+        for name, linear in layers.items():
+            check_finite("the weight", dense_weight(linear), name)
+        plan = cls(resolved, shapes, capacities, bounded, cost)
         if resolved > plan.start_cost:
             raise BudgetAboveStartError(resolved, plan.start_cost, start_ratio, cost.measure.unit)
         return plan
@@ -106,10 +110,6 @@ class RankPlan:
     def records(self, ranks: Mapping[str, int]) -> tuple[LayerRecord, ...]:
         """What a report tells of the layers."""
         dense = set(self.dense_layers(ranks))
-        records = []
-        for name, rank in ranks.items():
-            shape = self.shapes[name]
-            kind, size = ("dense", shape.full_rank) if name in dense else ("low_rank", rank)
-            parameters = shape.dense_params if name in dense else shape.factored_params(rank)
-            records.append(LayerRecord(name, shape.out_features, shape.in_features, size, kind, parameters))
-        return tuple(records)
+        return tuple(
+            LayerRecord.of(name, self.shapes[name], None if name in dense else rank) for name, rank in ranks.items()
+        )

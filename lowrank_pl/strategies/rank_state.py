@@ -38,6 +38,7 @@ class RankState:
         reached: Whether the budget has been reached: ranks change no more.
         skipped: Steps left out because a gradient was not finite.
         history: Every reallocation.
+        cost: Which measure the budget is in; empty in checkpoints of releases before it.
     """
 
     budget: int = 0
@@ -47,6 +48,7 @@ class RankState:
     reached: bool = False
     skipped: int = 0
     history: list[Reallocation] = field(default_factory=list)
+    cost: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only."""
@@ -58,15 +60,16 @@ class RankState:
         return cls(**{**fields, "history": [Reallocation(**entry) for entry in fields["history"]]})
 
     def check_continues(self, other: RankState) -> None:
-        """Refuses to go on with another budget or other layers than `other`, the state of the stopped run.
+        """Refuses to go on with another cost, budget or other layers than `other`, the state of the stopped run.
 
         Raises:
             ResumeMismatchError: what differs, in words.
         """
+        if other.cost and self.cost != other.cost:
+            raise ResumeMismatchError(f"the budget is measured by {other.cost} there, by {self.cost} here")
         if self.budget != other.budget:
             raise ResumeMismatchError(
-                f"a budget of {other.budget:,} there, of {self.budget:,} here (in the unit of cost; a budget in time "
-                "is resumed with the table that the run started with)"
+                f"a budget of {other.budget:,} there, of {self.budget:,} here (in the unit of cost)"
             )
         if self.capacities != other.capacities:
             names = sorted(set(self.capacities.items()) ^ set(other.capacities.items()))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,22 +15,26 @@ from torch.optim import Optimizer
 from lowrank_pl.allocation import Budget, Cost, CubicCurve, CubicSchedule, Measure, Parameters, RankBounds
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import (
+    AlreadyCompactedError,
     BudgetNotReachedError,
     FrozenFactorsError,
     MissingArgumentError,
     ResumeMismatchError,
 )
-from lowrank_pl.importance import FirstOrder, Groups, GroupSensitivity
+from lowrank_pl.importance import FirstOrder, GroupSensitivity
 from lowrank_pl.nn import SVDLinear
+from lowrank_pl.strategies.averaging import averaged_models
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
+from lowrank_pl.strategies.compiling import varying_ranks
+from lowrank_pl.strategies.rank_groups import groups_of, keep_everywhere_, match_ranks_
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
 from lowrank_pl.surgery import (
     CompressionRecord,
+    CostRecord,
     ModelLayout,
     TargetSelector,
     compact_,
-    keep_groups_,
     read_layout,
     replace_module_,
     svd_layers,
@@ -69,6 +73,8 @@ class RankDyna(CompressionStrategy):
         targets: Which layers to factorise.
     """
 
+    shrinks: ClassVar[bool] = True
+
     def __init__(
         self,
         keep_ratio: float | None = None,
@@ -102,6 +108,7 @@ class RankDyna(CompressionStrategy):
         self._plan = RankPlan()
         self._curve: CubicCurve | None = None
         self._restored: RankState | None = None
+        self._compiling: ExitStack | None = None
 
     @property
     def measure(self) -> Measure:
@@ -122,23 +129,60 @@ class RankDyna(CompressionStrategy):
         """Refuses an impossible budget; ranks are known only in the end."""
         self._plan_for(encoder)
 
-    def prepare(self, encoder: nn.Module) -> None:
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replaces every target by its singular value decomposition.
 
         Raises:
             BudgetError, BudgetAboveStartError, OverrideError, NonFiniteError: before anything is changed.
         """
+        del trainer
+        encoder = as_compressible(pl_module).encoder
         self._plan = self._plan_for(encoder)
-        self.state = RankState(self._plan.budget, dict(self._plan.capacities))
+        self.state = RankState(self._plan.budget, dict(self._plan.capacities), cost=self.cost.measure.identity())
         self._restored = None
+        self.latest_scores = {}
+        self.sensitivity.load_state_dict({"steps": 0, "averages": {}})  # nothing of an earlier run
         for name, linear in self.targets.select(encoder).items():
             replace_module_(encoder, name, SVDLinear.from_linear(linear, self._plan.capacities[name]))
 
     def _plan_for(self, encoder: nn.Module) -> RankPlan:
         return RankPlan.of(encoder, self.targets, self.budget, self.bounds, self.start_ratio, self.cost)
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether ranks are still to shrink, in a run that did not start at the end of another."""
+        return bool(self.state.capacities) and not self.state.reached and self._restored is None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses what is left of a run that ended too early, unless its checkpoint is resumed.
+
+        Raises:
+            NoTrainingStepError: the run has no step.
+            AlreadyCompactedError: ranks cannot shrink any more.
+        """
+        super().on_fit_start(trainer, pl_module)
+        layers = svd_layers(as_compressible(pl_module).encoder)
+        if not layers and self.state.capacities and not (self._restored or self.state).reached:
+            told = (self._kept_so_far(), self.state.budget, self.cost.measure.unit)
+            raise AlreadyCompactedError(type(self).__name__, *told)
+        if layers:
+            self._compiling = ExitStack()
+            self._compiling.enter_context(varying_ranks(pl_module, len(layers)))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Gives the compiler its settings back."""
+        del trainer, pl_module, exception
+        self._leave_compiling()
+
+    def _leave_compiling(self) -> None:
+        if self._compiling is not None:
+            self._compiling.close()
+            self._compiling = None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Derives the schedule from the length of the run, or goes on where a stopped run was.
+
+        A model that an earlier run has brought to its budget is trained on at the ranks it has.
 
         Raises:
             MissingArgumentError: nobody knows how long the run is.
@@ -147,7 +191,12 @@ class RankDyna(CompressionStrategy):
             OptimizerCoverageError, FrozenFactorsError: factors that would not be trained.
         """
         super().on_train_start(trainer, pl_module)
-        layers = svd_layers(as_compressible(pl_module).encoder)
+        module = as_compressible(pl_module)
+        layers = svd_layers(module.encoder)
+        if not layers:
+            self._restored = None  # of a checkpoint that was only looked at
+            logger.info("the budget was reached in an earlier run: training goes on at the ranks of the model")
+            return
         frozen = [name for name, layer in layers.items() if not layer.sigma.requires_grad]
         if frozen:
             raise FrozenFactorsError(frozen)
@@ -159,7 +208,7 @@ class RankDyna(CompressionStrategy):
         self._curve = self.schedule.over(int(steps))
         if self._restored is not None:
             self.state.check_continues(self._restored)
-            if self._restored.total_steps != int(steps) and not self._restored.reached:
+            if self._restored.total_steps not in (0, int(steps)) and not self._restored.reached:
                 logger.warning(
                     "the run is now %d optimizer steps long, it was %d: the schedule is that of the new length",
                     steps,
@@ -169,6 +218,7 @@ class RankDyna(CompressionStrategy):
         elif trainer.ckpt_path is not None:
             raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
         self.state.total_steps = int(steps)
+        module.compression = self._record({name: layer.rank for name, layer in layers.items()})
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -178,7 +228,7 @@ class RankDyna(CompressionStrategy):
         if self.state.reached:
             return
         layers = svd_layers(as_compressible(pl_module).encoder)
-        if not self.sensitivity.observe({name: _groups(layer) for name, layer in layers.items()}):
+        if not self.sensitivity.observe({name: groups_of(layer) for name, layer in layers.items()}):
             if self.state.skipped == 0:
                 logger.warning("a gradient is not finite: such steps do not count for the scores of singular groups")
             self.state.skipped += 1
@@ -219,10 +269,10 @@ class RankDyna(CompressionStrategy):
         if trainer.is_global_zero:
             chosen = self._plan.choose(self.latest_scores, budget, self.per_parameter, final, self.multiple_of)
         kept = trainer.strategy.broadcast(chosen)
-        for name, layer in layers.items():
-            if len(kept[name]) < layer.rank:
-                keep_groups_(layer, kept[name], trainer.optimizers)
-                self.sensitivity.keep(name, kept[name])
+        kept = {name: groups for name, groups in kept.items() if len(groups) < layers[name].rank}
+        keep_everywhere_(trainer, layers, kept)
+        for name, groups in kept.items():
+            self.sensitivity.keep(name, groups)
         self.state.reached = final
         ranks = {name: layer.rank for name, layer in layers.items()}
         self.state.history.append(Reallocation(step, budget, self._plan.kept(ranks), ranks))
@@ -233,16 +283,20 @@ class RankDyna(CompressionStrategy):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compacts the model: no step follows."""
-        del trainer
-        self._compact(pl_module)
+        self._compact(trainer, pl_module)
 
-    def _compact(self, pl_module: pl.LightningModule) -> None:
+    def _compact(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._take_over()
         module = as_compressible(pl_module)
         ranks = {name: layer.rank for name, layer in svd_layers(module.encoder).items()}
-        if ranks:
-            module.compression = self._record(ranks)
-            self.finalize(module.encoder)
+        if not ranks:
+            return
+        module.compression = self._record(ranks)
+        self.finalize(module.encoder)
+        # Whoever saves a checkpoint now saves the averaged weights, beside the layout of the model.
+        match_ranks_(trainer, ranks)
+        for model in averaged_models(trainer):
+            self.finalize(as_compressible(model).encoder)
 
     def finalize(self, encoder: nn.Module) -> ModelLayout:
         """Turns the layers into two factors of exact rank each, or into dense ones where that is allowed and smaller.
@@ -255,17 +309,26 @@ class RankDyna(CompressionStrategy):
         return read_layout(encoder)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Gives the compiler its settings back; see `conclude`."""
+        self._leave_compiling()
+        super().teardown(trainer, pl_module, stage)
+
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes a run fail that has ended before the budget was reached; compacts one that was resumed at its end.
 
         Raises:
             BudgetNotReachedError: everything has been saved and reported; the model is larger than asked.
+            NoTrainingStepError: there was no batch to train on.
         """
-        if stage == "fit" and self.state.capacities:
-            self._compact(pl_module)
-        if stage == "fit" and self.state.capacities and not self.state.reached and trainer.global_step > 0:
-            kept = self.state.history[-1].kept if self.state.history else self._plan.start_cost
-            told = (kept, self.state.budget, trainer.global_step, self.state.total_steps)
+        if trainer.global_step == 0:
+            super().conclude(trainer, pl_module)
+        self._compact(trainer, pl_module)
+        if self.state.capacities and not self.state.reached:
+            told = (self._kept_so_far(), self.state.budget, trainer.global_step, self.state.total_steps)
             raise BudgetNotReachedError(*told, unit=self.cost.measure.unit)
+
+    def _kept_so_far(self) -> int:
+        return self.state.history[-1].kept if self.state.history else self._plan.start_cost
 
     def state_dict(self) -> dict[str, Any]:
         """The scores and where the run stands."""
@@ -302,20 +365,6 @@ class RankDyna(CompressionStrategy):
             notes.append(f"the budget of {self.state.budget:,} {self.cost.measure.unit} has not been reached")
         if self.state.skipped:
             notes.append(f"{self.state.skipped} optimizer steps with gradients that are not finite were left out")
-        return CompressionRecord(type(self).__name__, self.options(), self._plan.records(ranks), tuple(notes))
-
-
-def _groups(layer: SVDLinear) -> Groups:
-    """The groups that count; a layer that took no part in the step has gradients of zero."""
-    rank = layer.rank
-    left, sigma, right = (p if p.grad is None else p.grad for p in (layer.left, layer.sigma, layer.right))
-    if layer.sigma.grad is None:
-        left, sigma, right = (torch.zeros_like(tensor) for tensor in (left, sigma, right))
-    return Groups(
-        layer.left.detach()[:, :rank],
-        layer.sigma.detach()[:rank],
-        layer.right.detach()[:rank],
-        left[:, :rank],
-        sigma[:rank],
-        right[:rank],
-    )
+        layers = self._plan.records(ranks)
+        cost = CostRecord(self.cost.measure.unit, self._plan.kept(ranks), self._plan.dense_cost)
+        return CompressionRecord(type(self).__name__, self.options(), layers, tuple(notes), self.state.reached, cost)

@@ -1,68 +1,60 @@
-"""Factorise once, at ranks known beforehand; then tune on."""
+"""Measure, allocate, factorise once; then tune on."""
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
-from lowrank_pl.allocation import Allocation, LayerOverride, Measure, Parameters, uniform_ranks
+from lowrank_pl.allocation import Allocation, Allocator, LayerOverride, Measure, Parameters, RankRequest, Uniform
 from lowrank_pl.allocation.uniform import check_share
-from lowrank_pl.core import Factors, relative_error
-from lowrank_pl.core.checks import check_finite, check_importance
+from lowrank_pl.core import relative_error
+from lowrank_pl.core.checks import check_finite
 from lowrank_pl.core.elementwise.solver import DIVERGED
-from lowrank_pl.errors.run import NotFactorisedError, ResumeMismatchError
-from lowrank_pl.importance import Fisher, FisherKind, LayerFisher
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.errors.run import AllocationError, ResumeMismatchError
+from lowrank_pl.importance import Importance, LayerImportance, Nothing
+from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
-from lowrank_pl.strategies.calibration import Calibration, measure_fisher, progress
-from lowrank_pl.surgery import CompressionRecord, LayerRecord, TargetSelector, replace_module_
+from lowrank_pl.strategies.calibration import Calibration, measure_importance
+from lowrank_pl.strategies.decomposition import Decomposition, Factorised
+from lowrank_pl.strategies.processes import assign, gathered, send_, work_shared
+from lowrank_pl.strategies.recalibration import Recalibration
+from lowrank_pl.surgery import (
+    CompressionRecord,
+    CostRecord,
+    LayerRecord,
+    TargetSelector,
+    conform_,
+    replace_module_,
+)
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Factorised:
-    """What a method made of one weight.
-
-    Attributes:
-        factors: Of the rank asked for.
-        weighted_error: Relative error in the weighted norm that the method minimises; `None` for plain SVD.
-        losses: The curve of the objective, for iterative methods.
-        outcome: Why an iterative method stopped.
-    """
-
-    factors: Factors
-    weighted_error: float | None = None
-    losses: tuple[float, ...] = ()
-    outcome: str | None = None
 
 
 class StaticStrategy(CompressionStrategy):
     """Common part of the methods that factorise each layer once.
 
-    In `fit`, `prepare` puts empty layers of the final ranks into the encoder and sets the dense originals
-    aside; `on_train_start` calibrates with the originals and writes the factors in place; training goes on from
-    there. In `compress` the same happens without a training step.
+    What the method needs to know of the layers is measured on calibration batches, ranks are allocated, the layers are
+    factorised one by one and exchanged. In `fit` that happens before the optimizer exists, and training goes on from
+    there; in `compress` without a training step.
 
     Args:
-        keep_ratio: Share of what each targeted layer costs to keep, `0 < keep_ratio <= 1`.
+        keep_ratio: Share of what the targeted layers cost to keep, `0 < keep_ratio <= 1`.
         rank_ratio: Instead of keep_ratio, the papers' measure: rank `int(rank_ratio * min(out, in))`.
         multiple_of: Round ranks to multiples, all layers together within keep_ratio.
         overrides: Exceptions for layers by name.
         targets: Which layers to factorise.
         calibration: How importance is measured; unused by methods that need none.
         cost: What keep_ratio is a share of: `Parameters`, `Flops`, or `Latency` with a table of times.
+        allocation: Which layer gets which rank: `Uniform`, or `Global` for methods that know what a group is worth to
+            the loss.
+        recalibration: Fit one scale and one bias per output of the head, so that the outputs on the calibration samples
+            are close to the dense model's; none by default.
     """
-
-    fisher_kind: FisherKind | None = None
-    """How much of the Fisher information the method needs."""
 
     def __init__(
         self,
@@ -73,6 +65,8 @@ class StaticStrategy(CompressionStrategy):
         targets: TargetSelector | None = None,
         calibration: Calibration | None = None,
         cost: Measure | None = None,
+        allocation: Allocator | None = None,
+        recalibration: Recalibration | None = None,
     ) -> None:
         super().__init__(targets)
         check_share(keep_ratio, rank_ratio, multiple_of)
@@ -82,73 +76,32 @@ class StaticStrategy(CompressionStrategy):
         self.overrides: Sequence[LayerOverride] = overrides or []
         self.calibration = calibration or Calibration()
         self.cost = cost or Parameters()
-        self._allocation: Allocation | None = None
-        self._originals: dict[str, nn.Linear] = {}
+        self.allocation = allocation or Uniform()
+        self.recalibration = recalibration
+        if self.allocation.needs_energies and (reason := self.why_no_energies()):
+            raise AllocationError(type(self.allocation).__name__, type(self).__name__, reason)
         self._written = False
+
+    # What a method says.
 
     @property
-    def measure(self) -> Measure:
-        """What keep_ratio is a share of."""
-        return self.cost
+    def importance(self) -> Importance[Any]:
+        """What the method measures of the layers; nothing, unless a subclass says otherwise."""
+        return Nothing()
+
+    def why_no_energies(self) -> str:
+        """Why the method cannot say what a singular group is worth to the loss; empty where it can."""
+        return "it looks at each weight by itself"
 
     @abstractmethod
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None, samples: int) -> Factorised:
-        """Factorises one weight `[m, n]` at a rank; `fisher`, from so many samples, is `None` where none is needed."""
+    def decompose(self, weight: Tensor, measured: LayerImportance | None, samples: int) -> Decomposition:
+        """Prepares one weight for any rank.
 
-    def plan(self, encoder: nn.Module) -> Allocation:
-        """The ranks for an encoder; changes nothing.
-
-        Raises:
-            NoTargetError, TiedWeightError, BudgetError, RangeError, RankError, OverrideError: bad input.
+        Args:
+            weight: `[m, n]`, finite.
+            measured: What `importance` measured of the layer; `None` where nothing is needed.
+            samples: How many samples it was measured on.
         """
-        shapes = self.targets.shapes(self.targets.select(encoder))
-        return uniform_ranks(shapes, self.keep_ratio, self.rank_ratio, self.multiple_of, self.overrides, self.cost)
-
-    def check(self, encoder: nn.Module) -> None:
-        """Refuses an impossible plan, and weights that are not finite."""
-        self.plan(encoder)
-        for name, linear in self.targets.select(encoder).items():
-            check_finite("the weight", linear.weight, name)
-
-    def prepare(self, encoder: nn.Module) -> None:
-        """Puts empty factorised layers into the encoder and keeps the dense ones for calibration.
-
-        Raises:
-            NonFiniteError: a targeted weight contains NaN or Inf.
-        """
-        self.check(encoder)
-        allocation = self.plan(encoder)
-        targets = self.targets.select(encoder)
-        self._allocation = allocation
-        self._originals = {}
-        self._written = False
-        for name, rank in allocation.ranks.items():
-            if rank is not None:
-                self._originals[name] = targets[name]
-                replace_module_(encoder, name, LowRankLinear.like(targets[name], rank))
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrates and writes the factors, unless a resumed run has done so before."""
-        super().on_train_start(trainer, pl_module)
-        if not self._written:
-            if trainer.ckpt_path is not None:
-                raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
-            self._write(trainer, pl_module)
-        self._originals = {}
-
-    def compress(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Factorises the module's encoder now. No optimizer may exist."""
-        self.prepare(as_compressible(pl_module).encoder)
-        self._write(trainer, pl_module)
-        self._originals = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Whether the factors have been written."""
-        return {"written": self._written}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores `state_dict`'s."""
-        self._written = bool(state_dict["written"])
 
     def options(self) -> dict[str, Any]:
         """What identifies the method in reports, as primitives."""
@@ -158,92 +111,220 @@ class StaticStrategy(CompressionStrategy):
             "multiple_of": self.multiple_of,
             "overrides": [vars(override) for override in self.overrides],
             "cost": self.cost.options(),
+            "allocation": self.allocation.options(),
+            **({} if self.recalibration is None else {"recalibration": self.recalibration.options()}),
         }
 
-    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    # Planning.
+
+    @property
+    def measure(self) -> Measure:
+        """What keep_ratio is a share of."""
+        return self.cost
+
+    def plan(self, encoder: nn.Module) -> Allocation:
+        """The ranks for an encoder; changes nothing. Where ranks depend on data, uniform ones of the same budget.
+
+        Raises:
+            NoTargetError, TiedWeightError, BudgetError, RangeError, RankError, OverrideError: bad input.
+        """
+        return self._request(self.targets.select(encoder)).uniform()
+
+    @property
+    def plan_depends_on_data(self) -> bool:
+        """Whether ranks follow from calibration: `plan` then shows uniform ones of the same budget."""
+        return self.allocation.needs_energies
+
+    def check(self, encoder: nn.Module) -> None:
+        """Refuses an impossible plan, and weights that are not finite."""
+        self.plan(encoder)
+        for name, layer in self.targets.select(encoder).items():
+            check_finite("the weight", dense_weight(layer), name)
+
+    def _request(self, layers: Mapping[str, nn.Module]) -> RankRequest:
+        shapes = self.targets.shapes(layers)
+        return RankRequest(shapes, self.keep_ratio, self.rank_ratio, self.multiple_of, self.overrides, self.cost)
+
+    # Inside a run.
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Factorises the module's encoder; one whose run is resumed only gets the shapes that its checkpoint fills.
+
+        Raises:
+            NonFiniteError: a targeted weight, a loss or a gradient is NaN or Inf.
+            CalibrationError: the method needs data and there are none.
+        """
+        self._written = False
         module = as_compressible(pl_module)
-        assert self._allocation is not None
-        for linear in self._originals.values():
-            linear.to(pl_module.device)
-        options = self.options()
-        fisher: Fisher | None = None
-        if self.fisher_kind is not None and self._originals:
-            if module.freshly_initialised_head:
-                logger.warning(
-                    "the head is freshly initialised: %s will weigh the weights for a task the model has not "
-                    "learned. Fine-tune first and pass the checkpoint as model.init_args.init_from.",
-                    type(self).__name__,
-                )
-            name = type(self).__name__
-            fisher = measure_fisher(trainer, pl_module, self._originals, self.fisher_kind, self.calibration, name)
-            options["calibration_samples"] = fisher.num_samples
-        notes: list[str] = []
-        told: dict[str, dict[str, Any]] = {}
-        if trainer.is_global_zero:
-            for name in progress(trainer, self._originals, "Factorisation", len(self._originals)):
-                told[name] = self._write_layer(module.encoder, name, fisher, notes)
-        self._synchronise(module.encoder)
-        told, notes = trainer.strategy.broadcast((told, notes))
+        layout = getattr(module, "layout_to_resume", None)
+        if layout is None:
+            self.compress(trainer, pl_module)
+        else:
+            conform_(module.encoder, layout)
+
+    def compress(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Factorises the module's encoder now. No optimizer may exist."""
+        module = as_compressible(pl_module)
+        encoder = module.encoder.to(trainer.strategy.root_device)
+        # DDP would do so only after this: a new head is drawn by every process for itself.
+        for tensor in encoder.state_dict().values():
+            send_(trainer, tensor, 0)
+        self.check(encoder)
+        layers = self.targets.select(encoder)
+        request = self._request(layers)
+        uniform = request.uniform()
+        if not self.allocation.needs_energies:
+            layers = {name: layer for name, layer in layers.items() if uniform.ranks[name] is not None}
+        before = (
+            None if self.recalibration is None else self.recalibration.outputs(trainer, pl_module, self.calibration)
+        )
+        decompositions, notes, samples = self._decompose_all(trainer, pl_module, layers)
+        energies = self._energies(trainer, decompositions)
+        allocation = self.allocation.allocate(request, energies)
+        told = self._exchange(trainer, encoder, layers, allocation, decompositions, notes)
+        options = self.options() | ({} if samples is None else {"calibration_samples": samples})
+        if self.recalibration is not None and before is not None:
+            notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
         self._written = True
-        module.compression = CompressionRecord(type(self).__name__, options, self._layers(told), tuple(notes))
+        dense = sum(self.cost.dense(shape) for shape in allocation.shapes.values())
+        cost = CostRecord(self.cost.unit, allocation.total_cost(self.cost), dense)
+        records = self._records(allocation, told)
+        module.compression = CompressionRecord(type(self).__name__, options, records, tuple(notes.values()), cost=cost)
+        self.mark_prepared(pl_module)
 
-    def _write_layer(self, encoder: nn.Module, name: str, fisher: Fisher | None, notes: list[str]) -> dict[str, Any]:
-        """Writes one layer's factors; returns what its record tells of them."""
-        layer = encoder.get_submodule(name)
-        if not isinstance(layer, LowRankLinear):
-            raise NotFactorisedError(type(self).__name__, [name])
-        weight = self._originals[name].weight.detach()
-        layer_fisher = fisher.layers[name] if fisher is not None else None
-        if weight.device.type == "mps":  # no float64 there
-            weight = weight.cpu()
-            layer_fisher = layer_fisher.to("cpu") if layer_fisher is not None else None
-        if layer_fisher is not None and not bool(layer_fisher.input_sums.any()):
-            note = f"the Fisher information of {name!r} is zero everywhere: factorised by plain SVD instead"
-            logger.warning(note)
-            notes.append(note)
-        if layer_fisher is not None:
-            _check_fisher(name, layer_fisher)
-        found = self.factorise(weight, layer.rank, layer_fisher, fisher.num_samples if fisher is not None else 0)
-        if found.outcome is not None and found.outcome.startswith(DIVERGED):
-            notes.append(f"the solver of {name!r} {found.outcome}: the best of its iterates is used")
-        layer.assign_(found.factors)
-        return {
-            "error": relative_error(weight, found.factors.product()),
-            "weighted_error": found.weighted_error,
-            "losses": found.losses,
-            "outcome": found.outcome,
-        }
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses to go on from a checkpoint of another method, or of this one with other options.
 
-    def _synchronise(self, encoder: nn.Module) -> None:
-        """Gives every process the first one's factors, bit for bit."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for name in self._originals:
-                for parameter in encoder.get_submodule(name).parameters():
-                    torch.distributed.broadcast(parameter.data, src=0)
+        Raises:
+            ResumeMismatchError: telling the first option that differs.
+        """
+        super().on_train_start(trainer, pl_module)
+        if not self._written:
+            raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
 
-    def _layers(self, told: dict[str, dict[str, Any]]) -> tuple[LayerRecord, ...]:
-        assert self._allocation is not None
-        records = []
-        for name, shape in self._allocation.shapes.items():
-            rank = self._allocation.ranks[name]
-            exact = {"error": 0.0, "weighted_error": 0.0 if self.fisher_kind is not None else None}
-            records.append(
-                LayerRecord(
-                    name,
-                    shape.out_features,
-                    shape.in_features,
-                    shape.full_rank if rank is None else rank,
-                    "dense" if rank is None else "low_rank",
-                    self._allocation.parameters(name),
-                    **told.get(name, exact),
-                )
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the factors have been written, and how."""
+        return {"written": self._written, "options": self.options()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores `state_dict`'s.
+
+        Raises:
+            ResumeMismatchError: the run was configured otherwise.
+        """
+        self._written = bool(state_dict["written"])
+        own = self.options()
+        for key, theirs in state_dict.get("options", {}).items():
+            if own.get(key) != theirs:
+                raise ResumeMismatchError(f"{key}={theirs!r} there, {key}={own.get(key)!r} here")
+
+    # The work.
+
+    def _decompose_all(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module]
+    ) -> tuple[dict[str, Decomposition], dict[str, str], int | None]:
+        """Measures layers group by group, and decomposes those that are this process's.
+
+        Returns:
+            Decompositions of this process's layers; notes by layer; samples, `None` where nothing was measured.
+        """
+        importance, module = self.importance, as_compressible(pl_module)
+        if importance.needs_data and layers and module.freshly_initialised_head:
+            logger.warning(
+                "the head is freshly initialised: %s will weigh the weights for a task the model has not "
+                "learned. Fine-tune first and pass the checkpoint as model.init_args.init_from.",
+                type(self).__name__,
             )
-        return tuple(records)
+        decompositions: dict[str, Decomposition] = {}
+        notes: dict[str, str] = {}
+        samples: int | None = None
+        owners = self._owners(trainer, layers)
+        max_memory = self.calibration.max_memory if importance.needs_data else None
+        for names in importance.groups(self.targets.shapes(layers), max_memory):
+            group = {name: layers[name] for name in names}
+            measured: dict[str, LayerImportance] = {}
+            if importance.needs_data and group:
+                found = measure_importance(trainer, pl_module, group, importance, self.calibration, type(self).__name__)
+                measured, samples = found.layers, found.num_samples
+
+            def decompose(
+                name: str, measured: dict[str, LayerImportance] = measured, samples: int = samples or 0
+            ) -> str | None:
+                decompositions[name], note = self._decompose_one(name, layers[name], measured.pop(name, None), samples)
+                return note
+
+            told = work_shared(trainer, {name: owners[name] for name in names}, decompose, "Decomposition")
+            notes |= {name: note for name, note in told.items() if note is not None}
+        return decompositions, notes, samples
+
+    def _decompose_one(
+        self, name: str, layer: nn.Module, measured: LayerImportance | None, samples: int
+    ) -> tuple[Decomposition, str | None]:
+        note = None
+        if measured is not None:
+            measured.check(name)
+            if measured.is_zero:
+                note = f"no loss depends on {name!r}: factorised by plain SVD instead"
+                logger.warning(note)
+        return self.decompose(dense_weight(layer).detach(), measured, samples), note
+
+    def _owners(self, trainer: pl.Trainer, layers: Mapping[str, nn.Module]) -> dict[str, int]:
+        """Which process decomposes which layer, by what a decomposition costs up to a constant: `m n min(m, n)`."""
+        shapes = self.targets.shapes(layers)
+        return assign({n: float(s.dense_params * s.full_rank) for n, s in shapes.items()}, trainer.world_size)
+
+    def _energies(self, trainer: pl.Trainer, decompositions: Mapping[str, Decomposition]) -> dict[str, Tensor]:
+        """Those of all processes' layers, on the CPU; empty where ranks do not depend on them."""
+        if not self.allocation.needs_energies:
+            return {}
+        own = {name: d.energies.cpu() for name, d in decompositions.items() if d.energies is not None}
+        return {name: energy for share in gathered(trainer, own) for name, energy in share.items()}
+
+    def _exchange(
+        self,
+        trainer: pl.Trainer,
+        encoder: nn.Module,
+        layers: Mapping[str, nn.Module],
+        allocation: Allocation,
+        decompositions: dict[str, Decomposition],
+        notes: dict[str, str],
+    ) -> dict[str, dict[str, Any]]:
+        """Puts factorised layers into the encoder, one at a time; returns what is told of each."""
+        ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
+        owners = {name: owner for name, owner in self._owners(trainer, layers).items() if name in ranks}
+
+        def write(name: str) -> tuple[dict[str, Any], str | None]:
+            made = LowRankLinear.like(layers[name], ranks[name])
+            told, note = _written(name, layers[name], made, decompositions.pop(name).at(ranks[name]))
+            replace_module_(encoder, name, made)
+            return told, note
+
+        written = work_shared(trainer, owners, write, "Factorisation")
+        for name, owner in owners.items():
+            if owner != trainer.global_rank:
+                replace_module_(encoder, name, LowRankLinear.like(layers[name], ranks[name]))
+            for parameter in encoder.get_submodule(name).parameters():
+                send_(trainer, parameter.data, owner)
+        notes |= {f"{name} solver": note for name, (_, note) in written.items() if note is not None}
+        return {name: told for name, (told, _) in written.items()}
+
+    def _records(self, allocation: Allocation, told: Mapping[str, dict[str, Any]]) -> tuple[LayerRecord, ...]:
+        exact = {"error": 0.0, "weighted_error": 0.0 if self.importance.needs_data else None}
+        return tuple(
+            LayerRecord.of(name, shape, allocation.ranks[name], **told.get(name, exact))
+            for name, shape in allocation.shapes.items()
+        )
 
 
-def _check_fisher(name: str, fisher: LayerFisher) -> None:
-    """Refuses an importance that is negative or not finite, with the layer's name and the entry."""
-    for what, importance in (("sums by input", fisher.input_sums), ("sums by output", fisher.output_sums)):
-        check_importance(f"the Fisher information ({what}) of layer {name!r}", importance, tuple(importance.shape))
-    if fisher.full is not None:
-        check_importance(f"the Fisher information of layer {name!r}", fisher.full, tuple(fisher.full.shape))
+def _written(name: str, layer: nn.Module, made: LowRankLinear, found: Factorised) -> tuple[dict[str, Any], str | None]:
+    """Writes factors into an empty layer; what its record tells of them, and a note."""
+    made.assign_(found.factors)
+    record = {
+        "error": relative_error(dense_weight(layer).detach(), found.factors.product()),
+        "weighted_error": found.weighted_error,
+        "losses": found.losses,
+        "outcome": found.outcome,
+    }
+    if found.outcome is not None and found.outcome.startswith(DIVERGED):
+        return record, f"the solver of {name!r} {found.outcome}: the best of its iterates is used"
+    return record, None

@@ -7,12 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_pl.allocation import LayerOverride, Measure
+from lowrank_pl.allocation import Allocator, LayerOverride, Measure
+from lowrank_pl.core.axis_weighted import DEFAULT_DAMPING
 from lowrank_pl.core.elementwise import ElementwiseSolver, PreconditionedLBFGS, shrink_importance, weighted_low_rank
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.importance import FisherKind, LayerFisher
+from lowrank_pl.importance import FullFisher, Importance, LayerFisher, LayerImportance
 from lowrank_pl.strategies.calibration import Calibration
-from lowrank_pl.strategies.static import Factorised, StaticStrategy
+from lowrank_pl.strategies.decomposition import ByRank, Decomposition, Factorised
+from lowrank_pl.strategies.fisher_energies import fisher_energies
+from lowrank_pl.strategies.recalibration import Recalibration
+from lowrank_pl.strategies.static import StaticStrategy
 from lowrank_pl.surgery import TargetSelector
 
 _HALF_AT = 64
@@ -39,9 +43,10 @@ class TFWSVD(StaticStrategy):
             `64 / (64 + samples)`, which is near the best on held-out samples for 64 to 1833 calibration samples of MRPC
             (`docs/tfwsvd.md`).
         cost: What keep_ratio is a share of; see `StaticStrategy`.
+        allocation: Which layer gets which rank; see `StaticStrategy`. `Global` takes the energies of the closed form
+            with both sides.
+        recalibration: See `StaticStrategy`.
     """
-
-    fisher_kind = FisherKind.FULL
 
     def __init__(
         self,
@@ -54,21 +59,38 @@ class TFWSVD(StaticStrategy):
         calibration: Calibration | None = None,
         shrinkage: float | None = None,
         cost: Measure | None = None,
+        allocation: Allocator | None = None,
+        recalibration: Recalibration | None = None,
     ) -> None:
-        super().__init__(keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost)
+        super().__init__(
+            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration
+        )
         if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise RangeError("shrinkage", shrinkage, "0 <= shrinkage <= 1, the share that is replaced")
         self.solver = solver or PreconditionedLBFGS()
         self.shrinkage = shrinkage
 
-    def factorise(self, weight: Tensor, rank: int, fisher: LayerFisher | None, samples: int) -> Factorised:
+    @property
+    def importance(self) -> Importance[LayerFisher]:
+        """The whole Fisher information."""
+        return FullFisher()
+
+    def why_no_energies(self) -> str:
+        """It can: the closed form with both sides is a good estimate."""
+        return ""
+
+    def decompose(self, weight: Tensor, measured: LayerImportance | None, samples: int) -> Decomposition:
         """The solver's best iterate; its weighted error is that of the importance after shrinkage."""
-        assert fisher is not None
-        assert fisher.full is not None
-        shrinkage = self.shrinkage_for(samples)
-        importance = shrink_importance(fisher.full, shrinkage)
-        result = weighted_low_rank(weight, importance, rank, self.solver)
-        return Factorised(result.factors, math.sqrt(result.loss), result.losses, result.reason)
+        assert isinstance(measured, LayerFisher)
+        assert measured.full is not None
+        importance = shrink_importance(measured.full, self.shrinkage_for(samples))
+
+        def factorise(rank: int) -> Factorised:
+            result = weighted_low_rank(weight, importance, rank, self.solver)
+            return Factorised(result.factors, math.sqrt(result.loss), result.losses, result.reason)
+
+        sums = (measured.input_sums, measured.output_sums)
+        return ByRank(factorise, lambda: fisher_energies(weight, measured, *sums, DEFAULT_DAMPING))
 
     def shrinkage_for(self, samples: int) -> float:
         """The shrinkage for a number of calibration samples."""

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel
 
-from lowrank_pl.contract import HasTarget, TargetKind, TargetSpec
-from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.contract import AdoptsTarget, HasTarget, TargetKind, TargetSpec
 from lowrank_pl.errors.run import (
     MissingArgumentError,
     ResumeMismatchError,
     StrategyPlacementError,
-    TargetKindError,
 )
-from lowrank_pl.hub import load_exactly, load_pretrained
+from lowrank_pl.hub import lasting_name, load_exactly, load_pretrained
 from lowrank_pl.strategies import CompressionStrategy, NoCompression
-from lowrank_pl.surgery import CompressionRecord, conform_, read_layout
-from lowrank_pl.tasks import optimization, random_state
-from lowrank_pl.tasks.compatibility import check_monitor_modes, check_same_architecture, check_same_target
-from lowrank_pl.tasks.metrics import build_metrics, lower_is_better, score
-from lowrank_pl.tasks.saved import SavedModel, check_state, describe, from_checkpoint, read_saved_model
+from lowrank_pl.strategies.averaging import averaged_models, copy_buffers_instead_of_averaging_
+from lowrank_pl.strategies.processes import check_parallelism
+from lowrank_pl.surgery import CompressionRecord, ModelLayout, conform_, read_layout
+from lowrank_pl.tasks import budget_score, optimization, random_state
+from lowrank_pl.tasks.before_data import check_before_data, check_kind, tell_target
+from lowrank_pl.tasks.callbacks import check_callbacks
+from lowrank_pl.tasks.compatibility import check_same_architecture, check_same_target
+from lowrank_pl.tasks.encoder_first import EncoderFirst
+from lowrank_pl.tasks.metrics import build_metrics, score
+from lowrank_pl.tasks.saved import SavedModel, check_state, describe, from_checkpoint, read_saved_model, saved_layout
+from lowrank_pl.tasks.scheduled import ScheduledModule
 
 logger = logging.getLogger(__name__)
 
 
-class EncoderTask(pl.LightningModule, ABC):
+class EncoderTask(ScheduledModule, ABC):
     """Fine-tunes any Hugging Face encoder, factorised or not.
 
     The encoder is built in `configure_model`, when the data have told what to predict. A checkpoint holds the
@@ -58,6 +62,28 @@ class EncoderTask(pl.LightningModule, ABC):
 
     auto_class: ClassVar[Any]
     kinds: ClassVar[tuple[TargetKind, ...]]
+    apart_from_losses: ClassVar[tuple[str, ...]] = (
+        "pretrained",
+        "init_from",
+        "strategy",
+        "target",
+        "compression",
+        "freshly_initialised_head",
+        "_make_optimizer",
+        "_make_scheduler",
+        "_warmup",
+        "_configured",
+        "_metrics",
+        "_losses",
+        "_random_states",
+        "prepared_by",
+        "_prepared_layout",
+        "_checkpoint_to_load",
+        "_restored_tokenizer",
+        "_scheduled_steps",
+        "_found_lr",
+    )
+    """Attributes that losses do not depend on: a measurement made with others is found again in the Fisher cache."""
 
     def __init__(
         self,
@@ -68,9 +94,9 @@ class EncoderTask(pl.LightningModule, ABC):
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.1,
     ) -> None:
-        super().__init__()
-        if not 0 <= warmup < 1:
-            raise RangeError("warmup", warmup, "0 <= warmup < 1, the share of all steps")
+        # A lambda, the form of a default that the command line can show and override, cannot be pickled.
+        picklable = optimization.default_optimizer if optimizer is _DEFAULT_OPTIMIZER else optimizer
+        super().__init__(picklable, scheduler, warmup)
         self.pretrained = pretrained
         self.init_from = init_from
         self.strategy = strategy or NoCompression()
@@ -78,13 +104,13 @@ class EncoderTask(pl.LightningModule, ABC):
         self.target: TargetSpec | None = None
         self.compression: CompressionRecord | None = None
         self.freshly_initialised_head = False
-        self._make_optimizer = optimizer
-        self._make_scheduler = scheduler
-        self._warmup = warmup
-        self._configured: list[dict[str, Any]] = []
+        self.prepared_by: str | None = None
+        self._prepared_layout: ModelLayout | None = None
         self._metrics: dict[str, MetricCollection] = {}
         self._losses: dict[str, MeanMetric] = {}
         self._random_states: list[dict[str, Tensor]] | None = None
+        self._checkpoint_to_load: str | None = None
+        self._restored_tokenizer: str | None = None
 
     # What a task adds to the encoder.
 
@@ -112,28 +138,61 @@ class EncoderTask(pl.LightningModule, ABC):
         return "encoder" in self._modules
 
     def configure_callbacks(self) -> Sequence[pl.Callback]:
-        """The strategy: its hooks run as Lightning's."""
+        """The strategy: its hooks run as Lightning's. Refuses, before data are prepared, what needs none to be seen."""
+        tell_target(self, getattr(self.trainer, "datamodule", None), self._checkpoint_to_load)
+        check_before_data(self, self.trainer)
         # Lightning leaves a module's callbacks in the trainer; one that served another module has no part in this one.
         callbacks: list[pl.Callback] = getattr(self.trainer, "callbacks")  # noqa: B009, set without a type
-        for callback in [c for c in callbacks if isinstance(c, CompressionStrategy)]:
-            if not callback.adopted:
+        for callback in [c for c in callbacks if isinstance(c, (CompressionStrategy, EncoderFirst))]:
+            if isinstance(callback, CompressionStrategy) and not callback.adopted:
                 raise StrategyPlacementError(type(callback).__name__)
             callbacks.remove(callback)
+        # `setup` comes after the data's preparation.
+        check_parallelism(self.trainer.strategy, type(self.strategy).__name__)
+        callbacks.insert(0, EncoderFirst())
         self.strategy.adopted = True
         return [self.strategy]
 
+    def expect_checkpoint(self, path: str | None) -> None:
+        """Is told by the trainer which checkpoint the coming run loads before it starts, `None` for none."""
+        self._checkpoint_to_load = path
+
+    @property
+    def layout_to_resume(self) -> ModelLayout | None:
+        """The layout of the checkpoint that the coming `fit` resumes; `None` for a new run, or where nobody told."""
+        if self._checkpoint_to_load is None or not self._is_fitting():
+            return None
+        return saved_layout(self._checkpoint_to_load)
+
+    def check_run(self, stage: str) -> None:
+        """Refuses data, parallelism and callbacks that do not fit, before any long work."""
+        self.strategy.setup(self.trainer, self, stage)
+        target = self._target_of_data()
+        if stage == "fit":
+            check_callbacks(self.trainer, self.strategy, target)
+
     def configure_model(self) -> None:
-        """Builds the encoder and, before training, lets the strategy give it its shapes."""
-        if self.is_built or self._trainer is None:
-            return  # without a trainer, load_from_checkpoint is at work and brings the architecture
-        self.build(self._target_of_data())
-        if self._is_fitting():
-            self.strategy.prepare(self.encoder)
+        """Builds the encoder and, before training, lets the strategy give it its shapes, once."""
+        if self._trainer is None:
+            return  # load_from_checkpoint is at work and brings the architecture
+        target = self._target_of_data()
+        if not self.is_built:
+            if self._checkpoint_to_load is not None and not self._is_fitting():
+                return  # so does the checkpoint that is to be scored or to predict
+            self.build(target)
+        elif target is not None:
+            self._take_target(target)
+        if self._is_fitting() and not self.strategy.has_prepared(self):
+            self.strategy.prepare(self.trainer, self)
+            self.strategy.mark_prepared(self)
+            self._prepared_layout = read_layout(self.encoder)
 
     def setup(self, stage: str) -> None:
-        """Refuses a checkpoint callback that would keep the worst model: some scores are better when lower."""
+        """Lets averaging callbacks know what can be averaged, and their copies go without the dense originals."""
         if stage == "fit":
-            check_monitor_modes(self.trainer, self._target_of_data())
+            copy_buffers_instead_of_averaging_(self.trainer)
+            for model in averaged_models(self.trainer):
+                setattr(model, "strategy", NoCompression())  # noqa: B010, of a copy of this module
 
     def build(self, target: TargetSpec | None = None) -> None:
         """Builds the encoder from `init_from` or `pretrained`, for a target (default: one output per label).
@@ -142,6 +201,7 @@ class EncoderTask(pl.LightningModule, ABC):
             MissingArgumentError: neither is given.
             CheckpointMismatchError: `init_from` was trained to predict something else.
         """
+        self.prepared_by, self._prepared_layout = None, None
         if self.init_from is not None:
             saved = read_saved_model(self.init_from)
             if self.pretrained is not None:
@@ -170,15 +230,29 @@ class EncoderTask(pl.LightningModule, ABC):
         self.target = target
         self.compression = saved.compression
         self.freshly_initialised_head = False
+        self._restored_tokenizer = saved.tokenizer
+
+    def _tokenizer(self) -> str | None:
+        """Where the tokenizer is that the model is trained with, for whoever loads its checkpoint."""
+        return self._restored_tokenizer if self.pretrained is None else lasting_name(self.pretrained)
+
+    def _take_target(self, target: TargetSpec) -> None:
+        """Takes the data's target for an encoder that was built before, if its head fits."""
+        built = SavedModel("the encoder that the task holds", self.encoder.config, ModelLayout({}), {}, self.target)
+        check_same_target(built, target)
+        if self.target is None:
+            for name, value in self._head_config(target).items():
+                setattr(self.encoder.config, name, value)
+        self.target = target
 
     def _target_of_data(self) -> TargetSpec | None:
         datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, AdoptsTarget) and not datamodule.knows_target:
+            return None
         if not isinstance(datamodule, HasTarget):
             return None
-        target = datamodule.target
-        if target.kind not in self.kinds:
-            raise TargetKindError(type(self).__name__, self.kinds, target.name, target.kind)
-        return target
+        check_kind(self, datamodule.target)
+        return datamodule.target
 
     def _head_config(self, target: TargetSpec | None) -> dict[str, Any]:
         """Fields of the encoder's configuration that depend on the labels."""
@@ -190,6 +264,9 @@ class EncoderTask(pl.LightningModule, ABC):
         return {"id2label": names, "label2id": {name: index for index, name in names.items()}}
 
     # Steps.
+
+    # It looks at signatures, which `torch.compile(task)` cannot follow.
+    log = torch.compiler.disable(pl.LightningModule.log)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits of a batch; `labels` in it are ignored."""
@@ -267,50 +344,59 @@ class EncoderTask(pl.LightningModule, ABC):
 
     def _log_metrics(self, stage: str) -> None:
         assert self.target is not None
-        self.log(f"{stage}/loss", self._losses[stage].compute(), prog_bar=True)
+        self._log_computed(f"{stage}/loss", self._losses[stage].compute(), prog_bar=True)
         values = self._metrics[stage].compute()
         for name, value in values.items():
-            self.log(f"{stage}/{name}", value)
+            self._log_computed(f"{stage}/{name}", value)
         found = score(self.target, values)
-        self.log(f"{stage}/score", found, prog_bar=True)
+        self._log_computed(f"{stage}/score", found, prog_bar=True)
         if stage == "val":
-            # Under a shrinking budget the best score is always an early, large model's: one to select by.
-            worst = math.inf if lower_is_better(self.target) else -math.inf
-            self.log("val/score_at_budget", found if self.strategy.at_budget else worst)
+            self._log_score_at_budget(found)
 
-    # Optimizers.
+    def _log_computed(self, name: str, value: Tensor | float, prog_bar: bool = False, logger: bool = True) -> None:
+        """Logs what torchmetrics has reduced over processes already: the same number on each of them."""
+        # Lightning warns of values that it does not reduce. The maximum of equal numbers is that number exactly.
+        self.log(name, value, prog_bar=prog_bar, logger=logger, sync_dist=True, reduce_fx="max")
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over all trainable parameters and a scheduler stepped with it."""
-        optimizer = self._make_optimizer(optimization.decay_groups(self))
-        if self._make_scheduler is not None:
-            scheduler: Any = self._make_scheduler(optimizer)
-        else:
-            steps = self.trainer.estimated_stepping_batches
-            if steps == float("inf"):
-                raise MissingArgumentError(
-                    "the length of the run", "Set trainer.max_epochs or trainer.max_steps: the schedule needs its end."
-                )
-            scheduler = optimization.linear_warmup_decay(optimizer, int(steps), self._warmup)
-        self._configured = optimization.settings(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    @property
+    def at_budget(self) -> bool:
+        """Whether the model has the size that was asked for: by the strategy in training, else by its record."""
+        if self._is_fitting() or self.compression is None:
+            return self.strategy.at_budget
+        return self.compression.at_budget
+
+    def _log_score_at_budget(self, found: Tensor) -> None:
+        """Under a shrinking budget the best score is always an early, large model's: this is one to select by."""
+        assert self.target is not None
+        if not self._is_fitting():
+            none = torch.full_like(found, budget_score.no_score(self.target))
+            self._log_computed(budget_score.KEY, found if self.at_budget else none)
+            return
+        if self.at_budget and not self.trainer.sanity_checking:
+            for writer in self.loggers:
+                writer.log_metrics({budget_score.KEY: float(found)}, self.trainer.global_step)
+        left = self.trainer.estimated_stepping_batches - self.trainer.global_step
+        before = torch.full_like(found, budget_score.stand_in(self.target, left))
+        # What stands for a score before there is one is for callbacks: in a logger's chart it would hide the scores.
+        self._log_computed(budget_score.KEY, found if self.at_budget else before, logger=False)
 
     def on_train_start(self) -> None:
-        """Restores a resumed run's random states and tells which settings its optimizer state has replaced."""
+        """Restores a resumed run's random states; see `ScheduledModule`."""
+        super().on_train_start()
         if self._random_states is not None:
             random_state.restore(self._random_states, self.trainer.global_rank)
             self._random_states = None
-        if self.trainer.ckpt_path is not None:
-            for optimizer in self.trainer.optimizers:
-                for message in optimization.overridden(self._configured, optimizer):
-                    logger.warning("resuming: %s; for new settings start a new run with init_from", message)
 
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what loading needs to know: architecture, ranks, labels."""
         assert self.target is not None
-        checkpoint.update(describe(self.encoder.config, read_layout(self.encoder), self.target, self.compression))
+        record = self.compression
+        if record is not None and self._is_fitting():
+            record = replace(record, at_budget=record.at_budget and self.strategy.at_budget)
+        layout = read_layout(self.encoder)
+        checkpoint.update(describe(self.encoder.config, layout, self.target, record, self._tokenizer()))
         if self._is_fitting():
             checkpoint[random_state.RANDOM_KEY] = random_state.capture()
 
@@ -325,18 +411,27 @@ class EncoderTask(pl.LightningModule, ABC):
         if not self._is_fitting():
             # Only a run that goes on needs the training form; Lightning loads what is left in the checkpoint.
             saved = saved.compacted()
-            checkpoint["state_dict"] = saved.replace_in(checkpoint["state_dict"])
+        # Also what an earlier version has written gets its names of today.
+        checkpoint["state_dict"] = saved.replace_in(checkpoint["state_dict"])
         self._random_states = checkpoint.get(random_state.RANDOM_KEY) if self._is_fitting() else None
         if not self.is_built:
-            self._restore(saved, None)
+            if self._trainer is not None and self.pretrained is not None:
+                check_same_architecture(saved, self.pretrained)
+            self._restore(saved, self._target_of_data() if self._trainer is not None else None)
             return
         if saved.target is not None:
             if self.target is not None:
                 check_same_target(saved, self.target)
             self.target = saved.target
         layout = read_layout(self.encoder)
-        if layout.modules and (difference := layout.difference(saved.layout)) and self._is_fitting():
-            raise ResumeMismatchError(difference)
+        if self._is_fitting():
+            # A run that has ended in this process left its layers in another form than that in which they train.
+            trained = self._prepared_layout or layout
+            if trained.modules and (difference := trained.difference(saved.layout)):
+                raise ResumeMismatchError(difference)
+            self._prepared_layout = saved.layout
+        elif layout != saved.layout:
+            self.prepared_by = None  # this is not the encoder any more that the strategy has prepared
         conform_(self.encoder, saved.layout, saved.source)
         check_state(self.encoder.state_dict(), saved.state, saved.source)
         self.compression = saved.compression
@@ -344,3 +439,6 @@ class EncoderTask(pl.LightningModule, ABC):
 
     def _is_fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+
+_DEFAULT_OPTIMIZER = inspect.signature(EncoderTask).parameters["optimizer"].default

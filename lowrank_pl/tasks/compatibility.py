@@ -1,17 +1,12 @@
-"""Whether weights, data, tokenizer and callbacks belong together: refusals before any long work."""
+"""Whether weights, data and tokenizer belong together: refusals before any long work."""
 
 from __future__ import annotations
 
 import logging
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
-
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError
-from lowrank_pl.errors.run import MonitorModeError
 from lowrank_pl.hub import load_config
-from lowrank_pl.tasks.metrics import lower_is_better
 from lowrank_pl.tasks.saved import SavedModel
 
 logger = logging.getLogger(__name__)
@@ -48,18 +43,3 @@ def check_same_architecture(saved: SavedModel, pretrained: str) -> None:
             f"it is a {own[0]} with {own[1]} tokens, while pretrained={pretrained!r}, which the tokenizer comes from, "
             f"is a {other[0]} with {other[1]}",
         )
-
-
-def check_monitor_modes(trainer: pl.Trainer, target: TargetSpec | None) -> None:
-    """Refuses a checkpoint callback that would keep the worst model: some scores are better when lower."""
-    if target is None:
-        return
-    wanted = "min" if lower_is_better(target) else "max"
-    for callback in trainer.checkpoint_callbacks:
-        monitor = getattr(callback, "monitor", None) or ""
-        if (
-            isinstance(callback, ModelCheckpoint)
-            and monitor.endswith(("/score", "/score_at_budget"))
-            and callback.mode != wanted
-        ):
-            raise MonitorModeError(monitor, callback.mode, wanted, target.name)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lowrank_pl.errors.run import OptimizerArgumentsError
+from lowrank_pl.nn.view import zero_linear
+
+OptimizerFactory = Callable[[Any], Optimizer]
 _COMPARED = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
+
+
+def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
+    """AdamW with the settings that tasks have by default."""
+    return AdamW(parameters, lr=5e-5, weight_decay=0.01)
 
 
 def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -21,8 +31,39 @@ def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+def make_optimizer(make: OptimizerFactory, groups: list[dict[str, Any]]) -> Optimizer:
+    """The configured optimizer over parameter groups.
+
+    Raises:
+        OptimizerArgumentsError: it refuses its arguments, such as a negative learning rate.
+    """
+    try:
+        return make(groups)
+    except (ValueError, TypeError) as error:
+        raise OptimizerArgumentsError(str(error)) from error
+
+
+def try_optimizer(make: OptimizerFactory) -> None:
+    """Makes the configured optimizer over two small parameters, to refuse bad arguments before there is a model.
+
+    Raises:
+        OptimizerArgumentsError: it refuses its arguments.
+    """
+    # Zeros: random numbers drawn here would give the run's new head other values.
+    make_optimizer(make, decay_groups(zero_linear(2, 2, bias=True)))
+
+
 def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup: float) -> LambdaLR:
     """Learning rate from 0 up over `warmup · total_steps` steps, then linearly down to 0 at the last one."""
+    return LambdaLR(optimizer, _warmup_and_decay(total_steps, warmup))
+
+
+def reschedule_(scheduler: LambdaLR, total_steps: int, warmup: float) -> None:
+    """Lets a scheduler of `linear_warmup_decay` span another number of steps, because the run's length has changed."""
+    scheduler.lr_lambdas = [_warmup_and_decay(total_steps, warmup)] * len(scheduler.lr_lambdas)
+
+
+def _warmup_and_decay(total_steps: int, warmup: float) -> Callable[[int], float]:
     warmup_steps = round(warmup * total_steps)
 
     def factor(step: int) -> float:
@@ -30,7 +71,26 @@ def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup: float) -
             return step / warmup_steps
         return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
-    return LambdaLR(optimizer, factor)
+    return factor
+
+
+def set_learning_rate_(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], rate: float) -> None:
+    """Sets the rate that schedules scale, in every parameter group, before the first step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = rate
+    for scheduler in schedulers:
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+
+
+def restart_(schedulers: Iterable[Any]) -> None:
+    """Gives the parameter groups of `LambdaLR` schedulers the rates of the step at which they stand."""
+    for scheduler in schedulers:
+        if isinstance(scheduler, LambdaLR):
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, scheduler.optimizer.param_groups, strict=False)
+            for base, factor, group in rates:
+                group["lr"] = base * factor(scheduler.last_epoch)
 
 
 def settings(optimizer: Optimizer) -> list[dict[str, Any]]:

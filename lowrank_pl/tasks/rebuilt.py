@@ -14,7 +14,7 @@ from lowrank_pl.tasks.saved import SavedModel
 from lowrank_pl.tasks.sequence_classification import SequenceClassification
 from lowrank_pl.tasks.token_classification import TokenClassification
 
-_TASKS: dict[TargetKind, type[EncoderTask]] = {
+TASKS: dict[TargetKind, type[EncoderTask]] = {
     "classification": SequenceClassification,
     "regression": SequenceClassification,
     "token_classification": TokenClassification,
@@ -30,8 +30,8 @@ def rebuilt(saved: SavedModel) -> PreTrainedModel:
         CheckpointMismatchError: weights and layout disagree.
     """
     if saved.target is None:
-        raise NotACheckpointError(saved.source, "it does not tell what it predicts", "--ckpt_path")
-    auto_class = _TASKS[saved.target.kind].auto_class
+        raise NotACheckpointError(saved.source, "it does not tell what it predicts", "export --ckpt_path")
+    auto_class = TASKS[saved.target.kind].auto_class
     with uninitialised():
         encoder: PreTrainedModel = auto_class.from_config(saved.config, dtype=torch.get_default_dtype())
     encoder.tie_weights()

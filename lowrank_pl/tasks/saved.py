@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import __version__ as transformers_version
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
-from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, compacted, conform_
-from lowrank_pl.surgery.layout import SINGULAR_GROUPS
-from lowrank_pl.tasks.checksums import verify_checksums
-from lowrank_pl.tasks.weight_files import weight_files
+from lowrank_pl.files.checksums import verify_checksums
+from lowrank_pl.files.weight_files import weight_files
+from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, conform_, current_names
 
 CHECKPOINT_NAME = "model.ckpt"
 ONNX_NAME = "model.onnx"
@@ -41,6 +41,7 @@ class SavedModel:
         state: Parameters and buffers of the encoder with its head.
         target: What it predicts, where the file tells.
         compression: How it was compressed, where it was and the file tells.
+        tokenizer: Where its tokenizer is, as in `resolve_pretrained`, where the file tells.
         dense_folder: A Hugging Face folder whose weights are still to be read, by its own loader; `state` is empty.
     """
 
@@ -51,6 +52,7 @@ class SavedModel:
     target: TargetSpec | None = None
     compression: CompressionRecord | None = None
     dense_folder: str | None = None
+    tokenizer: str | None = None
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -61,18 +63,11 @@ class SavedModel:
         return tuple(labels[index] for index in sorted(labels)) if len(labels) > 1 else ()
 
     def compacted(self) -> SavedModel:
-        """The same with layers in singular groups, as they are during training, brought to their exact rank."""
-        ranks = {
-            name: int(self.state[f"{name}.active"])
-            for name, (kind, _) in self.layout.modules.items()
-            if kind == SINGULAR_GROUPS
-        }
-        if not ranks:
-            return self
+        """The same with layers in a form of training brought to the form that is deployed."""
         records = self.compression.layers if self.compression is not None else ()
         dense = [layer.name for layer in records if layer.kind == "dense"]
-        layout = compacted(self.layout, ranks, dense)
-        return replace(self, layout=layout, state=compact_state(self.state, dense))
+        state, layout = compact_state(self.state, self.layout, dense, self.source)
+        return self if layout == self.layout else replace(self, layout=layout, state=state)
 
     def replace_in(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A task's state dict with these entries as those of its encoder."""
@@ -117,7 +112,11 @@ def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: 
 
 
 def describe(
-    config: PreTrainedConfig, layout: ModelLayout, target: TargetSpec, compression: CompressionRecord | None
+    config: PreTrainedConfig,
+    layout: ModelLayout,
+    target: TargetSpec,
+    compression: CompressionRecord | None,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
     """The entries a checkpoint gets beside its `state_dict`."""
     return {
@@ -126,6 +125,7 @@ def describe(
             "config": config.to_json_string(use_diff=False),
             "target": target.to_dict(),
             "compression": None if compression is None else compression.to_dict(),
+            "tokenizer": tokenizer,
         },
     }
 
@@ -145,13 +145,15 @@ def from_checkpoint(checkpoint: Mapping[str, Any], source: str) -> SavedModel:
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(_ENCODER_PREFIX)
     }
+    config = _config(json.loads(task["config"]))
     return SavedModel(
         source,
-        _config(json.loads(task["config"])),
+        config,
         ModelLayout.from_dict(checkpoint[LAYOUT_KEY]),
-        state,
+        current_names(state, checkpoint[LAYOUT_KEY]),
         TargetSpec.from_dict(task["target"]),
         CompressionRecord.from_dict(task["compression"]) if task["compression"] else None,
+        tokenizer=task.get("tokenizer") or getattr(config, "_name_or_path", None) or None,
     )
 
 
@@ -171,8 +173,27 @@ def read_saved_model(path: str, argument: str = "init_from") -> SavedModel:
     if location.is_dir() and (location / CHECKPOINT_NAME).exists():
         location = location / CHECKPOINT_NAME
     if location.is_dir():
-        return _from_folder(location)
+        return _from_folder(location, argument)
     return from_checkpoint(_load(path, location, argument), path).compacted()
+
+
+def saved_layout(path: str) -> ModelLayout:
+    """The layout in a checkpoint, as it was in training.
+
+    Raises:
+        NotACheckpointError, LayoutVersionError: see `from_checkpoint`.
+    """
+    checkpoint = _load(path, Path(path).expanduser(), "--ckpt_path")
+    return ModelLayout.from_dict(checkpoint[LAYOUT_KEY])
+
+
+def saved_at_budget(path: str) -> bool | None:
+    """Whether the model of a Lightning checkpoint has the size that was asked for; `None` where that cannot be read."""
+    try:
+        task = torch.load(path, weights_only=True, mmap=True, map_location="cpu")[TASK_KEY]
+    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError):
+        return None
+    return CompressionRecord.from_dict(task["compression"]).at_budget if task["compression"] else None
 
 
 def check_resumable(path: str) -> None:
@@ -193,7 +214,10 @@ def check_loadable(path: str) -> None:
 
 def _load(path: str, location: Path, argument: str) -> dict[str, Any]:
     if not location.is_file():
-        raise NotACheckpointError(path, "no such file" if not location.exists() else "it is a folder", argument)
+        problem = "it is a folder" if location.exists() else "no such file or folder"
+        if (location / CHECKPOINT_NAME).is_file():
+            problem += f"; the checkpoint in it is {str(Path(path) / CHECKPOINT_NAME)!r}"
+        raise NotACheckpointError(path, problem, argument)
     try:
         checkpoint: dict[str, Any] = torch.load(location, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -205,27 +229,35 @@ def _load(path: str, location: Path, argument: str) -> dict[str, Any]:
     return checkpoint
 
 
-def _from_folder(folder: Path) -> SavedModel:
+def _from_folder(folder: Path, argument: str) -> SavedModel:
     """A Hugging Face folder with safetensors; a `lowrank_layout` in its config.json tells factorised layers."""
     config_file = folder / "config.json"
     if not config_file.exists() or (folder / ONNX_NAME).exists():
         problem = f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors"
         if (folder / ONNX_NAME).exists():
-            problem = f"{ONNX_NAME} is for onnxruntime alone; export the checkpoint once more with --format factored"
-        raise NotACheckpointError(str(folder), problem)
+            problem = f"{ONNX_NAME} is for onnxruntime alone; export the checkpoint once more with --format factorised"
+        raise NotACheckpointError(str(folder), problem, argument)
     try:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise NotACheckpointError(str(folder), f"config.json is damaged ({error})") from error
-    if "model_type" not in fields:
-        raise NotACheckpointError(str(folder), "config.json has no model_type")
-    layout = ModelLayout.from_dict(fields.pop(LAYOUT_KEY)) if LAYOUT_KEY in fields else None
-    files = weight_files(folder)
+        raise NotACheckpointError(str(folder), f"config.json is damaged ({error})", argument) from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise NotACheckpointError(str(folder), "config.json has no model_type", argument)
+    if fields["model_type"] not in CONFIG_MAPPING:
+        problem = f"transformers {transformers_version} knows no model_type {fields['model_type']!r}"
+        raise NotACheckpointError(str(folder), problem, argument)
+    told = fields.pop(LAYOUT_KEY, None)
+    layout = ModelLayout.from_dict(told) if told is not None else None
+    files = weight_files(folder, argument)
     verify_checksums(folder, files.names)
     files.check_index()
+    tokenizer = str(folder.absolute())
     if layout is None:
-        return SavedModel(str(folder), _config(fields), ModelLayout({}), {}, dense_folder=str(folder))
-    return SavedModel(str(folder), _config(fields), layout, files.read())
+        return SavedModel(
+            str(folder), _config(fields), ModelLayout({}), {}, dense_folder=str(folder), tokenizer=tokenizer
+        )
+    state = current_names(files.read(), told)
+    return SavedModel(str(folder), _config(fields), layout, state, tokenizer=tokenizer)
 
 
 def _config(fields: dict[str, Any]) -> PreTrainedConfig:

@@ -57,8 +57,8 @@ class SequenceClassification(EncoderTask):
         assert self.target is not None
         counts = self.trainer.strategy.reduce(self._predicted, reduce_op="sum")
         collapsed = int((counts > 0).sum()) == 1 and int(counts.sum()) > 1
-        self.log(f"{stage}/collapsed", float(collapsed))
-        if collapsed and not self.trainer.sanity_checking:
+        self._log_computed(f"{stage}/collapsed", float(collapsed))
+        if collapsed and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             logger.warning(
                 "%s: all %d samples are predicted as %r; scores of a collapsed model mean nothing",
                 stage,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import lightning.pytorch as pl
 import torch
 from torch import nn
@@ -11,9 +9,12 @@ from torch import nn
 from lowrank_pl.allocation import uniform_ranks
 from lowrank_pl.core.diagnosis import Diagnosis, diagnose
 from lowrank_pl.core.elementwise import ElementwiseSolver
-from lowrank_pl.importance import Fisher, FisherKind
+from lowrank_pl.importance import Fisher, FullFisher
+from lowrank_pl.nn import dense_weight
 from lowrank_pl.strategies import Calibration, StaticStrategy
-from lowrank_pl.strategies.calibration import measure_fisher, progress
+from lowrank_pl.strategies.calibration import measure_importance
+from lowrank_pl.strategies.processes import assign, work_shared
+from lowrank_pl.surgery import TargetSelector
 from lowrank_pl.tasks import EncoderTask
 
 
@@ -32,6 +33,18 @@ class Diagnoser(pl.Callback):
         self.ranks: dict[str, int] = {}
         self.samples = 0
 
+    def allocate(self, encoder: nn.Module, targets: TargetSelector) -> dict[str, int]:
+        """The ranks at which an encoder's layers are diagnosed; changes nothing.
+
+        Raises:
+            NoTargetError, TiedWeightError, BudgetError: no such choice of layers, or no such budget.
+        """
+        allocation = uniform_ranks(targets.shapes(targets.select(encoder)), self.keep_ratio)
+        # A layer that would stay dense is compared at the highest rank that is cheaper than that.
+        return {
+            name: rank or max(1, allocation.shapes[name].break_even_rank - 1) for name, rank in allocation.ranks.items()
+        }
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures and diagnoses."""
         assert isinstance(pl_module, EncoderTask)
@@ -39,19 +52,14 @@ class Diagnoser(pl.Callback):
         calibration = strategy.calibration if isinstance(strategy, StaticStrategy) else Calibration()
         with torch.inference_mode(False), torch.enable_grad():
             targets = strategy.targets.select(pl_module.encoder)
-            allocation = uniform_ranks(strategy.targets.shapes(targets), self.keep_ratio)
-            # A layer that would stay dense is compared at the highest rank that is cheaper than that.
-            self.ranks = {
-                name: rank or max(1, allocation.shapes[name].break_even_rank - 1)
-                for name, rank in allocation.ranks.items()
-            }
-            fisher = measure_fisher(trainer, pl_module, targets, FisherKind.FULL, calibration, "diagnose")
+            self.ranks = self.allocate(pl_module.encoder, strategy.targets)
+            fisher = measure_importance(trainer, pl_module, targets, FullFisher(), calibration, "diagnose")
             self.samples = fisher.num_samples
-            if trainer.is_global_zero:
-                self._diagnose(trainer, targets, fisher)
+            # The element-wise method's cost: elements, times the rank.
+            owners = assign({n: dense_weight(targets[n]).numel() * self.ranks[n] for n in targets}, trainer.world_size)
+            self.found = work_shared(trainer, owners, lambda name: self._one(name, targets[name], fisher), "Diagnosis")
 
-    def _diagnose(self, trainer: pl.Trainer, targets: Mapping[str, nn.Linear], fisher: Fisher) -> None:
-        for name, linear in progress(trainer, targets.items(), "Diagnosis", len(targets)):
-            importance = fisher.layers[name].full
-            assert importance is not None
-            self.found[name] = diagnose(linear.weight.detach(), importance, self.ranks[name], self.solver)
+    def _one(self, name: str, linear: nn.Module, fisher: Fisher) -> Diagnosis:
+        importance = fisher.layers[name].full
+        assert importance is not None
+        return diagnose(dense_weight(linear).detach(), importance, self.ranks[name], self.solver)

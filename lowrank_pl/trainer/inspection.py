@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from lowrank_pl.allocation import Allocation
+from lowrank_pl.allocation import Allocation, Measure, Parameters
 from lowrank_pl.allocation.uniform import floor_cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.nn import dense_shape, forms_in
 from lowrank_pl.surgery.targets import TARGETED
 from lowrank_pl.tasks import EncoderTask
 
@@ -27,7 +27,7 @@ def inspect_model(task: EncoderTask) -> str:
     reasons = task.strategy.targets.explain(encoder)
     shapes = {name: _shape(encoder, name) for name in reasons}
     targets = {name: shapes[name] for name, reason in reasons.items() if reason == TARGETED}
-    plan, problem = _plan(task)
+    plan = _plan(task)
     header = ("layer", "out", "in", "dense", "per rank", "break-even", "rank", "kept", "status")
     rows: list[tuple[str, ...]] = [header]
     for name, shape in shapes.items():
@@ -37,21 +37,20 @@ def inspect_model(task: EncoderTask) -> str:
             status = "targeted, infeasible: one rank costs as much as the dense weight"
         sizes = (shape.out_features, shape.in_features, shape.dense_params, shape.params_per_rank)
         rows.append((name, *(f"{size:,}" for size in sizes), str(shape.break_even_rank), rank, kept, status))
-    for name, module in encoder.named_modules():
-        if isinstance(module, LowRankLinear):
-            s = module.shape
-            sizes = (s.out_features, s.in_features, s.dense_params, s.params_per_rank)
-            kept = f"{s.factored_params(module.rank):,}"
-            numbers = [f"{size:,}" for size in sizes]
-            rows.append((name, *numbers, str(s.break_even_rank), str(module.rank), kept, "factorised already"))
-    return "\n".join([_table(rows), "", *_summary(task, targets, plan), *problem])
+    for name, form in forms_in(encoder).items():
+        s = form.shape
+        kept = f"{form.parameters_of(form.spec(), s):,}"
+        numbers = [f"{size:,}" for size in (s.out_features, s.in_features, s.dense_params, s.params_per_rank)]
+        rows.append((name, *numbers, str(s.break_even_rank), str(form.rank), kept, "factorised already"))
+    return "\n".join([_table(rows), "", *_summary(task, targets, plan)])
 
 
-def _plan(task: EncoderTask) -> tuple[Allocation | None, list[str]]:
+def _plan(task: EncoderTask) -> Allocation | None:
+    """The plan; `None` where there is none before training, and where none is possible."""
     try:
-        return task.strategy.plan(task.encoder), []
-    except LowRankError as error:
-        return None, [f"not possible as configured: {type(error).__name__}: {error}"]
+        return task.strategy.plan(task.encoder)
+    except LowRankError:
+        return None
 
 
 def _planned(plan: Allocation | None, name: str) -> tuple[str, str]:
@@ -79,15 +78,24 @@ def _summary(task: EncoderTask, targets: dict[str, LinearShape], plan: Allocatio
         low = sum(rank is not None for rank in plan.ranks.values())
         lines.append(
             f"{type(task.strategy).__name__}: {low} layers factorised, {len(plan.ranks) - low} dense; keeps "
-            f"{plan.kept:,} of {plan.dense:,} (keep_ratio {plan.kept / plan.dense:.4f}), {after:,} parameters in all"
+            f"{plan.kept:,} of {plan.dense:,} parameters ({_share(plan.kept, plan.dense, measure)}), "
+            f"{after:,} parameters in all"
         )
+        if not isinstance(measure, Parameters):
+            spent = plan.total_cost(measure)
+            lines.append(f"cost: {spent:,} of {whole:,} {measure.unit} (keep_ratio {spent / whole:.4f})")
+    if plan is not None and task.strategy.plan_depends_on_data:
+        lines.append("ranks follow from the calibration data; those above are uniform ones of the same budget")
     return lines
 
 
+def _share(kept: int, dense: int, measure: Measure) -> str:
+    """Of parameters; it is the keep_ratio only where the budget is in parameters."""
+    return f"{'keep_ratio' if isinstance(measure, Parameters) else 'a share of'} {kept / dense:.4f}"
+
+
 def _shape(encoder: nn.Module, name: str) -> LinearShape:
-    linear = encoder.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return LinearShape(linear.out_features, linear.in_features)
+    return dense_shape(encoder.get_submodule(name))
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,22 +17,26 @@ from lowrank_pl.errors.run import (
     NotFactorisedError,
     NothingToCompressError,
     NothingToScoreError,
-    OutputExistsError,
     OutputNotWritableError,
 )
+from lowrank_pl.files import all_or_nothing, check_output
 from lowrank_pl.monitoring.diagnosis_report import diagnosis_table, write_diagnosis
 from lowrank_pl.monitoring.rank_dashboard import RankDashboard
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
-from lowrank_pl.strategies import NoCompression
+from lowrank_pl.strategies import CompressionStrategy, NoCompression, StaticStrategy
+from lowrank_pl.strategies.processes import Agreement
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.tasks.before_data import check_plan
 from lowrank_pl.tasks.saved import CHECKPOINT_NAME
 from lowrank_pl.trainer.compressor import Compressor
 from lowrank_pl.trainer.diagnoser import Diagnoser
 from lowrank_pl.trainer.inspection import inspect_model
 
 logger = logging.getLogger(__name__)
+
+_DIAGNOSED_RATIO = 0.33
 
 
 class LowRankTrainer(pl.Trainer):
@@ -68,12 +71,8 @@ class LowRankTrainer(pl.Trainer):
             raise NothingToCompressError(type(model.strategy).__name__)
         if getattr(self, "limit_val_batches", 1) == 0:
             raise NothingToScoreError
-        with _new_folder(output) as folder:
-            self._compress(model, datamodule, folder, ckpt_path)
-
-    def _compress(
-        self, model: EncoderTask, datamodule: pl.LightningDataModule, folder: Path, ckpt_path: str | None
-    ) -> None:
+        folder = self._new_folder(output)
+        check_plan(model, model.strategy.check, ckpt_path)
         started = time.monotonic()
         compressor = Compressor()
         dense = self._validate_with(compressor, model, datamodule, ckpt_path)
@@ -84,26 +83,60 @@ class LowRankTrainer(pl.Trainer):
         _check_factorised(model)
         # validate() leaves the trainer without a verb, and a checkpoint wants one.
         self.state.fn = TrainerFn.VALIDATING
-        self.save_checkpoint(folder / CHECKPOINT_NAME, weights_only=True)
+        if not self.is_global_zero:
+            self.save_checkpoint(folder / CHECKPOINT_NAME, weights_only=True)  # takes part, and writes nothing
+            return
+        extra = {"score_dense": dense.get("val/score"), "metrics_dense": dense, "checkpoint": CHECKPOINT_NAME}
+        report = build_report(model, "compress", "val", scores, time.monotonic() - started, **extra)
+        self._write_compressed(model, report, folder)
+        RankDashboard.log_ranks(self, model)
+        kept, total = report["parameters"]["total"], report["parameters"]["total_dense"]
+        print(
+            f"{report['task']} {report['metric']}: {dense.get('val/score', float('nan')):.4f} before, "
+            f"{scores.get('val/score', float('nan')):.4f} after {report['method']}; "
+            f"{kept:,} of {total:,} parameters; written to {folder}"
+        )
+
+    def _write_compressed(self, model: EncoderTask, report: dict[str, Any], folder: Path) -> None:
+        """What `compress` leaves, by the first process; where it cannot write, the others do not wait for it."""
+        saved = False
+        try:
+            with all_or_nothing(folder, overwrite=False) as part:
+                self.save_checkpoint(part / CHECKPOINT_NAME, weights_only=True)
+                saved = True
+                write_report(report, part)
+                save_rank_picture(layer_records(model), part / "ranks.png")
+        except OutputNotWritableError:
+            if not saved:
+                self.strategy.barrier()
+            raise
+
+    def _run(self, model: pl.LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        # Lightning's only place, and a private one, that knows the checkpoint before the data are prepared. Without it
+        # (a plain Trainer) data without labels have to be given to a model that has been loaded.
+        if not isinstance(model, EncoderTask) or ckpt_path is None or self.strategy.restore_checkpoint_after_setup:
+            return super()._run(model, ckpt_path, weights_only)
+        model.expect_checkpoint(str(ckpt_path))
+        try:
+            return super()._run(model, ckpt_path, weights_only)
+        finally:
+            model.expect_checkpoint(None)
+
+    def _new_folder(self, output: str | None) -> Path:
+        """The folder to write, which the first process looks at before any work is done."""
+        if output is None:
+            raise MissingArgumentError("--output", "Name a new folder for what the run leaves.")
+        folder = Path(output).expanduser()
         if self.is_global_zero:
-            extra = {"score_dense": dense.get("val/score"), "metrics_dense": dense, "checkpoint": CHECKPOINT_NAME}
-            report = build_report(model, "compress", "val", scores, time.monotonic() - started, **extra)
-            write_report(report, folder)
-            save_rank_picture(layer_records(model), folder / "ranks.png")
-            RankDashboard.log_ranks(self, model)
-            kept, total = report["parameters"]["total"], report["parameters"]["total_dense"]
-            print(
-                f"{report['task']} {report['metric']}: {dense.get('val/score', float('nan')):.4f} before, "
-                f"{scores.get('val/score', float('nan')):.4f} after {report['method']}; "
-                f"{kept:,} of {total:,} parameters; written to {folder}"
-            )
+            check_output(folder, overwrite=False)
+        return folder
 
     def diagnose(
         self,
         model: EncoderTask,
         datamodule: pl.LightningDataModule | None = None,
         output: str | None = None,
-        keep_ratio: float = 0.33,
+        keep_ratio: float | None = None,
         ckpt_path: str | None = None,
     ) -> None:
         """Tells per layer how its importance is spread, which method suits it, and what that gains.
@@ -116,7 +149,8 @@ class LowRankTrainer(pl.Trainer):
                 and `calibration` are used.
             datamodule: Data for calibration.
             output: Folder for `diagnosis.json`, `diagnosis.md` and `diagnosis.png`; must be new or empty.
-            keep_ratio: The budget at which methods are compared, `0 < keep_ratio <= 1`.
+            keep_ratio: The budget at which methods are compared, `0 < keep_ratio <= 1`; by default that of a static
+                strategy, else 0.33.
             ckpt_path: Take the weights from this Lightning checkpoint instead of `init_from`.
 
         Raises:
@@ -124,17 +158,21 @@ class LowRankTrainer(pl.Trainer):
         """
         if datamodule is None:
             raise CalibrationError("diagnose", "no datamodule was given")
-        check_share(keep_ratio, None, 1)
+        ratio, source = _ratio_to_diagnose(model.strategy, keep_ratio)
+        check_share(ratio, None, 1)
         if getattr(self, "limit_val_batches", 1) == 0:
             raise NothingToScoreError
-        with _new_folder(output) as folder:
-            diagnoser = Diagnoser(keep_ratio)
-            dense = self._validate_with(diagnoser, model, datamodule, ckpt_path)
+        folder = self._new_folder(output)
+        diagnoser = Diagnoser(ratio)
+        check_plan(model, lambda encoder: diagnoser.allocate(encoder, model.strategy.targets), ckpt_path)
+        dense = self._validate_with(diagnoser, model, datamodule, ckpt_path)
+        with Agreement(self):
             if self.is_global_zero:
-                told = {"keep_ratio": keep_ratio, "calibration_samples": diagnoser.samples, "metrics": dense}
-                write_diagnosis(diagnoser.found, diagnoser.ranks, folder, **told)
+                told = {"keep_ratio": ratio, "keep_ratio_from": source, "calibration_samples": diagnoser.samples}
+                with all_or_nothing(folder, overwrite=False) as part:
+                    write_diagnosis(diagnoser.found, diagnoser.ranks, part, **told, metrics=dense)
                 print(diagnosis_table(diagnoser.found, diagnoser.ranks))
-                print(f"written to {folder}")
+                print(f"methods compared at keep_ratio {ratio:g} ({source}); written to {folder}")
 
     def _validate_with(
         self, callback: pl.Callback, model: EncoderTask, datamodule: pl.LightningDataModule, ckpt_path: str | None
@@ -153,30 +191,23 @@ class LowRankTrainer(pl.Trainer):
         Args:
             model: The task; its encoder is built, nothing is written.
             datamodule: Not used.
+
+        Raises:
+            LowRankError: the strategy's plan is impossible for this model; the table is printed before.
         """
         del datamodule
         if not model.is_built:
             model.build()
         print(inspect_model(model))
+        model.strategy.plan(model.encoder)
 
 
-@contextmanager
-def _new_folder(output: str | None) -> Iterator[Path]:
-    """Makes an output folder; one that a failed run leaves empty is removed again."""
-    if output is None:
-        raise MissingArgumentError("--output", "Name a new folder for the compressed model and its report.")
-    folder = Path(output).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputExistsError(str(folder))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputNotWritableError(str(folder), str(error)) from error
-    try:
-        yield folder
-    finally:
-        with suppress(OSError):  # not empty: the run has succeeded
-            folder.rmdir()
+def _ratio_to_diagnose(strategy: CompressionStrategy, asked: float | None) -> tuple[float, str]:
+    """The budget at which methods are compared, and where it comes from."""
+    if asked is not None:
+        return asked, "as asked"
+    configured = strategy.keep_ratio if isinstance(strategy, StaticStrategy) else None
+    return (_DIAGNOSED_RATIO, "by default") if configured is None else (configured, "the strategy's")
 
 
 def _scores(results: object) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.contract import TargetKind
+from lowrank_pl.data import CoNLL, TextFiles
 from lowrank_pl.monitoring import PredictionWriter
 from lowrank_pl.tasks import EncoderTask, MaskedLM, TokenClassification
 from tests.support.runs import make_task, make_trainer
@@ -20,7 +20,7 @@ from tests.support.synthetic import SyntheticData
 
 def written(folder: Path, task: EncoderTask, *batches: dict[str, Tensor]) -> list[dict[str, Any]]:
     """What is written for predictions by hand."""
-    trainer: Any = SimpleNamespace(log_dir=str(folder), world_size=1, global_rank=0)
+    trainer = make_trainer(folder, logger=False)
     PredictionWriter().write_on_epoch_end(trainer, task, batches, [])
     return read(folder)
 
@@ -55,6 +55,9 @@ def test_predictions_by_name_in_order(tiny_bert: str, tmp_path: Path) -> None:
     assert [row["index"] for row in rows] == list(range(24))
     for row in rows:
         assert row["prediction"] == ("yes" if row["logits"][1] > row["logits"][0] else "no")
+        no, yes = torch.tensor(row["logits"], dtype=torch.float64).softmax(0).tolist()
+        assert row["probabilities"] == {"no": pytest.approx(no), "yes": pytest.approx(yes)}
+        assert row["probability"] == row["probabilities"][row["prediction"]] >= 0.5
 
 
 def test_one_tag_per_labelled_word(tmp_path: Path) -> None:
@@ -104,5 +107,29 @@ def test_tokens_end_to_end(tiny_bert: str, tmp_path: Path, cls: type[EncoderTask
 
 def test_labels_do_not_change_the_rows_of_whole_texts(tmp_path: Path, tiny_bert: str) -> None:
     rows = predicted(make_task(tiny_bert), SyntheticData("regression"), tmp_path)
-    assert all(set(row) == {"index", "prediction", "logits"} for row in rows)
-    assert all(row["logits"] == [row["prediction"]] for row in rows)
+    assert all(set(row) == {"index", "prediction"} and isinstance(row["prediction"], float) for row in rows)
+
+
+def test_what_was_predicted_on_stands_beside_it(tiny_bert: str, tmp_path: Path) -> None:
+    """Pairs in the order of their file, whatever the batches; words with a tag each."""
+    rows = [("good film", "a plot"), ("the", "bad"), ("it was a great film of the plot", "no")]
+    (tmp_path / "new.csv").write_text("a,b\n" + "".join(f"{a},{b}\n" for a, b in rows), encoding="utf-8")
+    data = TextFiles(
+        tiny_bert, predict=str(tmp_path / "new.csv"), text="a", text_pair="b", max_length=32, eval_batch_size=2
+    )
+    task = make_task(tiny_bert)
+    task.build(SyntheticData().target)
+    trainer = make_trainer(tmp_path, callbacks=[PredictionWriter()])
+    trainer.predict(task, data, return_predictions=False)
+    found = read(Path(str(trainer.log_dir)))
+    assert [(row["index"], row["row"], row["text"], row["text_pair"]) for row in found] == [
+        (at, at + 2, *row) for at, row in enumerate(rows)
+    ]
+    assert {row["prediction"] for row in found} <= {"no", "yes"}
+    (tmp_path / "ner.txt").write_text("good B-X\nfilm O\n\nthe O\n", encoding="utf-8")
+    ner = CoNLL(tiny_bert, str(tmp_path / "ner.txt"), str(tmp_path / "ner.txt"), max_length=32)
+    trainer = make_trainer(tmp_path, callbacks=[PredictionWriter()])
+    trainer.predict(TokenClassification(tiny_bert), ner, return_predictions=False)
+    tagged = read(Path(str(trainer.log_dir)))
+    assert [row["words"] for row in tagged] == [["good", "film"], ["the"]]
+    assert all(len(row["words"]) == len(row["prediction"]) for row in tagged)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lowrank_pl.monitoring import RankDashboard, ReportWriter, rank_heatmap, write_report
 from lowrank_pl.monitoring.rank_picture import grid_position
 from lowrank_pl.monitoring.report import to_markdown
-from lowrank_pl.strategies import FWSVD
+from lowrank_pl.strategies import FWSVD, SVD
 from tests.support.runs import make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
@@ -83,6 +83,22 @@ def test_an_older_report_is_kept(run: Path) -> None:
     assert "other" in (run / "report-2.md").read_text()
 
 
+def test_two_runs_in_one_folder_keep_their_pictures_and_reports(tiny_bert: str, tmp_path: Path) -> None:
+    task = make_task(tiny_bert, FWSVD("both", keep_ratio=0.5))
+    trainer = make_trainer(tmp_path, callbacks=[ReportWriter()], limit_train_batches=1)
+    trainer.fit(task, datamodule=SyntheticData())
+    folder = Path(str(trainer.log_dir))
+    fitted = (folder / "ranks.png").read_bytes()
+    (folder / "ranks.png").write_bytes(b"of the first run")
+    for _ in range(2):
+        trainer.test(task, SyntheticData(), verbose=False)
+    assert (folder / "ranks.png").read_bytes() == b"of the first run"
+    assert (folder / "ranks-2.png").read_bytes() == (folder / "ranks-3.png").read_bytes() == fitted
+    verbs = [json.loads((folder / f"report{n}.json").read_text())["verb"] for n in ("", "-2", "-3")]
+    assert verbs == ["fit", "test", "test"]
+    assert json.loads((folder / "report.json").read_text())["checkpoint_monitor"] is None
+
+
 @pytest.mark.parametrize(
     ("name", "block", "kind"),
     [
@@ -96,13 +112,11 @@ def test_grid_positions(name: str, block: str, kind: str) -> None:
     assert grid_position(name) == (block, kind)
 
 
-def test_heat_map_has_a_number_in_every_cell(tiny_bert: str) -> None:
+def test_heat_map_has_a_number_in_every_cell(tiny_bert: str, tmp_path: Path) -> None:
     from lowrank_pl.monitoring.report import layer_records
 
-    task = make_task(tiny_bert)
-    task.build(SyntheticData().target)
-    task.strategy = FWSVD("both", keep_ratio=0.5)
-    task.strategy.prepare(task.encoder)
+    task = make_task(tiny_bert, SVD(keep_ratio=0.5))
+    make_trainer(tmp_path).compress(task, SyntheticData(), output=str(tmp_path / "out"))
     axes = rank_heatmap(layer_records(task)).axes[0]
     assert sorted(text.get_text() for text in axes.texts) == ["10"] * 4 + ["8"] * 8
 

@@ -14,11 +14,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lowrank_pl.allocation import Global, Uniform
 from lowrank_pl.data.resuming import ResumableData
 from lowrank_pl.errors.run import BudgetNotReachedError
 from lowrank_pl.importance import Triplet
 from lowrank_pl.nn import LowRankLinear
-from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, CompressionStrategy, NoCompression, RankDyna
+from lowrank_pl.strategies import (
+    FWSVD,
+    SVD,
+    TFWSVD,
+    CompressionStrategy,
+    KroneckerSVD,
+    NoCompression,
+    RankDyna,
+    Recalibration,
+)
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import SequenceClassification
 from tests.support.runs import last_checkpoint, make_task, make_trainer
@@ -34,6 +44,9 @@ STRATEGIES: dict[str, Make] = {
     "fwsvd_output": lambda: FWSVD("output", keep_ratio=0.5),
     "fwsvd_both": lambda: FWSVD("both", keep_ratio=0.5),
     "tfwsvd": lambda: TFWSVD(keep_ratio=0.5),
+    "kronecker": lambda: KroneckerSVD(keep_ratio=0.5, recalibration=Recalibration()),
+    "kronecker_uniform": lambda: KroneckerSVD("output", keep_ratio=0.5, allocation=Uniform()),
+    "fwsvd_global": lambda: FWSVD(keep_ratio=0.5, allocation=Global()),
     "rankdyna": lambda: RankDyna(keep_ratio=0.5),
     "rankdyna_triplet": lambda: RankDyna(keep_ratio=0.4, sensitivity=Triplet(), per_parameter=False),
     "rankdyna_dense": lambda: RankDyna(keep_ratio=0.8, allow_dense=True, multiple_of=2),
@@ -90,8 +103,9 @@ def test_hook_trace(tiny_bert: str, tmp_path: Path, make: Make) -> None:
     trainer = make_trainer(tmp_path, callbacks=[trace], limit_train_batches=2)
     trainer.fit(task, datamodule=SyntheticData())
     assert trace.events == [
-        "strategy.setup",
+        "strategy.setup",  # checks come first
         "strategy.prepare",
+        "strategy.setup",
         "strategy.on_train_start",
         "epoch",
         "strategy.on_before_optimizer_step",

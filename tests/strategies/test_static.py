@@ -26,7 +26,7 @@ from lowrank_pl.errors.run import (
     UnsupportedParallelismError,
 )
 from lowrank_pl.importance import empirical_fisher
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies import FWSVD, SVD, Calibration, CompressionStrategy, NoCompression
 from lowrank_pl.surgery import TargetSelector
 from lowrank_pl.tasks import SequenceClassification
@@ -59,7 +59,7 @@ def dense_encoder(pretrained: str) -> Any:
 
 
 def test_svd_writes_the_truncated_svd(tiny_bert: str, tmp_path: Path) -> None:
-    weights = {n: m.weight for n, m in TargetSelector().select(dense_encoder(tiny_bert).encoder).items()}
+    weights = {n: dense_weight(m) for n, m in TargetSelector().select(dense_encoder(tiny_bert).encoder).items()}
     products = products_in_fit(make_task(tiny_bert, SVD(keep_ratio=0.5)), tmp_path)
     assert products.keys() == weights.keys()
     for name, product in products.items():
@@ -74,10 +74,10 @@ def test_fwsvd_weighs_by_the_fisher_information_of_the_dense_model(tiny_bert: st
     fisher = empirical_fisher(reference.encoder, layers, data.calibration_batches(5), reference.per_sample_losses)
     products = products_in_fit(make_task(tiny_bert, FWSVD(side, keep_ratio=0.5)), tmp_path)
     for name, product in products.items():
-        rank = 8 if layers[name].weight.shape == (32, 32) else 10
+        rank = 8 if dense_weight(layers[name]).shape == (32, 32) else 10
         sums = fisher.layers[name]
         expected = axis_weighted_svd(
-            layers[name].weight.detach(),
+            dense_weight(layers[name]).detach(),
             rank,
             sums.input_sums if side in ("input", "both") else None,
             sums.output_sums if side in ("output", "both") else None,
@@ -105,7 +105,7 @@ def test_calibration_moves_neither_the_random_state_nor_the_mode(tiny_bert: str,
 def test_second_run_reads_the_cache(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Calibration(cache_dir=str(tmp_path / "fisher"))
     first = products_in_fit(make_task(tiny_bert, FWSVD("both", keep_ratio=0.5, calibration=options)), tmp_path)
-    monkeypatch.setattr("lowrank_pl.strategies.calibration.empirical_fisher", None)  # calling it would raise
+    monkeypatch.setattr("lowrank_pl.importance.kinds.empirical_fisher", None)  # calling it would raise
     second = products_in_fit(make_task(tiny_bert, FWSVD("both", keep_ratio=0.5, calibration=options)), tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = FWSVD("both", keep_ratio=0.5, calibration=Calibration(cache_dir=options.cache_dir, max_samples=9))
@@ -120,7 +120,7 @@ def test_zero_fisher_falls_back_to_svd_and_says_so(
     monkeypatch.setattr(task, "per_sample_losses", lambda batch: task(batch).sum(1) * 0.0)
     with caplog.at_level(logging.WARNING):
         products = products_in_fit(task, tmp_path)
-    assert "is zero everywhere: factorised by plain SVD" in caplog.text
+    assert "no loss depends on" in caplog.text
     assert len(task.compression.notes) == len(products)
     plain = products_in_fit(make_task(tiny_bert, SVD(keep_ratio=0.5)), tmp_path)
     for name, product in products.items():
@@ -188,7 +188,7 @@ def test_nan_weight_is_named(tiny_bert: str, tmp_path: Path) -> None:
     with torch.no_grad():
         task.encoder.get_parameter("bert.encoder.layer.1.output.dense.weight")[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"bert\.encoder\.layer\.1\.output\.dense"):
-        SVD(keep_ratio=0.5).prepare(task.encoder)
+        SVD(keep_ratio=0.5).check(task.encoder)
 
 
 def test_strategy_under_trainer_callbacks_is_refused(tiny_bert: str, tmp_path: Path) -> None:
@@ -229,7 +229,6 @@ def test_importance_needs_a_datamodule(tiny_bert: str, tmp_path: Path) -> None:
     data = SyntheticData()
     task = make_task(tiny_bert, FWSVD(keep_ratio=0.5))
     task.build(data.target)
-    task.strategy.prepare(task.encoder)
     with pytest.raises(CalibrationError, match="no datamodule was given"):
         make_trainer(tmp_path).fit(task, data.train_dataloader())
 
@@ -244,7 +243,7 @@ def test_resuming_with_other_ranks_is_refused(tiny_bert: str, tmp_path: Path) ->
     trainer = make_trainer(tmp_path)
     trainer.fit(make_task(tiny_bert, SVD(keep_ratio=0.5)), datamodule=SyntheticData())
     other = make_task(tiny_bert, SVD(keep_ratio=0.3))
-    with pytest.raises(ResumeMismatchError, match="low_rank 4 against low_rank 8"):
+    with pytest.raises(ResumeMismatchError, match=r"keep_ratio=0\.5 there, keep_ratio=0\.3 here"):
         make_trainer(tmp_path, max_epochs=2).fit(other, datamodule=SyntheticData(), ckpt_path=last_checkpoint(trainer))
 
 
@@ -264,7 +263,6 @@ def test_input_that_never_varies(tiny_bert: str, tmp_path: Path) -> None:
         for name, parameter in task.encoder.named_parameters():
             if "LayerNorm.weight" in name:
                 parameter[:8] = 0
-    task.strategy.prepare(task.encoder)
     assert len(products_in_fit(task, tmp_path)) == 12
 
 
@@ -311,4 +309,7 @@ def test_no_reference_to_the_module_is_kept(tiny_bert: str, tmp_path: Path) -> N
     products_in_fit(task, tmp_path)
     held = [value for value in vars(task.strategy).values() if isinstance(value, nn.Module)]
     assert held == []
-    assert task.strategy._originals == {}
+
+
+def test_both_sides_count_by_default() -> None:
+    assert FWSVD(keep_ratio=0.5).options()["side"] == "both"

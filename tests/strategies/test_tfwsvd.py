@@ -17,9 +17,9 @@ from lowrank_pl.core.elementwise import Adam, ElementwiseSolver, WeightedProblem
 from lowrank_pl.core.elementwise.solver import Iterate
 from lowrank_pl.errors.numerics import ImportanceError, NonFiniteError, RangeError
 from lowrank_pl.importance import Fisher, LayerFisher, empirical_fisher
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies import TFWSVD, Calibration
-from lowrank_pl.strategies.calibration import measure_fisher
+from lowrank_pl.strategies.calibration import measure_importance
 from lowrank_pl.surgery import TargetSelector
 from tests.support.runs import make_task, make_trainer
 from tests.support.synthetic import SyntheticData
@@ -46,7 +46,7 @@ def test_writes_the_solution_for_the_fisher_information_after_shrinkage(
     assert fisher.full is not None
     share = 64 / (64 + 48) if shrinkage is None else shrinkage  # 48 training samples
     importance = shrink_importance(fisher.full, share)
-    expected = weighted_low_rank(layers[LAYER].weight.detach(), importance, 5)
+    expected = weighted_low_rank(dense_weight(layers[LAYER]).detach(), importance, 5)
     task = compress(tiny_bert, tmp_path, TFWSVD(rank_ratio=0.16, shrinkage=shrinkage))
     found = task.encoder.get_submodule(LAYER)
     assert isinstance(found, LowRankLinear)
@@ -74,7 +74,7 @@ def test_bad_importance_is_refused_with_layer_and_entry(
     error: type[Exception],
     message: str,
 ) -> None:
-    measure = measure_fisher
+    measure = measure_importance
 
     def poisoned(*args: Any, **kwargs: Any) -> Fisher:
         fisher = measure(*args, **kwargs)
@@ -84,7 +84,7 @@ def test_bad_importance_is_refused_with_layer_and_entry(
         full[3, 2] = poison
         return replace(fisher, layers={**fisher.layers, LAYER: replace(fisher.layers[LAYER], full=full)})
 
-    monkeypatch.setattr("lowrank_pl.strategies.static.measure_fisher", poisoned)
+    monkeypatch.setattr("lowrank_pl.strategies.static.measure_importance", poisoned)
     with pytest.raises(error, match=message):
         compress(tiny_bert, tmp_path, TFWSVD(keep_ratio=0.5))
 
@@ -92,14 +92,14 @@ def test_bad_importance_is_refused_with_layer_and_entry(
 def test_zero_importance_falls_back_to_svd_and_is_told(
     tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = measure_fisher
+    measure = measure_importance
 
     def emptied(*args: Any, **kwargs: Any) -> Fisher:
         fisher = measure(*args, **kwargs)
         zero = LayerFisher(*(torch.zeros_like(t) for t in vars(fisher.layers[LAYER]).values()))
         return replace(fisher, layers={**fisher.layers, LAYER: zero})
 
-    monkeypatch.setattr("lowrank_pl.strategies.static.measure_fisher", emptied)
+    monkeypatch.setattr("lowrank_pl.strategies.static.measure_importance", emptied)
     task = compress(tiny_bert, tmp_path, TFWSVD(keep_ratio=0.5))
     (note,) = task.compression.notes
     assert LAYER in note

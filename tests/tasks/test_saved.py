@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_pl.errors.model import CheckpointMismatchError
+from lowrank_pl.nn import Spec
 from lowrank_pl.surgery import (
     CompressionRecord,
     LayerRecord,
@@ -53,12 +54,15 @@ def test_compacted_it_loads_into_a_dense_encoder_with_the_same_function(family: 
 
 def test_without_a_record_every_layer_gets_its_exact_rank() -> None:
     model = in_groups_(tiny_model("bert"))
-    ranks = {name: ("low_rank", layer.rank) for name, layer in svd_layers(model).items()}
+    ranks: dict[str, Spec] = {
+        name: {"form": "low_rank", "rank": layer.rank} for name, layer in svd_layers(model).items()
+    }
     compact = saved(model).compacted()
     assert compact.layout == ModelLayout(ranks)
     assert compact.compression is None
-    for name, (_, rank) in ranks.items():
-        assert compact.state[f"{name}.left"].shape[1] == compact.state[f"{name}.right"].shape[0] == rank
+    for name, spec in ranks.items():
+        left, right = (compact.state[f"{name}.{part}.weight"] for part in ("left", "right"))
+        assert left.shape[1] == right.shape[0] == spec["rank"]
 
 
 def test_uncompacted_it_loads_with_its_groups_and_their_ranks() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +20,12 @@ from lowrank_pl.errors.run import (
     OutputExistsError,
     OutputNotWritableError,
 )
+from lowrank_pl.monitoring import diagnosis_report
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import FWSVD, SVD, NoCompression
 from lowrank_pl.tasks import SequenceClassification
+from lowrank_pl.trainer import LowRankTrainer
+from lowrank_pl.trainer import trainer as trainer_module
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
@@ -135,6 +141,50 @@ def test_diagnose_tells_per_layer_and_changes_nothing(
     assert all(torch.equal(tensor, state[name]) for name, tensor in task.encoder.state_dict().items())
 
 
+def test_diagnose_takes_the_budget_of_the_strategy(
+    tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases: list[tuple[Any, float | None, float, str]] = [
+        (SVD(keep_ratio=0.5), None, 0.5, "the strategy's"),
+        (SVD(keep_ratio=0.5), 0.4, 0.4, "as asked"),
+        (SVD(rank_ratio=0.5), None, 0.33, "by default"),
+        (None, None, 0.33, "by default"),
+    ]
+    for at, (strategy, asked, ratio, told) in enumerate(cases):
+        out = tmp_path / str(at)
+        make_trainer(tmp_path).diagnose(make_task(None, strategy, init_from=tuned), SyntheticData(), str(out), asked)
+        assert f"methods compared at keep_ratio {ratio:g} ({told})" in capsys.readouterr().out
+        fields = json.loads((out / "diagnosis.json").read_text())
+        assert (fields["keep_ratio"], fields["keep_ratio_from"]) == (ratio, told)
+
+
+@pytest.mark.parametrize("verb", ["compress", "diagnose"])
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_full_disk_leaves_no_folder(
+    tuned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, where: str
+) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    task = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def half(self: Any, path: Path, *args: Any, **kwargs: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        full()
+
+    logger = {"logger": False}
+    if (verb, where) == ("compress", "first"):
+        monkeypatch.setattr(LowRankTrainer, "save_checkpoint", half)
+    elif verb == "compress":
+        monkeypatch.setattr(trainer_module, "save_rank_picture", full)
+    else:
+        monkeypatch.setattr(diagnosis_report, "diagnosis_table" if where == "first" else "diagnosis_figure", full)
+    with pytest.raises(OutputNotWritableError, match=r"out' cannot be made \(.*No space left"):
+        getattr(make_trainer(tmp_path, **logger), verb)(task, SyntheticData(), str(tmp_path / "a" / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in ("cache", "checkpoints")) == before
+
+
 def test_diagnose_refusals(tuned: str, tmp_path: Path) -> None:
     task, data = make_task(None, init_from=tuned), SyntheticData()
     with pytest.raises(RatioError, match="keep_ratio=0"):
@@ -155,16 +205,16 @@ def test_inspect_needs_no_data_and_tells_everything(
     assert query[1:] == ["32", "32", "1,024", "64", "16", "8", "512", "targeted"]
     assert lines["classifier"].endswith("outside the transformer blocks")
     assert "floor: 896 of 16,384 parameters of the targeted layers: no keep_ratio can go below 0.0547" in text
-    assert "12 layers factorised, 0 dense; keeps 7,936 of 16,384 (keep_ratio 0.4844)" in text
+    assert "12 layers factorised, 0 dense; keeps 7,936 of 16,384 parameters (keep_ratio 0.4844)" in text
 
 
 def test_inspect_shows_an_impossible_budget_with_its_floor(
     tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_trainer(tmp_path).inspect(make_task(tiny_bert, SVD(keep_ratio=0.01)))
-    text = capsys.readouterr().out
-    assert "not possible as configured: BudgetError: keep_ratio=0.01" in text
-    assert "floor: 896" in text
+    """And refuses it, so that a script notices."""
+    with pytest.raises(BudgetError, match=r"keep_ratio=0\.01"):
+        make_trainer(tmp_path).inspect(make_task(tiny_bert, SVD(keep_ratio=0.01)))
+    assert "floor: 896" in capsys.readouterr().out
 
 
 def test_inspect_shows_factorised_layers(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,152 @@
+"""Several processes: which kinds are supported, how they share work, and how all learn that one of them has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import Strategy as Parallelism
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lowrank_pl.errors.run import ProcessFailedError, StartMethodError, UnsupportedParallelismError
+
+Result = TypeVar("Result")
+
+
+def check_parallelism(parallelism: Parallelism, asked_by: str) -> None:
+    """Refuses what has not been seen to work, subclasses included: DeepSpeed's is one of DDP's.
+
+    Args:
+        parallelism: The trainer's `strategy`.
+        asked_by: Who cannot work under it, for the message.
+
+    Raises:
+        UnsupportedParallelismError: neither a single device nor DDP.
+        StartMethodError: DDP in processes that fork from this one or are spawned by it. The encoder is built in those
+            processes, so the process that started them would be left without the trained one.
+    """
+    if type(parallelism) not in (SingleDeviceStrategy, DDPStrategy):
+        raise UnsupportedParallelismError(asked_by, type(parallelism).__name__)
+    method = getattr(parallelism, "_start_method", "popen")  # Lightning has no public name for it
+    if method != "popen":
+        raise StartMethodError(asked_by, method)
+
+
+def assign(costs: Mapping[str, float], processes: int) -> dict[str, int]:
+    """Divides jobs among processes: each in turn, the costliest first, goes to the process with the least to do.
+
+    Args:
+        costs: By job, in any unit.
+        processes: How many there are, from 1.
+
+    Returns:
+        The rank of the process that does each job, in the order of `costs`; the same on every process.
+    """
+    loads = [0.0] * processes
+    owners = dict.fromkeys(costs, 0)
+    for job in sorted(costs, key=lambda job: -costs[job]):
+        owners[job] = loads.index(min(loads))
+        loads[owners[job]] += costs[job]
+    return owners
+
+
+def work_shared(
+    trainer: pl.Trainer, owners: Mapping[str, int], work: Callable[[str], Result], description: str
+) -> dict[str, Result]:
+    """Every process does its own jobs; all get the results of all. Every process must call it.
+
+    Args:
+        trainer: Whose processes they are.
+        owners: The rank that does each job, see `assign`.
+        work: Does one job; its result is sent as a pickle.
+        description: For the progress bar, which shows the first process's own jobs.
+
+    Returns:
+        Results by job, in the order of `owners`.
+
+    Raises:
+        ProcessFailedError: a job has failed on another process. Where it is one of this process, its own error.
+    """
+    mine = [job for job, rank in owners.items() if rank == trainer.global_rank]
+    done: dict[str, Result] = {}
+    with Agreement(trainer):
+        for job in progress(trainer, mine, description, len(mine)):
+            done[job] = work(job)
+    found: dict[str, Result] = {}
+    for share in gathered(trainer, done):
+        found |= share
+    return {job: found[job] for job in owners}
+
+
+class Agreement:
+    """A `with` block that all processes leave in the same way: if it raises on one of them, it raises on all.
+
+    Without it a process that fails leaves the others waiting in their next collective operation. The block itself may
+    hold one such operation, if `settle` is called immediately before it. Every process must enter the block.
+
+    Args:
+        trainer: Whose processes they are.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._settled = False
+
+    def __enter__(self) -> Agreement:
+        """Starts the block."""
+        self._settled = False
+        return self
+
+    def settle(self) -> None:
+        """Waits for all processes.
+
+        Raises:
+            ProcessFailedError: another one has failed.
+        """
+        self._settled = True
+        _agree(self._trainer, None)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Waits for all processes, unless that has been done before."""
+        if not self._settled and (error is None or isinstance(error, Exception)):
+            _agree(self._trainer, error)
+
+
+def _agree(trainer: pl.Trainer, error: Exception | None) -> None:
+    """Raises `ProcessFailedError` if another process has given an error and this one has not."""
+    told = None if error is None else f"{type(error).__name__}: {error}"
+    for rank, problem in enumerate(gathered(trainer, told)):
+        if problem is not None and error is None:
+            raise ProcessFailedError(rank, problem)
+
+
+def gathered(trainer: pl.Trainer, value: Result) -> list[Result]:
+    """The values of all processes, in order of rank."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def send_(trainer: pl.Trainer, tensor: Tensor, source: int) -> None:
+    """Overwrites a tensor with that of the process `source`, bit for bit, on all processes."""
+    if trainer.world_size > 1:
+        torch.distributed.broadcast(tensor, src=source)
+
+
+def progress(trainer: pl.Trainer, items: Any, description: str, total: int) -> Any:
+    """A progress bar on the first process, unless the trainer's own is switched off."""
+    return tqdm(
+        items,
+        desc=description,
+        total=total,
+        disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
+    )

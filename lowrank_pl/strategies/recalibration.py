@@ -1,0 +1,106 @@
+"""A head brought back to the outputs that the dense model gave."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lowrank_pl.core.recalibration import match_distributions, match_values
+from lowrank_pl.errors.model import HeadError
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.strategies.base import as_compressible
+from lowrank_pl.strategies.calibration import Calibration, calibration_batches
+from lowrank_pl.strategies.processes import Agreement, gathered
+from lowrank_pl.surgery.head import find_head, scale_outputs_
+
+logger = logging.getLogger(__name__)
+
+_MOST_OUTPUTS = 1000
+"""More is a vocabulary: its outputs on thousands of tokens would not fit into memory."""
+
+
+class Recalibration:
+    """One scale and one bias per output of the head, fitted so that outputs are close to the dense model's.
+
+    Factorised models grow too sure of themselves or not sure enough: their scores stay where their losses rise. For
+    classes the divergence of the predicted distributions is minimised, for values the squared difference, on (some of)
+    the calibration samples. No labels are used. The result is folded into the weights of the head.
+
+    Args:
+        max_samples: How many of the calibration samples are used at most.
+    """
+
+    def __init__(self, max_samples: int = 2048) -> None:
+        if max_samples < 1:
+            raise RangeError("recalibration.max_samples", max_samples, "a whole number from 1")
+        self.max_samples = max_samples
+
+    def options(self) -> dict[str, Any]:
+        """What identifies it in reports, as primitives."""
+        return {"max_samples": self.max_samples}
+
+    def outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> Tensor:
+        """The module's outputs `[d, k]` on this process's samples, tokens that are padding left out; on the CPU.
+
+        Raises:
+            HeadError: the module's outputs are not those of one linear layer.
+            CalibrationError: there are no calibration batches.
+        """
+        module = as_compressible(pl_module)
+        batches = calibration_batches(trainer, calibration, "recalibration", self.max_samples)
+        found = []
+        training = module.encoder.training
+        module.encoder.eval()
+        try:
+            with isolate_rng(), torch.no_grad():
+                for batch in batches:
+                    outputs: Tensor = pl_module(
+                        trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
+                    ).float()
+                    mask = batch.get("attention_mask")
+                    outputs = outputs[mask.bool()] if outputs.ndim == 3 and mask is not None else outputs.flatten(0, -2)
+                    if outputs.shape[-1] > _MOST_OUTPUTS:
+                        problem = f"it has {outputs.shape[-1]:,} outputs, more than {_MOST_OUTPUTS:,}"
+                        raise HeadError(type(module.encoder).__name__, problem)
+                    found.append(outputs.cpu())
+        finally:
+            module.encoder.train(training)
+        return torch.cat(found)
+
+    def fit_(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration, reference: Tensor
+    ) -> str:
+        """Changes the head in place; every process must call it, and all get the same head.
+
+        Args:
+            trainer: Of the run.
+            pl_module: With the factorised encoder.
+            calibration: As for `outputs`.
+            reference: What `outputs` returned for the dense encoder.
+
+        Returns:
+            What was done, for the report.
+        """
+        module = as_compressible(pl_module)
+        batches = calibration_batches(trainer, calibration, "recalibration", self.max_samples)
+        sample = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
+        with isolate_rng(), torch.no_grad():
+            head = find_head(module.encoder, lambda: pl_module(sample))
+        own = self.outputs(trainer, pl_module, calibration)
+        outputs, wanted = (torch.cat(gathered(trainer, part)) for part in (own, reference))
+        values = outputs.shape[1] == 1
+        with Agreement(trainer):
+            scale, bias = (match_values if values else match_distributions)(outputs, wanted)
+            scale_outputs_(head, scale, bias)
+        told = f"the head was recalibrated on {len(outputs)} outputs: scales {_span(scale)}, biases {_span(bias)}"
+        logger.info(told)
+        return told
+
+
+def _span(values: Tensor) -> str:
+    return f"{float(values.min()):.3g} to {float(values.max()):.3g}"

@@ -1,0 +1,178 @@
+"""What is refused before data are prepared: plans need shapes alone, and many data know their kind without reading."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from transformers import PreTrainedModel
+
+from lowrank_pl.contract import AdoptsTarget, ForetellsTarget, TargetKind, TargetSpec
+from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.model import ModelFolderError
+from lowrank_pl.errors.run import TargetKindError
+from lowrank_pl.hub import check_supported, load_config, require_weights, uninitialised
+from lowrank_pl.strategies import CompressionStrategy
+from lowrank_pl.surgery import conform_
+from lowrank_pl.tasks.callbacks import check_monitor_modes
+from lowrank_pl.tasks.compatibility import check_same_target
+from lowrank_pl.tasks.saved import SavedModel, read_saved_model
+
+logger = logging.getLogger(__name__)
+
+_FEW, _MANY = 1, 1 << 16
+"""Outputs of a head of which nobody knows yet how many labels it tells apart."""
+
+
+class Task(Protocol):
+    """What is asked of an `EncoderTask`, which imports this module."""
+
+    auto_class: ClassVar[Any]
+    kinds: ClassVar[tuple[TargetKind, ...]]
+    pretrained: str | None
+    init_from: str | None
+    strategy: CompressionStrategy
+    encoder: PreTrainedModel
+    target: TargetSpec | None
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the encoder exists yet."""
+        ...
+
+    def _head_config(self, target: TargetSpec | None) -> dict[str, Any]: ...
+
+
+def check_before_data(task: Task, trainer: pl.Trainer) -> None:
+    """Refuses data of another kind, a monitor that keeps the worst model, and a plan that the encoder does not allow.
+
+    Raises:
+        TargetKindError: the task does not predict what the data ask for.
+        MonitorModeError: see `check_monitor_modes`.
+        LowRankError: weights that are not there or predict something else, and whatever the strategy's plan refuses.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    expected = datamodule.expected_target if isinstance(datamodule, ForetellsTarget) else None
+    if expected is not None:
+        check_kind(task, expected)
+    if trainer.state.fn != TrainerFn.FITTING or task.is_built:
+        return
+    check_monitor_modes(trainer, expected)
+    if task.init_from is None and task.pretrained is not None:
+        try:
+            config = load_config(task.pretrained)
+        except ModelFolderError:
+            require_weights(task.pretrained)  # what lacks both is told by its weights
+            raise
+        check_supported(task.auto_class, task.pretrained, config)
+        require_weights(task.pretrained)
+    check_plan(task, task.strategy.plan, expected=expected)
+
+
+def check_kind(task: Task, target: TargetSpec) -> None:
+    """Raises `TargetKindError` unless a task predicts what data ask for."""
+    if target.kind not in task.kinds:
+        raise TargetKindError(type(task).__name__, task.kinds, target.name, target.kind)
+
+
+def check_plan(
+    task: Task,
+    plan: Callable[[nn.Module], object],
+    ckpt_path: str | None = None,
+    expected: TargetSpec | None = None,
+) -> None:
+    """Tries a plan on the shapes of the encoder that a run will have; weights are neither made nor changed.
+
+    Args:
+        task: The task.
+        plan: Raises where something is impossible.
+        ckpt_path: A checkpoint that the run takes its encoder from.
+        expected: What is predicted, as far as it is known.
+
+    Raises:
+        LowRankError: what the plan raises, and what is wrong with a checkpoint or a configuration.
+    """
+    if ckpt_path is None and task.is_built:
+        plan(task.encoder)
+        return
+    refused: list[LowRankError] = []
+    try:
+        for outline in _outlines(task, ckpt_path, expected):
+            try:
+                plan(outline)
+                return
+            except LowRankError as error:
+                refused.append(error)
+    except LowRankError:
+        raise
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        # A model, or a strategy of somebody else, that needs values: what is impossible is found when they are there.
+        logger.debug("no plan of %s before the data: %s", type(task.strategy).__name__, error)
+        return
+    # With a small and a large head alike: then it is not the head that decides.
+    if len({type(error) for error in refused}) == 1:
+        raise refused[0]
+
+
+def _outlines(task: Task, ckpt_path: str | None, expected: TargetSpec | None) -> Iterator[nn.Module]:
+    """The encoder without values; twice, with a small and a large head, where the data are yet to tell the labels."""
+    source = ckpt_path or task.init_from
+    if source is not None:
+        saved = read_saved_model(source, "init_from" if ckpt_path is None else "--ckpt_path")
+        if expected is not None and _is_complete(expected):
+            check_same_target(saved, expected)
+        yield _outline(task, saved.config, saved)
+    elif task.pretrained is not None:
+        if expected is not None and _is_complete(expected):
+            heads: list[dict[str, Any]] = [task._head_config(expected)]
+        else:
+            heads = [{"num_labels": count} for count in (_FEW, _MANY)]
+        for head in heads:
+            yield _outline(task, load_config(task.pretrained, **head))
+
+
+def _outline(task: Task, config: Any, saved: SavedModel | None = None) -> nn.Module:
+    with torch.device("meta"), uninitialised():
+        encoder: Any = task.auto_class.from_config(config)
+        encoder.tie_weights()
+        if saved is not None:
+            conform_(encoder, saved.layout, saved.source)
+    module: nn.Module = encoder
+    return module
+
+
+def _is_complete(target: TargetSpec) -> bool:
+    return bool(target.label_names) or target.kind in ("regression", "masked_lm")
+
+
+def tell_target(task: Task, datamodule: Any, ckpt_path: str | None = None) -> None:
+    """Tells data that have no training split what the model predicts, if they take it and the model knows.
+
+    Args:
+        task: The task.
+        datamodule: The data of the run.
+        ckpt_path: A checkpoint that the run takes the model from.
+    """
+    if not isinstance(datamodule, AdoptsTarget) or not datamodule.lacks_target:
+        return
+    source = ckpt_path or (None if task.is_built else task.init_from)
+    if source is None:
+        target = task.target
+    else:
+        saved = read_saved_model(source, "init_from" if ckpt_path is None else "--ckpt_path")
+        target = saved.target or _target_of_head(saved, datamodule)
+    if target is not None:
+        datamodule.adopt_target(target)
+
+
+def _target_of_head(saved: SavedModel, datamodule: Any) -> TargetSpec | None:
+    """What a Hugging Face folder tells: as many classes as it has names for, or one value."""
+    problem = getattr(saved.config, "problem_type", None)
+    if saved.label_names:
+        return TargetSpec(type(datamodule).__name__, "classification", saved.label_names)
+    return TargetSpec(type(datamodule).__name__, "regression", (), ("pearson",)) if problem == "regression" else None

@@ -1,0 +1,145 @@
+"""Which parallelism is supported, and who does what. Two real processes: tests/test_two_processes.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+
+from lowrank_pl.errors.numerics import NonFiniteError
+from lowrank_pl.errors.run import ProcessFailedError, StartMethodError, UnsupportedParallelismError
+from lowrank_pl.strategies import SVD, CompressionStrategy, NoCompression
+from lowrank_pl.strategies.processes import Agreement, assign, check_parallelism, work_shared
+from tests.support.runs import make_task, make_trainer
+from tests.support.synthetic import SyntheticData
+
+
+class Wrapping(DDPStrategy):
+    """A plug-in that may do anything."""
+
+
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Wrapping])
+@pytest.mark.parametrize("make", [NoCompression, lambda: SVD(keep_ratio=0.5)])
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_what_is_not_listed_is_refused_in_every_verb(kind: Any, make: Any, stage: str, tiny_bert: str) -> None:
+    strategy: CompressionStrategy = make()
+    task = make_task(tiny_bert, strategy)
+
+    class Trainer:
+        strategy = object.__new__(kind)
+
+    with pytest.raises(UnsupportedParallelismError, match=rf"{kind.__name__}.*single device and DDP"):
+        strategy.setup(Trainer(), task, stage)  # type: ignore[arg-type]
+
+
+def test_single_devices_and_ddp_are_supported() -> None:
+    check_parallelism(SingleDeviceStrategy(), "SVD")
+    check_parallelism(DDPStrategy(), "SVD")
+    check_parallelism(DDPStrategy(find_unused_parameters=True), "SVD")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_that_take_the_model_with_them_are_refused(method: Any) -> None:
+    with pytest.raises(StartMethodError, match=f"started by '{method}'.*trainer.devices to 1"):
+        check_parallelism(DDPStrategy(start_method=method), "SVD")
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_a_run_is_refused_before_its_data_are_prepared(verb: str, tiny_bert: str, tmp_path: Path) -> None:
+    class Data(SyntheticData):
+        prepared = False
+
+        def prepare_data(self) -> None:
+            Data.prepared = True
+
+    trainer = make_trainer(tmp_path, logger=False)
+    trainer.strategy.__class__ = type("OtherStrategy", (SingleDeviceStrategy,), {})
+    with pytest.raises(UnsupportedParallelismError, match="OtherStrategy"):
+        getattr(trainer, verb)(make_task(tiny_bert), datamodule=Data())
+    assert not Data.prepared
+
+
+def test_jobs_are_divided_by_their_costs() -> None:
+    owners = assign({"a": 1.0, "b": 8.0, "c": 3.0, "d": 4.0, "e": 2.0}, 2)
+    assert owners == {"a": 0, "b": 0, "c": 1, "d": 1, "e": 1}
+    assert list(owners) == ["a", "b", "c", "d", "e"]
+    assert assign({"a": 1.0, "b": 1.0}, 1) == {"a": 0, "b": 0}
+    assert assign({"a": 1.0}, 3) == {"a": 0}
+    assert assign({}, 2) == {}
+
+
+def test_equal_jobs_are_divided_evenly() -> None:
+    owners = assign({str(index): 5.0 for index in range(10)}, 3)
+    assert sorted(list(owners.values()).count(rank) for rank in range(3)) == [3, 3, 4]
+
+
+def test_one_process_does_everything_and_its_own_errors_come_out(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, logger=False)
+    assert work_shared(trainer, {"a": 0, "b": 0}, str.upper, "Work") == {"a": "A", "b": "B"}
+
+    def fail(job: str) -> None:
+        raise NonFiniteError(job)
+
+    with pytest.raises(NonFiniteError, match="b"):
+        work_shared(trainer, {"b": 0}, fail, "Work")
+
+
+class TwoProcesses:
+    """A trainer of the first of two processes; what the second one gathers is given beforehand."""
+
+    world_size, global_rank, is_global_zero, progress_bar_callback = 2, 0, True, None
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *theirs: Any) -> None:
+        self.told: list[Any] = []
+        rest = list(theirs)
+
+        def gather(values: list[Any], mine: Any) -> None:
+            self.told.append(mine)
+            values[:] = [mine, rest.pop(0)]
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+
+
+def test_an_error_elsewhere_is_raised_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = TwoProcesses(monkeypatch, "NonFiniteError: no.")
+    with pytest.raises(ProcessFailedError, match=r"process 1 of this run has failed: NonFiniteError: no\. This"):
+        work_shared(trainer, {"a": 0, "b": 1}, str.upper, "Work")
+    assert trainer.told == [None]
+
+
+def test_an_error_here_is_told_and_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = TwoProcesses(monkeypatch, None)
+    with pytest.raises(NonFiniteError), Agreement(trainer):
+        raise NonFiniteError("here")
+    assert len(trainer.told) == 1
+    assert "here" in trainer.told[0]
+
+
+def test_an_error_after_all_have_settled_is_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = TwoProcesses(monkeypatch, None)
+    agreement = Agreement(trainer)
+
+    def settle_and_fail() -> None:
+        with agreement:
+            agreement.settle()
+            raise NonFiniteError("everywhere")
+
+    with pytest.raises(NonFiniteError, match="everywhere"):
+        settle_and_fail()
+    assert trainer.told == [None]
+
+
+def test_results_come_in_the_order_of_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = TwoProcesses(monkeypatch, None, {"a": "A"})
+    found = work_shared(trainer, {"a": 1, "b": 0}, str.upper, "Work")
+    assert list(found.items()) == [("a", "A"), ("b", "B")]
+    assert trainer.told == [None, {"b": "B"}]

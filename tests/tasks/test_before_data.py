@@ -1,0 +1,156 @@
+"""What needs no data to be seen is refused before any are prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lowrank_pl.data import GLUE, CoNLL, TextCorpus, TextFiles
+from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.model import CheckpointMismatchError, ModelFolderError, NotACheckpointError, NoTargetError
+from lowrank_pl.errors.numerics import BudgetError
+from lowrank_pl.errors.run import MonitorModeError, NothingToCompressError, TargetKindError
+from lowrank_pl.strategies import FWSVD, SVD, RankDyna
+from lowrank_pl.surgery import TargetSelector
+from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
+from tests.data.samples import write_sst2
+from tests.support.runs import last_checkpoint, make_task, make_trainer
+from tests.support.tiny import save_tiny_model
+
+
+class ReadError(AssertionError):
+    """The data were asked for."""
+
+
+@pytest.fixture
+def _unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(self: Any) -> None:
+        raise ReadError
+
+    for cls in (GLUE, TextFiles, CoNLL, TextCorpus):
+        monkeypatch.setattr(cls, "prepare_data", prepare)
+
+
+def sst2(tokenizer: str, folder: Path) -> GLUE:
+    return GLUE(tokenizer, "SST-2", str(write_sst2(folder / "sst2")), max_length=32, batch_size=4)
+
+
+@pytest.mark.usefixtures("_unread")
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_data_of_another_kind(tiny_bert: str, tmp_path: Path, verb: str) -> None:
+    trainers: list[pl.Trainer] = [make_trainer(tmp_path), pl.Trainer(accelerator="cpu", logger=False)]
+    for trainer in trainers:
+        run = getattr(trainer, verb)
+        with pytest.raises(TargetKindError, match="'SST-2' is a classification data set, and TokenClassification"):
+            run(TokenClassification(tiny_bert), datamodule=sst2(tiny_bert, tmp_path))
+        with pytest.raises(TargetKindError, match="'CoNLL' is a token_classification data set"):
+            run(MaskedLM(tiny_bert), datamodule=CoNLL(tiny_bert, "a.txt", "b.txt"))
+        with pytest.raises(TargetKindError, match="'TextCorpus' is a masked_lm data set"):
+            run(make_task(tiny_bert), datamodule=TextCorpus(tiny_bert, "a.txt", "b.txt"))
+        with pytest.raises(ReadError):
+            run(make_task(tiny_bert), datamodule=TextFiles(tiny_bert, "a.csv"))
+
+
+@pytest.mark.usefixtures("_unread")
+@pytest.mark.parametrize(
+    ("strategy", "error"),
+    [
+        (SVD(keep_ratio=0.01), BudgetError),
+        (FWSVD("both", keep_ratio=0.01), BudgetError),
+        (RankDyna(keep_ratio=0.01), BudgetError),
+        (RankDyna(model_parameters=100), BudgetError),
+        (SVD(keep_ratio=0.5, targets=TargetSelector(["nothing*"])), NoTargetError),
+    ],
+)
+def test_a_plan_that_is_not_possible(tiny_bert: str, tmp_path: Path, strategy: Any, error: type[LowRankError]) -> None:
+    for data in (sst2(tiny_bert, tmp_path), TextFiles(tiny_bert, "a.csv")):
+        with pytest.raises(error):
+            make_trainer(tmp_path).fit(make_task(tiny_bert, strategy), datamodule=data)
+
+
+@pytest.mark.usefixtures("_unread")
+def test_what_is_possible_goes_on_to_the_data(tiny_bert: str, tmp_path: Path) -> None:
+    for strategy in (SVD(keep_ratio=0.5), RankDyna(keep_ratio=0.33), RankDyna(model_parameters=20_000), None):
+        task = make_task(tiny_bert, strategy)
+        with pytest.raises(ReadError):
+            make_trainer(tmp_path).fit(task, datamodule=TextFiles(tiny_bert, "a.csv"))
+        assert not task.is_built
+    task = make_task(tiny_bert, LooksAtValues(keep_ratio=0.5))
+    with pytest.raises(ReadError):
+        make_trainer(tmp_path).fit(task, datamodule=TextFiles(tiny_bert, "a.csv"))
+
+
+class LooksAtValues(SVD):
+    """A strategy of somebody else, whose plan needs more than shapes."""
+
+    def plan(self, encoder: Any) -> Any:
+        next(encoder.parameters()).sum().item()
+        return super().plan(encoder)
+
+
+@pytest.mark.usefixtures("_unread")
+def test_compress_and_diagnose_look_first(tiny_bert: str, tmp_path: Path) -> None:
+    data, out = sst2(tiny_bert, tmp_path), str(tmp_path / "out")
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(BudgetError):
+        trainer.compress(make_task(tiny_bert, SVD(keep_ratio=0.01)), data, out)
+    with pytest.raises(NothingToCompressError, match="RankDyna"):
+        trainer.compress(make_task(tiny_bert, RankDyna(keep_ratio=0.5)), data, out)
+    with pytest.raises(BudgetError):
+        trainer.diagnose(make_task(tiny_bert), data, out, keep_ratio=0.01)
+    with pytest.raises(ReadError):
+        trainer.diagnose(make_task(tiny_bert), data, out)
+
+
+@pytest.mark.usefixtures("_unread")
+def test_weights_and_monitors(tiny_bert: str, tmp_path: Path) -> None:
+    data = TextCorpus(tiny_bert, "a.txt", "b.txt")
+    worst = ModelCheckpoint(monitor="val/score", mode="max")
+    with pytest.raises(MonitorModeError):
+        make_trainer(tmp_path, callbacks=[worst]).fit(MaskedLM(tiny_bert), datamodule=data)
+    with pytest.raises(NotACheckpointError, match="nowhere"):
+        make_trainer(tmp_path).fit(MaskedLM(init_from=str(tmp_path / "nowhere")), datamodule=data)
+    broken = save_tiny_model("bert", tmp_path / "broken")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ModelFolderError, match="no weights"):
+        make_trainer(tmp_path).fit(MaskedLM(str(broken)), datamodule=data)
+
+
+def test_weights_that_predict_something_else(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.fit(make_task(tiny_bert), datamodule=sst2(tiny_bert, tmp_path))
+    path = last_checkpoint(trainer)
+
+    def prepare(self: Any) -> None:
+        raise ReadError
+
+    monkeypatch.setattr(GLUE, "prepare_data", prepare)
+    with pytest.raises(CheckpointMismatchError, match="it predicts 2 labels of 'SST-2'"):
+        make_trainer(tmp_path).fit(make_task(None, init_from=path), datamodule=GLUE(tiny_bert, "MNLI", "nowhere"))
+    task = make_task(None, SVD(keep_ratio=0.01), init_from=path)
+    with pytest.raises(BudgetError):
+        make_trainer(tmp_path).fit(task, datamodule=sst2(tiny_bert, tmp_path))
+
+
+def test_a_model_tells_texts_alone_what_they_are_asked_for(tiny_bert: str, tmp_path: Path) -> None:
+    """From a checkpoint, from `init_from`, and from a model that is there already; with a plain trainer too."""
+    trainer = make_trainer(tmp_path)
+    trainer.fit(make_task(tiny_bert), datamodule=sst2(tiny_bert, tmp_path))
+    path = last_checkpoint(trainer)
+    (tmp_path / "new.txt").write_text("a good film\nthe bad plot\nit was awful\n", encoding="utf-8")
+
+    def data() -> TextFiles:
+        return TextFiles(tiny_bert, predict=str(tmp_path / "new.txt"), max_length=32, eval_batch_size=2)
+
+    runs: list[Any] = [
+        make_trainer(tmp_path).predict(make_task(tiny_bert), data(), ckpt_path=path),
+        make_trainer(tmp_path).predict(make_task(None, init_from=path), data()),
+        pl.Trainer(accelerator="cpu", logger=False).predict(SequenceClassification.load_from_checkpoint(path), data()),
+    ]
+    logits = [[row for batch in run for row in batch["logits"].tolist()] for run in runs]
+    assert len(logits[0]) == 3
+    assert logits[0] == logits[1] == logits[2]
