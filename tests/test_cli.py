@@ -253,7 +253,8 @@ def test_console_prints_the_message_without_a_traceback(
 def test_module_runs_as_a_program() -> None:
     command = [sys.executable, "-m", "lowrank_pl", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert all(verb in result.stdout for verb in VERBS)
+    assert all(f"\n  {verb} " in result.stdout for verb in (*VERBS, "export", "benchmark"))
+    assert result.stdout.startswith("usage: lowrank-pl ")
 
 
 def test_two_processes_write_the_same_factors(arguments: list[str], tmp_path: Path) -> None:
@@ -286,8 +287,13 @@ def test_export_needs_a_checkpoint_and_nothing_else(arguments: list[str], tmp_pa
     card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
     assert "method: SVD" in card
     assert "score before compression" in card
-    with pytest.raises(NotACheckpointError, match="no such file"):
+    with pytest.raises(NotACheckpointError, match=r"no such file.*\(\*\.ckpt\) or the --output folder of compress\.$"):
         main(["export", "--ckpt_path", "nowhere.ckpt", "--output", str(tmp_path / "other")])
+    # The other verbs hand the path to Lightning, which takes a file.
+    with pytest.raises(
+        NotACheckpointError, match=r"checkpoint in it is .*model\.ckpt'.* by this package \(\*\.ckpt\)\.$"
+    ):
+        main(["test", "--config", recipe, *arguments, f"--ckpt_path={tmp_path / 'small'}"])
 
 
 def test_help_tells_of_export(capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,3 +323,26 @@ def test_a_budget_in_measured_time_from_a_file(
     if strategy != "RankDyna":  # which knows its ranks only in the end
         assert re.search(r"0\.attention\.self\.query .* 5 +320 ", told)
         assert re.search(r"0\.intermediate\.dense .* 21 +2,016 ", told)
+        assert "keeps 10,624 of 16,384 parameters (a share of 0.6484)" in told
+        assert "cost: 600 of 1,200 ns (keep_ratio 0.5000)" in told
+
+
+def test_new_texts_are_predicted_from_the_checkpoint_alone(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Task, classes and tokenizer are what the checkpoint tells; nothing of the training has to be said again."""
+    main(["fit", "--config", str(BASE), *arguments])
+    best = run_folder(tmp_path) / "checkpoints" / "best.ckpt"
+    (tmp_path / "new.txt").write_text("a good film\nNA\n", encoding="utf-8")
+    (tmp_path / "test.csv").write_text("text,label\ngood,positive\nbad,negative\n", encoding="utf-8")
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    quiet += [f"--trainer.logger.init_args.save_dir={tmp_path / 'new'}"]
+    monkeypatch.chdir(tmp_path)
+    main(["predict", "--ckpt_path", str(best), "--data", "TextFiles", "--data.init_args.predict=new.txt", *quiet])
+    folder = tmp_path / "new" / "runs"
+    rows = [json.loads(line) for line in (folder / "version_0" / "predictions.jsonl").read_text().splitlines()]
+    assert [(row["index"], row["text"]) for row in rows] == [(0, "a good film"), (1, "NA")]
+    assert all(list(row["probabilities"]) == ["negative", "positive"] for row in rows)
+    main(["test", f"--ckpt_path={best}", "--data=TextFiles", "--data.init_args.test=test.csv", *quiet])
+    report = json.loads((folder / "version_1" / "report.json").read_text())
+    assert report["data"]["samples"] == {"test": 2}

@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-import itertools
-import json
+import logging
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-from jsonargparse import auto_cli
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lowrank_pl.data
 import lowrank_pl.strategies
 import lowrank_pl.tasks  # noqa: F401, importing the rooms makes short class names work
-from lowrank_pl.benchmark import benchmark
+from lowrank_pl.cli.configuration import refuse_interpolation, without_needless_monitors
+from lowrank_pl.cli.functions import FUNCTIONS, run_function
+from lowrank_pl.cli.outcome import outcome
+from lowrank_pl.cli.parser import Parser
+from lowrank_pl.cli.quiet import quieten, quieten_scoring
+from lowrank_pl.cli.verbs import PROGRAM
 from lowrank_pl.data import TextDataModule
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.run import MissingArgumentError
-from lowrank_pl.export import export
-from lowrank_pl.monitoring import PredictionWriter, RankDashboard, RankHistory, ReportWriter
+from lowrank_pl.errors.run import ConstructionError, MissingArgumentError
+from lowrank_pl.monitoring import (
+    ConfigWriter,
+    PredictionWriter,
+    RankDashboard,
+    RankHistory,
+    ReportWriter,
+    check_unused,
+)
+from lowrank_pl.strategies.processes import check_parallelism
 from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.tasks.model_arguments import model_arguments
 from lowrank_pl.tasks.saved import check_loadable, check_resumable
 from lowrank_pl.trainer import LowRankTrainer
 
+logger = logging.getLogger(__name__)
+
 _LOGGER = {
-    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "class_path": "lowrank_pl.monitoring.RunLogger",
     "init_args": {"save_dir": "logs", "name": "runs"},
 }
-
-
-_DESCRIPTION = """Low-rank compression of transformers. Beside the verbs below,
-`export --ckpt_path CHECKPOINT --output DIR` writes a Hugging Face folder, and
-`benchmark --models DENSE OTHER… --output DIR` times models and layers; see `export --help`, `benchmark --help`."""
-_FUNCTIONS: dict[str, Callable[..., Path]] = {"export": export, "benchmark": benchmark}
+_WITH_CHECKPOINT = ("validate", "test", "predict", "compress", "diagnose")
 _CHECKPOINT_WORDS = ("best", "last", "hpc")
 
 
@@ -48,10 +54,22 @@ class LowRankCLI(LightningCLI):
         own = {verb: {"model", "datamodule"} for verb in ("compress", "diagnose", "inspect")}
         return {**LightningCLI.subcommands(), **own}
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """As Lightning's; a verb is called in usage and errors as it is typed."""
+        super()._add_subcommands(parser, **kwargs)
+        for verb, subparser in self._subcommand_parsers.items():
+            subparser.prog = f"{PROGRAM} {verb}"
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuses a checkpoint that cannot be used before anything is built."""
-        super().parse_arguments(parser, args)
+        """Refuses a checkpoint that cannot be used, and interpolation, before anything is built."""
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list) and words and words[0] in _WITH_CHECKPOINT:
+            # What the checkpoint tells comes first: configurations and arguments overrule it.
+            self.config = parser.parse_args([words[0], *model_arguments(words[1:]), *words[1:]])
+        else:
+            super().parse_arguments(parser, args)
         verb = self.config.get("subcommand")
+        refuse_interpolation(self.config[verb])
         path = self.config[verb].get("ckpt_path") if verb else None
         if path is not None and path not in _CHECKPOINT_WORDS:
             (check_resumable if verb == "fit" else check_loadable)(str(path))
@@ -77,16 +95,47 @@ class LowRankCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "prediction_writer")
         parser.link_arguments("model.init_args.pretrained", "data.init_args.tokenizer")
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Refuses, before anything runs, processes that lose the trained model and the folder of another run."""
+        trainer = super().instantiate_trainer(**kwargs)
+        check_parallelism(trainer.strategy, "lowrank-pl")
+        if self.subcommand != "inspect":
+            check_unused(trainer)
+        return trainer
 
-def main(args: list[str] | dict[str, Any] | None = None) -> None:
-    """Runs the command line.
+    def instantiate_classes(self) -> None:
+        """Makes everything that is configured; what a constructor refuses is told as bad input.
 
-    Args:
-        args: Arguments instead of `sys.argv[1:]`, e.g. `["fit", "--config", "run.yaml"]`.
+        Raises:
+            ConstructionError: a class refuses its arguments, or a package that it needs is missing.
+        """
+        trainer = self.config[self.subcommand]["trainer"]
+        if not trainer.get("logger"):
+            for left_out in without_needless_monitors(trainer):
+                logger.warning("%s is left out: there is no logger that it could write to", left_out)
+        try:
+            super().instantiate_classes()
+        except (ValueError, ImportError) as error:
+            if _own_error(error) is not None:
+                raise
+            raise ConstructionError.of(error) from error
 
-    Raises:
-        LowRankError: bad input, of one of its subclasses.
-    """
+    def before_fit(self) -> None:
+        """Refuses what the optimizer does not take, before data are prepared."""
+        self.model.check_optimizer()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs a verb and tells where its files are."""
+        if subcommand != "fit":
+            quieten_scoring()
+        super()._run_subcommand(subcommand)
+        for line in outcome(self.trainer):
+            print(line)
+
+
+def run(args: list[str] | dict[str, Any] | None = None) -> None:
+    """Runs a verb; see `lowrank_pl.cli.main`."""
+    quieten()
     try:
         _run(args)
     except ValueError as error:
@@ -99,11 +148,8 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
 
 def _run(args: list[str] | dict[str, Any] | None) -> None:
     words = sys.argv[1:] if args is None else args
-    if isinstance(words, list) and words and words[0] in _FUNCTIONS:
-        # A checkpoint tells everything that is needed: no trainer, model or data to configure.
-        verb, function = words[0], _FUNCTIONS[words[0]]
-        given = _joined(words[1:], _lists(function))
-        print(f"written to {auto_cli(function, args=given, as_positional=False, prog=f'lowrank-pl {verb}')}")
+    if isinstance(words, list) and words and words[0] in FUNCTIONS:
+        print(f"written to {run_function(words[0], words[1:])}")
         return
     LowRankCLI(
         model_class=EncoderTask,
@@ -115,34 +161,11 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
         seed_everything_default=0,
         # Lightning's own would take the parameters that exist at parse time, before any layer is swapped.
         auto_configure_optimizers=False,
-        parser_kwargs={"description": _DESCRIPTION},
+        save_config_callback=ConfigWriter,
+        parser_class=Parser,
+        parser_kwargs={"prog": PROGRAM},
         args=args,
     )
-
-
-def _lists(function: Callable[..., object]) -> dict[str, bool]:
-    """The arguments that are lists, and whether they are lists of numbers."""
-    hints = get_type_hints(function)
-    return {name: get_args(hint)[0] is int for name, hint in hints.items() if get_origin(hint) is list}
-
-
-def _joined(words: list[str], lists: Mapping[str, bool]) -> list[str]:
-    """`--models A B` as `--models=[A, B]`, the form in which jsonargparse takes a list."""
-    joined: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word.removeprefix("--") not in lists or not word.startswith("--"):
-            joined.append(word)
-            continue
-        values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest))
-        del rest[: len(values)]
-        if len(values) == 1 and values[0].startswith("["):
-            joined.append(f"{word}={values[0]}")
-        else:
-            numbers = lists[word.removeprefix("--")]
-            joined.append(f"{word}=[{', '.join(values if numbers else map(json.dumps, values))}]")
-    return joined
 
 
 def _own_error(error: BaseException | None) -> LowRankError | None:
@@ -152,11 +175,3 @@ def _own_error(error: BaseException | None) -> LowRankError | None:
         found = error if isinstance(error, LowRankError) else found
         error = error.__cause__ or error.__context__
     return found
-
-
-def console() -> None:
-    """`main` for the shell: bad input ends in its message and exit code 1, without a traceback."""
-    try:
-        main()
-    except (LowRankError, MisconfigurationException, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")

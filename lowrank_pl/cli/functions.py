@@ -1,0 +1,60 @@
+"""Verbs that are functions: a checkpoint tells all they need, and there is no trainer, model or data to configure."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+from jsonargparse import auto_cli
+
+from lowrank_pl.benchmark import benchmark
+from lowrank_pl.cli.parser import Parser
+from lowrank_pl.cli.verbs import PROGRAM
+from lowrank_pl.export import export
+
+FUNCTIONS: dict[str, Callable[..., Path]] = {"export": export, "benchmark": benchmark}
+
+
+def run_function(verb: str, words: list[str]) -> Path:
+    """Runs a verb of `FUNCTIONS` with its words of the command line; returns what it has written."""
+    function = FUNCTIONS[verb]
+    given = _joined(words, _lists(function))
+    description = (inspect.getdoc(function) or "").split("\n\n")[0]
+    written: Path = auto_cli(
+        function,
+        args=given,
+        as_positional=False,
+        parser_class=Parser,
+        prog=f"{PROGRAM} {verb}",
+        description=description,
+    )
+    return written
+
+
+def _lists(function: Callable[..., object]) -> dict[str, bool]:
+    """The arguments that are lists, and whether they are lists of numbers."""
+    hints = get_type_hints(function)
+    return {name: get_args(hint)[0] is int for name, hint in hints.items() if get_origin(hint) is list}
+
+
+def _joined(words: list[str], lists: Mapping[str, bool]) -> list[str]:
+    """`--models A B` as `--models=[A, B]`, the form in which jsonargparse takes a list."""
+    joined: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.removeprefix("--") not in lists or not word.startswith("--"):
+            joined.append(word)
+            continue
+        values = list(itertools.takewhile(lambda value: not value.startswith("--"), rest))
+        del rest[: len(values)]
+        if len(values) == 1 and values[0].startswith("["):
+            joined.append(f"{word}={values[0]}")
+        else:
+            numbers = lists[word.removeprefix("--")]
+            joined.append(f"{word}=[{', '.join(values if numbers else map(json.dumps, values))}]")
+    return joined

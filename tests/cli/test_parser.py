@@ -1,0 +1,71 @@
+"""A typing error ends in what was wrong and what was probably meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowrank_pl.cli import main
+
+RECIPE = ["--config", str(Path(__file__).parents[2] / "configs" / "recipes" / "glue_finetune.yaml")]
+STRATEGY = "--model.init_args.strategy"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fit", *RECIPE, "--trainer.max_epoch", "3"], "no option --trainer.max_epoch. Did you mean '--trainer.max_ep"),
+        (["compress", *RECIPE, "--outpt", "x"], "lowrank-pl compress: no option --outpt. Did you mean '--output'?"),
+        (
+            ["fit", *RECIPE, "--config", "typo.yaml"],
+            "no option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?",
+        ),
+        (
+            ["fit", *RECIPE, STRATEGY, "SVD", f"{STRATEGY}.init_args.keepratio", "0.3"],
+            "SVD (--model.init_args.strategy) has no argument 'keepratio'. Did you mean 'keep_ratio'?",
+        ),
+        (["fit", *RECIPE, f"{STRATEGY}.init_args.zzz", "1"], "NoCompression (--model.init_args.strategy) has no arg"),
+        (
+            ["fit", *RECIPE, "--data.init_args.batchsize", "8"],
+            "GLUE (--data) has no argument 'batchsize'. Did you mean '",
+        ),
+        (
+            ["fit", *RECIPE, STRATEGY, "FWSDV"],
+            "Did you mean 'FW",
+        ),
+        (["fit", *RECIPE, "--data", "TextFile"], "Did you mean 'TextFiles'?"),
+        (["fit", *RECIPE, "--trainer.max_epochs", "three"], "--trainer.max_epochs expects int, not 'three'."),
+        (
+            ["fit", *RECIPE, STRATEGY, "FWSVD", f"{STRATEGY}.init_args.side", "inputs"],
+            "--model.init_args.strategy.init_args.side 'inputs' is none of input, output, both. Did you mean 'input'?",
+        ),
+        (["fit", "--config", "nowhere.yaml"], "--config: File does not exist"),
+        (["fit", "--config", "broken.yaml"], "Problems parsing config"),
+        (["fit"], "lowrank-pl fit: --model is missing."),
+        (["export", "--ckpt_path", "x"], "lowrank-pl export: --output is missing."),
+        (["export", "--ckpt_path", "x", "--output", "y", "--format", "onxx"], "Did you mean 'onnx'?"),
+    ],
+)
+def test_typing_errors(
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    (tmp_path / "broken.yaml").write_text("trainer:\n  max_epochs: 3\n : x")
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert told in lines[0]
+    assert lines[1:] == [f"See `lowrank-pl {words[0]} --help`."]
+
+
+def test_debugging_shows_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWRANK_PL_DEBUG", "1")
+    with pytest.raises(SystemExit):
+        main(["fit", *RECIPE, STRATEGY, "FWSDV"])

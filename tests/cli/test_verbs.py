@@ -1,0 +1,18 @@
+"""The verbs that the help tells of are those that there are."""
+
+from __future__ import annotations
+
+from lowrank_pl.cli.commands import LowRankCLI
+from lowrank_pl.cli.functions import FUNCTIONS
+from lowrank_pl.cli.verbs import VERBS, overview, unknown_verb
+
+
+def test_every_verb_is_told_of() -> None:
+    assert set(VERBS) == {*LowRankCLI.subcommands(), *FUNCTIONS}
+    assert all(f"\n  {verb} " in overview() for verb in VERBS)
+
+
+def test_a_mistyped_verb() -> None:
+    assert "Did you mean 'fit'?" in unknown_verb("fti")
+    assert "Did you mean 'benchmark'?" in unknown_verb("benchmrk")
+    assert "Did you mean" not in unknown_verb("qqqq")

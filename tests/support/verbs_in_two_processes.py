@@ -1,0 +1,110 @@
+"""Every verb of the command line, strategy after strategy: `verbs_in_two_processes.py FOLDER PROCESSES ARGUMENTS…`.
+
+One process alone, or two: DDP then starts this script once more. Every process saves what it ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lowrank_pl.cli import main
+from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.numerics import NonFiniteError
+from lowrank_pl.strategies import SVD
+from lowrank_pl.tasks import SequenceClassification
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STRATEGIES = ("none", "svd", "fwsvd", "tfwsvd", "kronecker", "rankdyna")
+COMPRESSING = ("svd", "fwsvd", "tfwsvd", "kronecker")
+found: dict[str, Any] = {}
+
+
+def record() -> None:
+    """Keeps each process's logged scores, and its weights after training and after compressing."""
+
+    class Recorder(pl.Callback):
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            found[f"{trainer.logger.version} fit"] = weights(pl_module)  # type: ignore[union-attr]
+
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.state.fn == "validate":
+                found[f"{trainer.logger.version} validate"] = weights(pl_module)  # type: ignore[union-attr]
+
+        def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            found[f"{trainer.logger.version} test"] = scores  # type: ignore[union-attr]
+
+    before = SequenceClassification.configure_callbacks
+
+    def configure_callbacks(self: SequenceClassification) -> Any:
+        return [*before(self), Recorder()]
+
+    SequenceClassification.configure_callbacks = configure_callbacks  # type: ignore[method-assign,assignment]
+
+
+def weights(pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+
+
+def run(folder: Path, common: list[str], processes: int) -> None:
+    """All verbs, in folders `<strategy>-<verb>` of the logger; one process does what two are compared with."""
+    for name in STRATEGIES:
+        recipe = "glue_finetune" if name == "none" else f"glue_{name}"
+        base = ["--config", str(CONFIGS / "recipes" / f"{recipe}.yaml"), *common]
+
+        def version(verb: str, name: str = name) -> str:
+            return f"--trainer.logger.init_args.version={name}-{verb}"
+
+        if processes > 1:
+            runs = folder / "logs" / "runs"
+            main(["fit", *base, version("fit")])
+            last = f"--ckpt_path={runs / f'{name}-fit' / 'checkpoints' / 'last.ckpt'}"
+            main(["fit", *base, version("resume"), "--trainer.max_epochs=2", last])
+            final = f"--ckpt_path={runs / f'{name}-resume' / 'checkpoints' / 'last.ckpt'}"
+            main(["test", *base, version("test"), final])
+            main(["predict", *base, version("predict"), final])
+        if name in COMPRESSING:
+            main(["compress", *base, version("compress"), f"--output={folder / f'{name}-compressed'}"])
+    main(["diagnose", *base, version("diagnose"), f"--output={folder / 'diagnosis'}"])
+
+
+def fail(folder: Path, common: list[str]) -> None:
+    """Compresses while the second process cannot factorise its share, and keeps what each process raises."""
+    decompose = SVD.decompose
+
+    def failing(self: SVD, *args: Any) -> Any:
+        if os.environ.get("LOCAL_RANK") == "1":
+            raise NonFiniteError("a weight of the second process")
+        return decompose(self, *args)
+
+    SVD.decompose = failing  # type: ignore[method-assign,assignment]
+    recipe = ["--config", str(CONFIGS / "recipes" / "glue_svd.yaml")]
+    output = f"--output={folder / 'failed'}"
+    try:
+        main(["compress", *recipe, *common, "--trainer.logger.init_args.version=failed", output])
+    except LowRankError as error:
+        found["failure"] = f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    record()
+    place = Path(sys.argv[1])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(place, sys.argv[3:], int(sys.argv[2]))
+        if int(sys.argv[2]) > 1:
+            fail(place, sys.argv[3:])
+    told = [str(warning.message) for warning in caught if "sync_dist" in str(warning.message)]
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    torch.save(found, place / f"found-{rank}.pt")
+    (place / f"warnings-{rank}.json").write_text(json.dumps(told))
