@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from lowrank_pl.allocation import uniform_ranks
 from lowrank_pl.core import Factors, axis_weighted_svd, relative_error, truncated_svd
 from lowrank_pl.hub import load_pretrained
+from lowrank_pl.nn import dense_weight
 from lowrank_pl.surgery import TargetSelector
 
 Method = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], Factors]
@@ -44,7 +45,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     jobs = []
     for name, layer in layers.items():
-        rank, weight = ranks[name], layer.weight.detach()
+        rank, weight = ranks[name], dense_weight(layer).detach()
         if rank is not None:
             # The time does not depend on the importances; log-normal ones spread like a real Fisher information.
             a, b = (torch.randn(size, generator=generator).mul(2).exp() for size in weight.shape)

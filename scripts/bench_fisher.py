@@ -27,6 +27,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lowrank_pl.hub import load_pretrained
 from lowrank_pl.importance import FisherKind, empirical_fisher
+from lowrank_pl.nn import dense_weight
 from lowrank_pl.surgery import TargetSelector
 
 Batch = dict[str, Tensor]
@@ -64,10 +65,10 @@ def plain(model: nn.Module, batches: list[Batch]) -> None:
         model.zero_grad(set_to_none=True)
 
 
-def loop(model: nn.Module, layers: Mapping[str, nn.Linear], batches: list[Batch]) -> dict[str, Tensor]:
+def loop(model: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> dict[str, Tensor]:
     """The reference: one forward and backward pass per sample."""
     losses = losses_of(model)
-    total = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    total = {name: torch.zeros_like(dense_weight(layer)) for name, layer in layers.items()}
     samples = 0
     for batch in batches:
         for index in range(len(batch["labels"])):
@@ -75,7 +76,7 @@ def loop(model: nn.Module, layers: Mapping[str, nn.Linear], batches: list[Batch]
             sample = {
                 k: v[index : index + 1, :length] if v.ndim > 1 else v[index : index + 1] for k, v in batch.items()
             }
-            grads = torch.autograd.grad(losses(sample).sum(), [layer.weight for layer in layers.values()])
+            grads = torch.autograd.grad(losses(sample).sum(), [dense_weight(layer) for layer in layers.values()])
             for square, grad in zip(total.values(), grads, strict=True):
                 square.addcmul_(grad, grad)
             samples += 1
@@ -144,7 +145,7 @@ def main() -> None:
         for name, layer in exact.layers.items()
         if (f := layer.full) is not None
     )
-    targeted = sum(layer.weight.numel() for layer in layers.values()) * 4 / 2**20
+    targeted = sum(dense_weight(layer).numel() for layer in layers.values()) * 4 / 2**20
     figures = {
         "full_over_backward": ratio("full", "plain"),
         "sums_over_backward": ratio("sums", "plain"),

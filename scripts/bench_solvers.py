@@ -36,6 +36,7 @@ from lowrank_pl.core.elementwise import (
 )
 from lowrank_pl.data import GLUE
 from lowrank_pl.importance import FisherKind, empirical_fisher
+from lowrank_pl.nn import dense_weight
 from lowrank_pl.surgery import TargetSelector
 from lowrank_pl.tasks import SequenceClassification
 
@@ -65,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> list[Case]:
     for name, layer in layers.items():
         full = fisher.layers[name].full
         assert full is not None
-        cases.append((name, layer.weight.detach().clone(), full))
+        cases.append((name, dense_weight(layer).detach().clone(), full))
     return cases
 
 

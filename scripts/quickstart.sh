@@ -23,9 +23,9 @@ step "2/6 score it on the test split"
 named test-dense
 lowrank test "${common_named[@]}" --model.init_args.init_from "$out/dense/checkpoints/best.ckpt"
 
-step "3/6 factorise it: FWSVD, both sides, keep_ratio $keep_ratio of the encoder's linear weights"
+step "3/6 factorise it: KroneckerSVD, ranks over all layers, keep_ratio $keep_ratio of the encoder's linear weights"
 named compress
-strategy=(--model.init_args.strategy FWSVD --model.init_args.strategy.init_args.side both
+strategy=(--model.init_args.strategy KroneckerSVD
   --model.init_args.strategy.init_args.keep_ratio "$keep_ratio")
 lowrank compress "${common_named[@]}" "${strategy[@]}" --output "$out/factorised" \
   --model.init_args.init_from "$out/dense/checkpoints/best.ckpt"

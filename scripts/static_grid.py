@@ -1,4 +1,4 @@
-"""Scores SVD, FWSVD and TFWSVD on GLUE tasks, before and after tuning, against the dense model: one table.
+"""Scores static methods on GLUE tasks, before and after tuning, against the dense model: one table.
 
 For each task: fine-tune the dense encoder; factorise it with every method and keep_ratio and score it as it is; tune
 it again where asked. Every step is an ordinary `python -m lowrank_pl` run with its own report.json, so a stopped grid
@@ -22,6 +22,7 @@ METHODS: dict[str, list[str]] = {
     "FWSVD output": ["output"],
     "FWSVD both": ["both"],
     "TFWSVD": [],
+    "KroneckerSVD": [],
 }
 _UNSHOWN = ("score", "score_at_budget", "collapsed")
 Report = dict[str, Any]

@@ -27,7 +27,7 @@ from lowrank_pl.core import Factors, LinearShape
 from lowrank_pl.core.elementwise import PreconditionedLBFGS, WeightedProblem, best_closed_form, shrink_importance
 from lowrank_pl.data import GLUE
 from lowrank_pl.importance import FisherKind, empirical_fisher
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.surgery import TargetSelector, swapped
 from lowrank_pl.tasks import SequenceClassification
 
@@ -64,7 +64,7 @@ class Bench:
         self.data.prepare_data()
         self.data.setup("fit")
         self.layers = TargetSelector().select(self.task.encoder)
-        self.weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        self.weights = {name: dense_weight(layer).detach().clone() for name, layer in self.layers.items()}
         self.ranks = {}
         for name, weight in self.weights.items():
             shape = LinearShape(*weight.shape)

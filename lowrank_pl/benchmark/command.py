@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,19 +20,13 @@ from transformers import PreTrainedModel
 
 from lowrank_pl import __version__
 from lowrank_pl.benchmark.engines import Engine, check_engines, check_runs, prepare
-from lowrank_pl.benchmark.figure import benchmark_figure
-from lowrank_pl.benchmark.layers import (
-    LayerTimes,
-    Workload,
-    latency_table,
-    linear_shapes,
-    measure_layers,
-    number_of_measurements,
-)
+from lowrank_pl.benchmark.layers import Workload, linear_shapes, measure_layer, number_of_measurements
 from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory, weight_bytes
 from lowrank_pl.benchmark.request import check_request, labels
 from lowrank_pl.benchmark.results import Measurement, Results
+from lowrank_pl.benchmark.saved import check_continues, read_stopped, save_all, save_numbers
 from lowrank_pl.benchmark.timing import timed_in_turn
+from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import OutputNotWritableError
 from lowrank_pl.surgery import TargetSelector
@@ -51,11 +46,12 @@ def benchmark(
     rounds: int = 5,
     seconds: float = 0.3,
     layers: bool = True,
+    resume: bool = False,
 ) -> Path:
     """Times models against the first of them, and layers of their shapes at many ranks.
 
     Models are timed in turn, round by round, and a speed-up is the median over rounds of two times of the same round.
-    Run it with nothing else running.
+    Run it with nothing else running. benchmark.json is written as times come in; a stopped run leaves what it has.
 
     Args:
         models: Checkpoints, output folders of `compress`, exported folders, or dense models as `pretrained` names
@@ -71,6 +67,7 @@ def benchmark(
         rounds: How often every model is timed.
         seconds: How long at least, each time.
         layers: Whether to time layers.
+        resume: Go on in the folder of a stopped run, measuring only what it lacks.
 
     Returns:
         The folder.
@@ -79,12 +76,14 @@ def benchmark(
         OutputExistsError, OutputNotWritableError: see `output`.
         RangeError: an impossible number.
         MissingArgumentError: no model, or a device that is not there or not for this engine.
-        MissingPackagesError: see `engines`.
+        MissingPackagesError, EngineError: see `engines`.
+        BenchmarkResumeError: there is nothing to resume, or it was measured in other circumstances.
     """
     folder = Path(output).expanduser()
     threads = torch.get_num_threads() if threads is None else threads
     whole = {"batch_sizes": batch_sizes, "lengths": lengths, "rounds": [rounds], "threads": [threads]}
-    check_request(folder, models, engines, device, whole)
+    check_request(folder, models, engines, device, whole, resume)
+    before = read_stopped(folder) if resume else None
     if not seconds > 0:
         raise RangeError("seconds", seconds, "a positive number")
     check_engines(engines, device, dtype)
@@ -97,23 +96,68 @@ def benchmark(
     work = Workload(max(batch_sizes) * max(lengths), _DTYPES[dtype], device, threads, rounds, seconds)
     shapes = [shape for model in loaded.values() for shape in linear_shapes(model, TargetSelector())] if layers else []
     shapes = list(dict.fromkeys(shapes))
-    _make(folder)
-    total = len(engines) * len(sizes) * len(models) * rounds + number_of_measurements(shapes, rounds)
-    with tqdm(total=total, desc="Benchmark", file=sys.stdout) as bar:
-        measurements = [found for engine in engines for found in _models(loaded, engine, sizes, work, bar)]
-        times: Sequence[LayerTimes] = measure_layers(shapes, work, bar.update)
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in loaded.items()}
     size = {name: weight_bytes(model) for name, model in loaded.items()}
-    results = Results(measurements, parameters, times, _circumstances(work, labels(models)), size)
-    _write(folder, results, work)
+    results = Results([], parameters, [], _circumstances(work, labels(models)), size, complete=False)
+    if before is not None:
+        check_continues(folder, before, results)
+        kept = [layer for layer in before.layers if layer.tokens == work.tokens]
+        results = replace(results, measurements=before.measurements, layers=kept)
+    results = _measure(folder, results, loaded, list(engines), sizes, shapes, work)
     print(results.to_markdown())
     return folder
 
 
+def _measure(
+    folder: Path,
+    results: Results,
+    loaded: dict[str, PreTrainedModel],
+    engines: Sequence[Engine],
+    sizes: Sequence[tuple[int, int]],
+    shapes: Sequence[LinearShape],
+    work: Workload,
+) -> Results:
+    """Measures what the results lack, writing them all the while."""
+    measured, times = list(results.measurements), list(results.layers)
+    done = {found.cell for found in measured}
+    cells = {engine: [size for size in sizes if (engine, *size) not in done] for engine in engines}
+    shapes = [shape for shape in shapes if shape not in {layer.shape for layer in times}]
+    total = sum(map(len, cells.values())) * len(loaded) * work.rounds + number_of_measurements(shapes, work.rounds)
+    _make(folder)
+    results = replace(results, measurements=measured, layers=times)  # which grow
+    try:
+        with tqdm(total=total, desc="Benchmark", file=sys.stdout) as bar:
+            for engine in engines:
+                for found in _models(loaded, engine, cells[engine], work, bar):
+                    measured += found
+                    save_numbers(folder, results)
+            for shape in shapes:
+                times.append(measure_layer(shape, work, bar.update))
+                save_numbers(folder, results)
+        results = replace(results, complete=True)
+        save_all(folder, results, work)
+    except BaseException:
+        _tell_stopped(folder, results, work)
+        raise
+    return results
+
+
+def _tell_stopped(folder: Path, results: Results, work: Workload) -> None:
+    """Leaves what there is, also where an interrupt or a lack of memory has stopped the run."""
+    with suppress(OSError):  # not empty: a stopped run left something before
+        folder.rmdir()
+    if folder.exists():
+        with suppress(OutputNotWritableError):  # what has stopped the run is told instead
+            save_all(folder, replace(results, complete=False), work)
+        print(f"\nstopped: what was measured so far is in {folder}; the same command with --resume true goes on")
+
+
 def _models(
     loaded: dict[str, PreTrainedModel], engine: Engine, sizes: Sequence[tuple[int, int]], work: Workload, bar: Any
-) -> list[Measurement]:
-    found = []
+) -> Iterator[list[Measurement]]:
+    """Of every size, one measurement per model."""
+    if not sizes:
+        return
     with TemporaryDirectory() as scratch:
         ready = {}
         for index, (name, model) in enumerate(loaded.items()):
@@ -124,10 +168,11 @@ def _models(
             inputs = {name: inputs_for(model, batch, length) for name, model in loaded.items()}
             runs = {name: ready[name](inputs[name]) for name in loaded}
             times = timed_in_turn(runs, work.rounds, work.seconds, work.threads, bar.update)
+            found = []
             for name, model in loaded.items():
                 flops, peak = count_flops(model, inputs[name]), peak_memory(model, runs[name])
                 found.append(Measurement(name, engine, batch, length, times[name], flops, peak))
-    return found
+            yield found
 
 
 def _load(path: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -164,17 +209,5 @@ def _make(folder: Path) -> None:
     """Before anything is timed: what cannot be written should not be measured for minutes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputNotWritableError(str(folder), str(error)) from error
-
-
-def _write(folder: Path, results: Results, work: Workload) -> None:
-    try:
-        (folder / "benchmark.json").write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
-        (folder / "benchmark.md").write_text(results.to_markdown(), encoding="utf-8")
-        benchmark_figure(results).savefig(folder / "benchmark.png", dpi=130)
-        if results.layers:
-            table = json.dumps(latency_table(results.layers, work), indent=1)
-            (folder / "latency.json").write_text(table + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputNotWritableError(str(folder), str(error)) from error

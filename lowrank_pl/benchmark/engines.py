@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.run import EngineError, MissingArgumentError
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
+from lowrank_pl.hub import first_line
 from lowrank_pl.tasks.saved import ONNX_NAME
 
 Engine = Literal["eager", "compile", "onnxruntime"]
@@ -26,12 +28,25 @@ def check_engines(engines: list[Engine], device: str, dtype: str) -> None:
     Raises:
         MissingPackagesError: onnxruntime, or what writes its files, is not installed.
         MissingArgumentError: onnxruntime elsewhere than on the CPU, or in another precision than float32.
+        EngineError: torch.compile finds no compiler, for instance.
     """
+    if "compile" in engines:
+        _check_compiler(device)
     if "onnxruntime" in engines:
         check_packages("benchmark --engines onnxruntime")
         if device != "cpu" or dtype != "float32":
             remedy = "Use --device cpu --dtype float32, or leave onnxruntime out of --engines."
             raise MissingArgumentError(f"onnxruntime for {dtype} on {device}", remedy)
+
+
+def _check_compiler(device: str) -> None:
+    """Compiles one line of code, so that a missing compiler is told before any time is spent."""
+    new = random.SystemRandom().random()  # torch keeps what it has compiled, for which it needs no compiler
+    try:
+        torch.compile(lambda x: (x + new).relu())(torch.ones(64, device=device))
+    except Exception as error:  # of the compiler, of Triton, or of torch; they have no common base
+        needs = "a C++ compiler (g++ or clang++; the variable CXX names another)" if device == "cpu" else "Triton"
+        raise EngineError("compile", device, first_line(error), needs) from error
 
 
 def check_runs(name: str, model: PreTrainedModel, engines: list[Engine], inputs: Mapping[str, Tensor]) -> None:

@@ -18,11 +18,19 @@ def benchmark_figure(results: Results) -> Any:
 
     engines = list(dict.fromkeys(found.engine for found in results.measurements))
     panels = len(engines) + bool(results.layers)
-    figure = Figure(figsize=(6.5 * panels, 4.2), layout="constrained")
+    models = list(dict.fromkeys(found.model for found in results.measurements))
+    cells = {(found.batch_size, found.length) for found in results.measurements}
+    # A bar is as wide as the number above it.
+    width = max(6.5, 1.5 + 0.25 * len(cells) * max(1, len(models) - 1))
+    figure = Figure(figsize=(width * panels, 4.8), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis, engine in zip(axes, engines, strict=False):
         _models(axis, [row for row in results.rows() if row["engine"] == engine])
         axis.set_title(engine, fontsize=9)
+    if engines:
+        handles, names = axes[0].get_legend_handles_labels()
+        title = f"models, against {models[0]}"
+        figure.legend(handles, names, title=title, fontsize=7, title_fontsize=7, loc="outside upper left")
     if results.layers:
         _layers(axes[-1], results)
     return figure
@@ -44,8 +52,8 @@ def _models(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     middles = [position + 0.4 - width / 2 for position in range(len(cells))]
     axes.set_xticks(middles, [f"{batch} x {length}" for batch, length in cells], fontsize=7)
     axes.set_xlabel("batch x length")
-    axes.set_ylabel(f"times as fast as {models[0]}")
-    axes.legend(fontsize=7)
+    axes.set_ylabel("speed-up")
+    axes.margins(y=0.1)
 
 
 def _layers(axes: Any, results: Results) -> None:
@@ -55,8 +63,7 @@ def _layers(axes: Any, results: Results) -> None:
         [line] = axes.plot(list(layer.factored), ratio, ".-", label=f"{shape.out_features} x {shape.in_features}")
         axes.axvline(shape.break_even_rank, color=line.get_color(), linestyle=":", linewidth=0.8)
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("rank (dotted: break-even by parameters)")
-    axes.set_ylabel("time of two factors / time of the dense layer")
-    axes.set_title(f"{results.layers[0].tokens} tokens", fontsize=9)
+    axes.set_xlabel(f"rank at {results.layers[0].tokens} tokens (dotted: break-even by parameters)")
+    axes.set_ylabel("time of two factors / time of the dense")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from lowrank_pl.allocation.measure import TABLE_VERSION
 from lowrank_pl.benchmark.timing import timed_in_turn
 from lowrank_pl.core import LinearShape
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.nn import LowRankLinear, dense_shape, forms_in
 from lowrank_pl.surgery import TargetSelector
 from lowrank_pl.surgery.targets import TARGETED
 
@@ -73,6 +73,12 @@ class LayerTimes:
             faster = high
         return None if faster else 0.0
 
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> LayerTimes:
+        """From a line of benchmark.json."""
+        times = dict(zip(map(int, entry["ranks"]), (t / 1e9 for t in entry["nanoseconds"]), strict=True))
+        return cls(LinearShape(entry["out"], entry["in"]), entry["tokens"], entry["dense_nanoseconds"] / 1e9, times)
+
     def entry(self) -> dict[str, Any]:
         """A line of the table that `Latency` reads."""
         return {
@@ -86,10 +92,9 @@ class LayerTimes:
 
 def linear_shapes(model: nn.Module, targets: TargetSelector) -> list[LinearShape]:
     """The distinct shapes of a model's targeted layers, factorised or not, in their order."""
-    found = [module.shape for module in model.modules() if isinstance(module, LowRankLinear)]
+    found = [form.shape for form in forms_in(model).values()]
     names = [name for name, reason in targets.explain(model).items() if reason == TARGETED]
-    weights = [model.get_parameter(f"{name}.weight").shape for name in names]
-    return list(dict.fromkeys([*found, *(LinearShape(m, n) for m, n in weights)]))
+    return list(dict.fromkeys([*found, *(dense_shape(model.get_submodule(name)) for name in names)]))
 
 
 def ranks_to_measure(shape: LinearShape) -> list[int]:
@@ -101,20 +106,14 @@ def ranks_to_measure(shape: LinearShape) -> list[int]:
     return sorted({1, *(min(max(rank, 1), shape.full_rank) for rank in spread), shape.full_rank})
 
 
-def measure_layers(
-    shapes: Iterable[LinearShape], work: Workload, done: Callable[[], object] = lambda: None
-) -> list[LayerTimes]:
-    """Times dense and factorised layers of some shapes; `done` is called after every single measurement."""
-    return [_measure(shape, work, done) for shape in shapes]
-
-
 def number_of_measurements(shapes: Sequence[LinearShape], rounds: int) -> int:
-    """How often `measure_layers` calls `done`."""
+    """How often `measure_layer` calls `done` for all shapes."""
     return sum(rounds * (1 + len(ranks_to_measure(shape))) for shape in shapes)
 
 
 @torch.inference_mode()
-def _measure(shape: LinearShape, work: Workload, done: Callable[[], object]) -> LayerTimes:
+def measure_layer(shape: LinearShape, work: Workload, done: Callable[[], object] = lambda: None) -> LayerTimes:
+    """Times dense and factorised layers of a shape; `done` is called after every single measurement."""
     kind: Any = {"device": work.device, "dtype": work.dtype}
     x = torch.randn(work.tokens, shape.in_features, **kind)
     layers: dict[str, nn.Module] = {"dense": nn.Linear(shape.in_features, shape.out_features, **kind)}

@@ -13,7 +13,12 @@ from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
 
 
 def check_request(
-    folder: Path, models: Sequence[str], engines: Sequence[str], device: str, whole: Mapping[str, Sequence[int]]
+    folder: Path,
+    models: Sequence[str],
+    engines: Sequence[str],
+    device: str,
+    whole: Mapping[str, Sequence[int]],
+    resume: bool,
 ) -> None:
     """Refuses what cannot be measured.
 
@@ -23,14 +28,17 @@ def check_request(
         engines: Likewise.
         device: Likewise.
         whole: Numbers by argument; all from 1, none twice.
+        resume: Whether the folder is that of a stopped run.
 
     Raises:
         OutputExistsError: the folder has content.
         RangeError: a number below 1, or one given twice.
         MissingArgumentError: nothing to measure, or a device that is not there.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputExistsError(str(folder))
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        stopped = (folder / "benchmark.json").is_file()
+        hint = "Give another --output, or go on with what a stopped run has left there by --resume true."
+        raise OutputExistsError(str(folder), hint) if stopped else OutputExistsError(str(folder))
     for name, words in (("models", [str(Path(model).expanduser()) for model in models]), ("engines", list(engines))):
         if not words:
             raise MissingArgumentError(f"an entry of {name}", f"Name at least one with --{name}.")

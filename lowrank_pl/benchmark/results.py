@@ -32,6 +32,13 @@ class Measurement:
     flops: int
     peak_bytes: int | None
 
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Measurement:
+        """Inverse of a row of `Results.rows`."""
+        times = Times(tuple(float(seconds) for seconds in row["rounds"]))
+        size = row["batch_size"], row["length"]
+        return cls(row["model"], row["engine"], *size, times, row["flops"], row["peak_bytes"])
+
     @property
     def cell(self) -> tuple[str, int, int]:
         """What has to be equal for two measurements to be compared."""
@@ -48,6 +55,7 @@ class Results:
         layers: Of the shapes in the models.
         circumstances: Device, data type, threads, rounds, versions, where the models lie, the command.
         weight_bytes: Memory of parameters and buffers by model, on any device.
+        complete: Whether everything that was asked for has been measured.
     """
 
     measurements: Sequence[Measurement]
@@ -55,6 +63,7 @@ class Results:
     layers: Sequence[LayerTimes]
     circumstances: dict[str, Any]
     weight_bytes: dict[str, int] = field(default_factory=dict)
+    complete: bool = True
 
     def rows(self) -> list[dict[str, Any]]:
         """One per measurement, with its ratios to the first model of its cell."""
@@ -86,6 +95,7 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """Primitives only."""
         return {
+            "complete": self.complete,
             "circumstances": self.circumstances,
             "parameters": self.parameters,
             "weight_bytes": self.weight_bytes,
@@ -101,9 +111,26 @@ class Results:
             ],
         }
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Results:
+        """Inverse of `to_dict`; layers' times are rounded to nanoseconds.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such dictionary.
+        """
+        return cls(
+            [Measurement.from_row(row) for row in fields["models"]],
+            dict(fields["parameters"]),
+            [LayerTimes.from_entry(entry) for entry in fields["layers"]],
+            dict(fields["circumstances"]),
+            dict(fields["weight_bytes"]),
+            bool(fields["complete"]),
+        )
+
     def to_markdown(self) -> str:
         """Tables of models and of layers."""
         lines = ["# Benchmark", ""]
+        lines += [] if self.complete else ["* incomplete: it was stopped before everything was measured"]
         lines += [f"* {name}: {value}" for name, value in self.circumstances.items() if name != "models"]
         paths = self.circumstances.get("models", {})
         for name, count in self.parameters.items():

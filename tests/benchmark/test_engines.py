@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lowrank_pl.benchmark.engines import check_engines, prepare
 from lowrank_pl.benchmark.models import inputs_for, load_model
-from lowrank_pl.errors.run import MissingArgumentError, MissingPackagesError
+from lowrank_pl.core import truncated_svd
+from lowrank_pl.errors.run import EngineError, MissingArgumentError, MissingPackagesError
+from lowrank_pl.nn import LowRankLinear
 from tests.export.test_export import checkpoint
 
 
@@ -60,9 +65,50 @@ def test_models_of_one_class_do_not_share_what_is_compiled(
     assert asked == [True]
 
 
+class TwoLayers(nn.Module):
+    """As little as compiles in seconds: an embedding and a layer in two factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(16, 8)
+        self.layer = LowRankLinear(8, 8, 2)
+        self.layer.assign_(truncated_svd(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), 2))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`[batch, length] → [batch, length, 8]`."""
+        found: torch.Tensor = self.layer(self.words(input_ids)).relu()
+        return found
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None or "LOWRANK_PL_SLOW_TESTS" not in os.environ,
+    reason="needs a C++ compiler and half a minute of it: set LOWRANK_PL_SLOW_TESTS=1",
+)
+def test_a_compiled_model_computes_the_same(tmp_path: Path) -> None:
+    model: Any = TwoLayers().eval()
+    ready = prepare(model, "compile", 1, tmp_path)
+    for shape in ((2, 4), (3, 9)):
+        inputs = {"input_ids": torch.randint(16, shape, generator=torch.Generator().manual_seed(1))}
+        found: Any = ready(inputs)()
+        assert not found.requires_grad
+        torch.testing.assert_close(found, model(**inputs))
+
+
+def test_a_missing_compiler_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    try:
+        with pytest.raises(
+            EngineError, match=r"--engines compile cannot run on cpu: .* needs a C\+\+ compiler"
+        ) as caught:
+            check_engines(["eager", "compile"], "cpu", "float32")
+    finally:
+        torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    assert "\n" not in str(caught.value)
+
+
 def test_onnxruntime_is_for_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     check_engines(["eager", "onnxruntime"], "cpu", "float32")
-    check_engines(["eager", "compile"], "cuda", "bfloat16")
     for device, dtype in (("cuda", "float32"), ("cpu", "bfloat16")):
         with pytest.raises(MissingArgumentError, match=f"{dtype} on {device}"):
             check_engines(["onnxruntime"], device, dtype)

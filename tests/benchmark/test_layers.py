@@ -14,7 +14,7 @@ from lowrank_pl.benchmark.layers import (
     Workload,
     latency_table,
     linear_shapes,
-    measure_layers,
+    measure_layer,
     number_of_measurements,
     ranks_to_measure,
 )
@@ -60,7 +60,7 @@ def test_ranks_reach_beyond_break_even_where_there_are_any(shape: LinearShape) -
 def test_measured_times_make_a_table_that_latency_reads(tmp_path: Path) -> None:
     shapes = [SHAPE, LinearShape(32, 32)]
     steps: list[int] = []
-    times = measure_layers(shapes, WORK, lambda: steps.append(1))
+    times = [measure_layer(shape, WORK, lambda: steps.append(1)) for shape in shapes]
     assert len(steps) == number_of_measurements(shapes, WORK.rounds)
     path = tmp_path / "latency.json"
     path.write_text(json.dumps(latency_table(times, WORK)), encoding="utf-8")
