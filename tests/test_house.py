@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ PACKAGE = Path(lowrank_pl.__file__).parent
 # From the lowest room to the highest; each may import the ones before it.
 ROOMS = [
     "errors",
+    "files",
     "core",
     "nn",
     "surgery",
@@ -41,12 +43,13 @@ STRANGERS = [
     ("surgery", "allocation"),
     ("data", "tasks"),
     ("strategies", "hub"),
-    *(("contract", room) for room in ("errors", "core", "nn", "surgery", "importance", "allocation")),
+    *(("contract", room) for room in ("errors", "files", "core", "nn", "surgery", "importance", "allocation")),
 ]
 # The packages of others that a room needs beyond the standard library; rooms not listed are free, within LIMITS.
 FOREIGN = {
     "": set[str](),
     "errors": set[str](),
+    "files": {"torch", "safetensors"},
     "core": {"torch"},
     "nn": {"torch"},
     "surgery": {"torch"},
@@ -219,3 +222,15 @@ def test_the_front_door() -> None:
     assert "from_pretrained" in dir(lowrank_pl)
     with pytest.raises(AttributeError, match="'lowrank_pl' has no attribute 'nothing'"):
         lowrank_pl.nothing  # noqa: B018
+
+
+def test_only_nn_asks_for_the_form_of_a_layer() -> None:
+    """Whoever else did would have to be found and changed for every new form."""
+    pattern = re.compile(r"isinstance\([^()]*,\s*\(?[^()]*\b(LowRankLinear|SVDLinear)\b")
+    assert pattern.search("if isinstance(layer, (nn.Linear, SVDLinear)):")
+    found = {
+        name
+        for name, path in modules().items()
+        if room_of(name) != "nn" and pattern.search(path.read_text(encoding="utf-8"))
+    }
+    assert found == {"lowrank_pl.surgery.groups"}, "only RankDyna's own form is asked for, by what reorders its groups"
