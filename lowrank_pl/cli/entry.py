@@ -59,8 +59,8 @@ def console() -> None:
     keeps its traceback. The environment variable `LOWRANK_PL_DEBUG=1` shows every traceback.
     """
     try:
-        _answer(sys.argv[1:])
-        _load()
+        if sys.argv[1:] and sys.argv[1] in VERBS:
+            _load()
         main()
     except KeyboardInterrupt:
         if debugging():
