@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -36,6 +36,17 @@ from lowrank_pl.hub import load_config, load_tokenizer
 
 _FORMAT = 2
 """Goes up when the same input would be prepared differently, so that older caches are left alone."""
+
+
+def check_choice(argument: str, value: str, choices: Any) -> None:
+    """Refuses an argument that is none of a `Literal`'s words: in Python nothing else does.
+
+    Raises:
+        ArgumentRangeError: naming the words.
+    """
+    words = get_args(choices)
+    if value not in words:
+        raise ArgumentRangeError(argument, value, ", ".join(map(repr, words)))
 
 
 class TextDataModule(BatchLoaders):

@@ -9,7 +9,7 @@ import datasets
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lowrank_pl.contract import TargetSpec
-from lowrank_pl.data.base import TextDataModule
+from lowrank_pl.data.base import TextDataModule, check_choice
 from lowrank_pl.data.cache import dataset_digest, file_digest
 from lowrank_pl.data.files import BadLines, find_file, read_tsv
 from lowrank_pl.data.glue_tasks import find_task
@@ -24,6 +24,8 @@ from lowrank_pl.data.raw import (
     with_texts,
 )
 from lowrank_pl.errors.data import OfflineError
+
+Genres = Literal["matched", "mismatched"]
 
 _HUB = "nyu-mll/glue"
 _STSB_SCORES = (0.0, 5.0)
@@ -54,12 +56,15 @@ class GLUE(TextDataModule):
         tokenizer: str,
         task: str,
         path: str | None = None,
-        mnli_validation: Literal["matched", "mismatched"] = "matched",
+        mnli_validation: Genres = "matched",
         bad_lines: BadLines = "error",
         empty_texts: EmptyTexts = "error",
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, **kwargs)
+        check_choice("mnli_validation", mnli_validation, Genres)
+        check_choice("bad_lines", bad_lines, BadLines)
+        check_choice("empty_texts", empty_texts, EmptyTexts)
         self.task = find_task(task)
         self.path = path
         self.mnli_validation = mnli_validation

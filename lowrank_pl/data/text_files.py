@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lowrank_pl.contract import MetricName, TargetSpec
-from lowrank_pl.data.base import TextDataModule
+from lowrank_pl.data.base import TextDataModule, check_choice
 from lowrank_pl.data.cache import file_digest
 from lowrank_pl.data.files import find_file, find_splits
 from lowrank_pl.data.formats import read_columns
@@ -30,6 +30,8 @@ from lowrank_pl.data.raw import (
 )
 from lowrank_pl.errors.data import ArgumentRangeError, MissingSplitError, TooFewSamplesError, UnknownClassesError
 from lowrank_pl.errors.run import TargetKindError
+
+LabelKind = Literal["classification", "regression"]
 
 _METRICS: dict[str, tuple[MetricName, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
@@ -78,7 +80,7 @@ class TextFiles(TextDataModule):
         text: str = "text",
         text_pair: str | None = None,
         label: str = "label",
-        kind: Literal["classification", "regression"] = "classification",
+        kind: LabelKind = "classification",
         label_names: list[str] | None = None,
         metrics: list[MetricName] | None = None,
         validation_fraction: float = 0.1,
@@ -87,6 +89,8 @@ class TextFiles(TextDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(tokenizer, **kwargs)
+        check_choice("kind", kind, LabelKind)
+        check_choice("empty_texts", empty_texts, EmptyTexts)
         allowed = _METRICS[kind]
         for metric in metrics or ():
             if metric not in allowed:

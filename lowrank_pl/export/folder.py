@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,8 @@ from lowrank_pl.surgery import densify_
 from lowrank_pl.tasks.rebuilt import rebuilt
 from lowrank_pl.tasks.saved import SavedModel, read_saved_model
 
+Format = Literal["factorised", "factored", "dense", "onnx"]
+
 logger = logging.getLogger(__name__)
 
 _REPORT = "Give a report.json that a run has written with --report, or remove the damaged one."
@@ -33,7 +35,7 @@ _REPORT = "Give a report.json that a run has written with --report, or remove th
 def export(
     ckpt_path: str,
     output: str,
-    format: Literal["factorised", "factored", "dense", "onnx"] = "factorised",
+    format: Format = "factorised",
     tokenizer: str | None = None,
     report: str | None = None,
     overwrite: bool = False,
@@ -61,12 +63,14 @@ def export(
         NotACheckpointError, LayoutVersionError: `ckpt_path` holds no model of this package.
         OutputExistsError, OutputNotWritableError: see `output` and `overwrite`.
         MissingArgumentError: the tokenizer cannot be found.
-        RangeError: `max_shard_size` is no size.
+        RangeError: `format` is none of these, or `max_shard_size` is no size.
         CheckpointMismatchError: the tokenizer has tokens that the model has no embedding for.
         NonFiniteWeightsError: a weight is NaN or Inf.
         MissingPackagesError, OnnxExportError, OnnxMismatchError: see `onnx`, which is written only if onnxruntime
             computes what torch does.
     """
+    if format not in get_args(Format):
+        raise RangeError("format", format, ", ".join(map(repr, get_args(Format))))
     if format == "onnx":
         check_packages("export --format onnx")
     form = "factorised" if format == "factored" else format

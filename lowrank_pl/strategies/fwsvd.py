@@ -56,6 +56,8 @@ class FWSVD(StaticStrategy):
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
     ) -> None:
+        if side not in ("input", "output", "both"):
+            raise RangeError("side", side, "'input', 'output' or 'both'")
         self.side = side
         super().__init__(
             keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration

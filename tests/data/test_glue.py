@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from lowrank_pl.data import GLUE
 from lowrank_pl.data.glue_tasks import TASKS, find_task
 from lowrank_pl.errors.data import (
+    ArgumentRangeError,
     EmptyDataError,
     EncodingError,
     MalformedLineError,
@@ -56,6 +57,12 @@ def test_unknown_task() -> None:
     )
     with pytest.raises(UnknownTaskError, match=told):
         GLUE("any", "mprc")
+
+
+@pytest.mark.parametrize("argument", ["mnli_validation", "bad_lines", "empty_texts"])
+def test_words_that_are_no_choice(argument: str) -> None:
+    with pytest.raises(ArgumentRangeError, match=f"{argument}='ignore'; allowed is '.*', '.*'. Check data.init_args"):
+        GLUE("any", "MNLI", **{argument: "ignore"})  # type: ignore[arg-type]
 
 
 def test_official_metrics() -> None:

@@ -388,6 +388,8 @@ def test_not_utf8(tiny_bert: str, tmp_path: Path) -> None:
         ({"metrics": ["f1"], "kind": "regression"}, "allowed is for regression any of pearson, spearman"),
         ({"label_names": ["a", "a"]}, r"label_names=\['a', 'a'\]; allowed is two or more names, all different. Check"),
         ({"label_names": ["a"]}, r"label_names=\['a'\]; allowed is two or more names, all different"),
+        ({"kind": "regresion"}, "kind='regresion'; allowed is 'classification', 'regression'"),
+        ({"empty_texts": "drop"}, "empty_texts='drop'; allowed is 'error', 'skip'"),
         ({"validation_fraction": 1.0}, "validation_fraction=1.0; allowed is above 0 and below 1"),
     ],
 )

@@ -57,6 +57,11 @@ def test_an_impossible_shard_size_is_refused_first(tmp_path: Path, size: str) ->
         export(str(tmp_path / "nothing.ckpt"), str(tmp_path / "out"), max_shard_size=size)
 
 
+def test_a_format_that_does_not_exist_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(RangeError, match=r"format='onxx' .* 'factorised', 'factored', 'dense', 'onnx'"):
+        export(str(tmp_path / "nothing.ckpt"), str(tmp_path / "out"), "onxx")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("form", ["factored", "dense"])
 def test_the_weights_can_be_read_by_whom_the_umask_allows(tiny_bert: str, tmp_path: Path, form: Any) -> None:
     checkpoint(tiny_bert, tmp_path / "model.ckpt")

@@ -313,3 +313,8 @@ def test_no_reference_to_the_module_is_kept(tiny_bert: str, tmp_path: Path) -> N
 
 def test_both_sides_count_by_default() -> None:
     assert FWSVD(keep_ratio=0.5).options()["side"] == "both"
+
+
+def test_a_side_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(RangeError, match=r"side.*'inputs'"):
+        FWSVD(side="inputs", keep_ratio=0.5)  # type: ignore[arg-type]

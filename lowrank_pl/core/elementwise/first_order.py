@@ -124,6 +124,8 @@ class AdamSGD(ElementwiseSolver):
     ) -> None:
         super().__init__(max_steps, tolerance, patience=20)
         _check_rate(learning_rate)
+        if switch not in ("swats", "fraction"):
+            raise RangeError("switch", switch, "'swats' or 'fraction'")
         if not 0 < fraction < 1:
             raise RangeError("fraction", fraction, "0 < fraction < 1, the Adam phase's share of the steps")
         self.learning_rate = learning_rate

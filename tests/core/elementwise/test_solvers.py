@@ -284,6 +284,7 @@ def test_bad_input_is_refused() -> None:
         lambda: EM(tolerance=-1.0),
         lambda: Adam(learning_rate=0.0),
         lambda: AdamSGD(fraction=1.0),
+        lambda: AdamSGD(switch="swat"),  # type: ignore[arg-type]
         lambda: SGD(momentum=1.0),
         lambda: PreconditionedLBFGS(tolerance=math.nan),
     ],
