@@ -19,7 +19,7 @@ from lowrank_pl.errors.run import (
 )
 from lowrank_pl.importance.fisher import Batch
 from lowrank_pl.strategies.processes import check_parallelism
-from lowrank_pl.surgery import CompressionRecord, TargetSelector
+from lowrank_pl.surgery import CompressionRecord, ModelLayout, TargetSelector
 
 
 class Compressible(Protocol):
@@ -30,6 +30,11 @@ class Compressible(Protocol):
     target: TargetSpec | None
     freshly_initialised_head: bool
     prepared_by: str | None
+
+    @property
+    def layout_to_resume(self) -> ModelLayout | None:
+        """The layout of the checkpoint that the coming `fit` resumes; `None` for a new run."""
+        ...
 
     def per_sample_losses(self, batch: Batch) -> Tensor:
         """Losses `[b]` of a batch's samples, each as if it were alone."""

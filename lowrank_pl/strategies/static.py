@@ -156,7 +156,7 @@ class StaticStrategy(CompressionStrategy):
         """
         self._written = False
         module = as_compressible(pl_module)
-        layout = getattr(module, "layout_to_resume", None)
+        layout = module.layout_to_resume
         if layout is None:
             self.compress(trainer, pl_module)
         else:
@@ -295,7 +295,7 @@ class StaticStrategy(CompressionStrategy):
 
         def write(name: str) -> tuple[dict[str, Any], str | None]:
             made = LowRankLinear.like(layers[name], ranks[name])
-            told, note = _written(name, layers[name], made, decompositions.pop(name).at(ranks[name]))
+            told, note = _write_factors(name, layers[name], made, decompositions.pop(name).at(ranks[name]))
             replace_module_(encoder, name, made)
             return told, note
 
@@ -316,7 +316,9 @@ class StaticStrategy(CompressionStrategy):
         )
 
 
-def _written(name: str, layer: nn.Module, made: LowRankLinear, found: Factorised) -> tuple[dict[str, Any], str | None]:
+def _write_factors(
+    name: str, layer: nn.Module, made: LowRankLinear, found: Factorised
+) -> tuple[dict[str, Any], str | None]:
     """Writes factors into an empty layer; what its record tells of them, and a note."""
     made.assign_(found.factors)
     record = {

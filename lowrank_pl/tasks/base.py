@@ -188,7 +188,7 @@ class EncoderTask(ScheduledModule, ABC):
             self._prepared_layout = read_layout(self.encoder)
 
     def setup(self, stage: str) -> None:
-        """Lets averaging callbacks know what can be averaged, and their copies go without the dense originals."""
+        """Lets averaging callbacks know what can be averaged; their copies compress nothing by themselves."""
         if stage == "fit":
             copy_buffers_instead_of_averaging_(self.trainer)
             for model in averaged_models(self.trainer):
