@@ -2,7 +2,7 @@
 
 from lowrank_pl.allocation.allocator import Allocator, RankRequest, Uniform
 from lowrank_pl.allocation.budget import Budget
-from lowrank_pl.allocation.global_ranks import Global
+from lowrank_pl.allocation.global_ranks import Global, RankChoice, best_ranks
 from lowrank_pl.allocation.measure import Flops, Latency, Measure, Parameters
 from lowrank_pl.allocation.ranking import Cost, RankBounds, globally_ranked, rounded
 from lowrank_pl.allocation.schedule import CubicCurve, CubicSchedule
@@ -22,8 +22,10 @@ __all__ = [
     "Measure",
     "Parameters",
     "RankBounds",
+    "RankChoice",
     "RankRequest",
     "Uniform",
+    "best_ranks",
     "globally_ranked",
     "rounded",
     "uniform_ranks",

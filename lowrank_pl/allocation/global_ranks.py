@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowrank_pl.allocation.allocator import Allocator, RankRequest
-from lowrank_pl.allocation.measure import Measure
+from lowrank_pl.allocation.measure import Measure, Parameters
 from lowrank_pl.allocation.uniform import Allocation
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.core.shapes import LinearShape
@@ -54,23 +54,67 @@ class Global(Allocator):
         uniform = request.uniform()
         fixed = {n for n in request.shapes if any(fnmatchcase(n, o.pattern) for o in request.overrides)}
         free = {name: shape for name, shape in request.shapes.items() if name not in fixed}
-        ladders = {}
-        for name, shape in free.items():
-            energy = energies.get(name)
-            if energy is None or energy.numel() != shape.full_rank:
-                given = () if energy is None else tuple(energy.shape)
-                raise ShapeError(f"the energies of layer {name!r}", given, f"[{shape.full_rank}]")
-            check_finite("an energy", energy, name)
-            ladders[name] = _ladder(shape, energy, self._lowest(uniform.ranks[name], shape, request), request)
-        chosen = _climb(ladders, _budget(request, uniform, free))
-        ranks = {n: chosen[n].rank if n in chosen else uniform.ranks[n] for n in request.shapes}
-        return Allocation(dict(request.shapes), ranks)
+        choices = {
+            name: RankChoice(shape, self._lowest(uniform.ranks[name], shape, request)) for name, shape in free.items()
+        }
+        chosen = best_ranks(choices, energies, _budget(request, uniform, free), request.multiple_of, request.cost)
+        return Allocation(dict(request.shapes), {n: chosen.get(n, uniform.ranks[n]) for n in request.shapes})
 
     def _lowest(self, uniform: int | None, shape: LinearShape, request: RankRequest) -> int:
         share = shape.break_even_rank if uniform is None else uniform
         lowest, step = max(1, int(self.floor * share)), request.multiple_of
         multiple = -(-lowest // step) * step
         return multiple if multiple <= share else lowest
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """What one layer may get.
+
+    Attributes:
+        shape: Of its weight.
+        low: The lowest rank.
+        high: The highest; `None`: every rank below break-even.
+        dense: Whether it may be dense instead.
+    """
+
+    shape: LinearShape
+    low: int = 1
+    high: int | None = None
+    dense: bool = True
+
+
+def best_ranks(
+    choices: Mapping[str, RankChoice],
+    energies: Mapping[str, Tensor],
+    budget: float,
+    multiple_of: int = 1,
+    cost: Measure | None = None,
+) -> dict[str, int | None]:
+    """The ranks that keep most energy within a budget, `None` for a layer that is dense.
+
+    Args:
+        choices: Per layer, what it may get. Its lowest rank is kept even where all together
+            cost more than the budget.
+        energies: Per layer, by how much the loss rises without each group, `[min(m, n)]`, non-increasing.
+        budget: What all layers may cost together, in the unit of `cost`.
+        multiple_of: Ranks above the lowest are multiples of it.
+        cost: What ranks cost; parameters by default.
+
+    Raises:
+        ShapeError: a layer without energies, or with another number than its full rank.
+        NonFiniteError: an energy is NaN or Inf.
+    """
+    cost = cost or Parameters()
+    ladders = {}
+    for name, choice in choices.items():
+        energy, full = energies.get(name), choice.shape.full_rank
+        if energy is None or energy.numel() != full:
+            given = () if energy is None else tuple(energy.shape)
+            raise ShapeError(f"the energies of layer {name!r}", given, f"[{full}]")
+        check_finite("an energy", energy, name)
+        ladders[name] = _ladder(choice, energy, multiple_of, cost)
+    return {name: rung.rank for name, rung in _climb(ladders, budget).items()}
 
 
 @dataclass(frozen=True)
@@ -92,14 +136,17 @@ def _cost(measure: Measure, shape: LinearShape, rank: int | None) -> int:
     return measure.dense(shape) if rank is None else measure.factored(shape, rank)
 
 
-def _ladder(shape: LinearShape, energy: Tensor, lowest: int, request: RankRequest) -> list[_Rung]:
+def _ladder(choice: RankChoice, energy: Tensor, step: int, measure: Measure) -> list[_Rung]:
     """The ranks to choose from, in ascending cost: from the lowest up to break-even, then dense."""
-    measure, step = request.cost, request.multiple_of
+    shape, low = choice.shape, choice.low
     sums = energy.double().clamp(min=0).cumsum(0).tolist()
     dense = _Rung(None, measure.dense(shape), sums[-1])
-    ranks = [r for r in range(lowest, shape.full_rank + 1) if r == lowest or r % step == 0]
-    rungs = [_Rung(rank, measure.factored(shape, rank), sums[rank - 1]) for rank in ranks]
-    return [*(rung for rung in rungs if rung.cost < dense.cost), dense]
+    high = shape.full_rank if choice.high is None else choice.high
+    rungs = [
+        _Rung(r, measure.factored(shape, r), sums[r - 1]) for r in range(low, high + 1) if r == low or r % step == 0
+    ]
+    below = [rung for rung in rungs if rung.cost < dense.cost]
+    return [*below, dense] if choice.dense or not below else below
 
 
 def _envelope(ladder: list[_Rung], start: int) -> list[int]:

@@ -80,9 +80,20 @@ class CubicCurve:
         return (1 - (step - self.start) / (self.end - self.start)) ** 3
 
     def acts(self, step: int) -> bool:
-        """Whether ranks are reallocated after that many steps."""
-        on_the_way = self.start < step < self.end and (step - self.start) % self.interval == 0
+        """Whether ranks are reallocated after that many steps; not shortly before the last time."""
+        on_the_way = self.start < step <= self._last_on_the_way and (step - self.start) % self.interval == 0
         return on_the_way or step == self.end
+
+    @property
+    def _last_on_the_way(self) -> float:
+        """At the end itself there is one in any case; half an interval is the least between two."""
+        return min(self.end - 1, self.end - self.interval / 2)
+
+    def next_action(self, step: int) -> int:
+        """The first of the steps from `step` on after which ranks are reallocated; `end` if none comes before it."""
+        intervals = max(1, -(-(step - self.start) // self.interval))
+        action = self.start + intervals * self.interval
+        return action if action <= self._last_on_the_way else self.end
 
     def budget(self, step: int, first: float, last: float) -> float:
         """`last + (first − last) · share(step)`."""

@@ -5,8 +5,9 @@ from lowrank_pl.importance.fisher import Fisher, FisherKind, LayerFisher, empiri
 from lowrank_pl.importance.identity import identity, settings
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
 from lowrank_pl.importance.kinds import FisherSums, FullFisher, Nothing
+from lowrank_pl.importance.kronecker_sensitivity import KroneckerSensitivity
 from lowrank_pl.importance.second_moments import LayerMoments, SecondMoments
-from lowrank_pl.importance.sensitivity import FirstOrder, Groups, GroupSensitivity, Squared, Triplet
+from lowrank_pl.importance.sensitivity import FirstOrder, Groups, GroupSensitivity, Sensitivity, Squared, Triplet
 
 __all__ = [
     "FirstOrder",
@@ -18,12 +19,14 @@ __all__ = [
     "Groups",
     "Importance",
     "ImportanceCache",
+    "KroneckerSensitivity",
     "LayerFisher",
     "LayerImportance",
     "LayerMoments",
     "Measured",
     "Nothing",
     "SecondMoments",
+    "Sensitivity",
     "Squared",
     "Triplet",
     "empirical_fisher",

@@ -21,10 +21,14 @@ class GramSum:
         size: `n`.
         device: Where the rows are; Apple's mps, which has no float64, adds up in float32.
         diagonal: Keep the diagonal only.
+        dtype: Of the sums; float32 is enough for sums that fade.
     """
 
-    def __init__(self, size: int, device: torch.device, diagonal: bool = False) -> None:
-        dtype = torch.float64 if float64_device(device) == device else torch.float32
+    def __init__(
+        self, size: int, device: torch.device, diagonal: bool = False, dtype: torch.dtype = torch.float64
+    ) -> None:
+        if dtype == torch.float64 and float64_device(device) != device:
+            dtype = torch.float32
         shape = (size,) if diagonal else (size, size)
         self.total = torch.zeros(shape, dtype=dtype, device=device)
         count = -(-size // _BLOCK)

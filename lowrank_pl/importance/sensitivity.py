@@ -35,7 +35,37 @@ class Groups:
     right_grad: Tensor
 
 
-class GroupSensitivity(ABC):
+class Sensitivity(ABC):
+    """Says how much the loss depends on singular groups while they are trained; remembers what steps have told."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """How many steps have been observed."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors on the CPU and primitives, for checkpoints."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets everything."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Frees what is of no use once ranks change no more; `steps` stays."""
+
+    def options(self) -> dict[str, Any]:
+        """What identifies it in reports, as primitives."""
+        told = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {"class": type(self).__name__, **told}
+
+
+class GroupSensitivity(Sensitivity):
     """Keeps a score per singular group: exponential moving averages over steps of what the gradients say.
 
     Averages are corrected for their start at zero, as Adam's are, so that early scores are not too small.
@@ -115,6 +145,14 @@ class GroupSensitivity(ABC):
         """Inverse of `state_dict`."""
         self._steps = int(state["steps"])
         self._averages = {name: dict(found) for name, found in state["averages"].items()}
+
+    def release(self) -> None:
+        """Frees the averages."""
+        self._averages = {}
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._steps, self._averages = 0, {}
 
 
 class FirstOrder(GroupSensitivity):

@@ -6,35 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_pl.core import LinearShape
-from lowrank_pl.monitoring.rank_picture import grid_position, rank_heatmap
+from lowrank_pl.monitoring.rank_picture import grid_position
 from lowrank_pl.strategies import RankPlan, Reallocation
-from lowrank_pl.surgery import LayerRecord
 
 Shapes = Mapping[str, LinearShape]
 
 
-def kept_by_kind(shapes: Shapes, ranks: Mapping[str, int]) -> dict[str, int]:
-    """Parameters of the factors by kind of matrix, e.g. all query projections together."""
+def kept_by_kind(plan: RankPlan, ranks: Mapping[str, int]) -> dict[str, int]:
+    """Parameters by kind of matrix, e.g. of all query projections together."""
     kept: dict[str, int] = {}
-    for name, rank in ranks.items():
-        kind = grid_position(name)[1]
-        kept[kind] = kept.get(kind, 0) + shapes[name].factored_params(rank)
+    for layer in plan.records(ranks):
+        kind = grid_position(layer.name)[1]
+        kept[kind] = kept.get(kind, 0) + layer.parameters
     return kept
 
 
 def dense_parameters(shapes: Shapes) -> int:
     """Parameters of the targeted weights when dense."""
     return sum(shape.dense_params for shape in shapes.values())
-
-
-def heatmap_of(shapes: Shapes, ranks: Mapping[str, int]) -> Any:
-    """The heat map of ranks, see `rank_heatmap`."""
-    records = []
-    for name, rank in ranks.items():
-        shape = shapes[name]
-        cost = shape.factored_params(rank)
-        records.append(LayerRecord(name, shape.out_features, shape.in_features, rank, "low_rank", cost))
-    return rank_heatmap(records)
 
 
 def flow_figure(plan: RankPlan, history: Sequence[Reallocation], last_step: int) -> Any:
@@ -46,10 +35,10 @@ def flow_figure(plan: RankPlan, history: Sequence[Reallocation], last_step: int)
     from matplotlib.figure import Figure
 
     dense = dense_parameters(plan.shapes)
-    start = kept_by_kind(plan.shapes, plan.capacities)
+    start = kept_by_kind(plan, plan.capacities)
     reallocations = [entry.step for entry in history]
     steps = [0, *reallocations, last_step]
-    flow = [start, *(kept_by_kind(plan.shapes, entry.ranks) for entry in history)]
+    flow = [start, *(kept_by_kind(plan, entry.ranks) for entry in history)]
     flow.append(flow[-1])
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

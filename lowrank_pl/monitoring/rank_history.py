@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lowrank_pl.core import LinearShape
-from lowrank_pl.monitoring.rank_flow import dense_parameters, flow_figure, heatmap_of, kept_by_kind
-from lowrank_pl.monitoring.rank_picture import grid_position
+from lowrank_pl.monitoring.rank_flow import dense_parameters, flow_figure, kept_by_kind
+from lowrank_pl.monitoring.rank_picture import grid_position, rank_heatmap
 from lowrank_pl.monitoring.run_folder import run_folder
-from lowrank_pl.strategies import RankDyna, Reallocation
-from lowrank_pl.surgery import svd_layers
+from lowrank_pl.nn import forms_in_training
+from lowrank_pl.strategies import RankDyna, RankPlan, Reallocation
+from lowrank_pl.surgery.record import DENSE
 from lowrank_pl.tasks import EncoderTask, budget_score
 
 
@@ -23,7 +24,8 @@ class RankHistory(pl.Callback):
     """Shows every reallocation of `RankDyna`.
 
     In TensorBoard: `budget/kept` and `budget/scheduled` (shares of what the dense layers cost), `rank/<layer>`,
-    `kept_by_kind/<kind>`, histograms `importance/<kind>` (log10 of the scores that decided), the heat map `ranks`, a
+    `kept_by_kind/<kind>`, histograms `importance/<kind>` (log10 of the
+    scores or energies that decided), the heat map `ranks`, a
     layout that puts the curves that belong together in one chart (tab Custom Scalars); at the end `rank_table` and the
     hyper-parameters with the score at the budget. In the run folder: `rank_history.json` and `rank_flow.png`.
     """
@@ -39,7 +41,7 @@ class RankHistory(pl.Callback):
         if strategy is None:
             return
         assert isinstance(pl_module, EncoderTask)
-        self._shapes = {name: layer.shape for name, layer in svd_layers(pl_module.encoder).items()}
+        self._shapes = {name: layer.shape for name, layer in forms_in_training(pl_module.encoder).items()}
         kinds = list(dict.fromkeys(grid_position(name)[1] for name in self._shapes))
         ranks = {k: ["Multiline", [f"rank/{n}" for n in self._shapes if grid_position(n)[1] == k]] for k in kinds}
         layout = {
@@ -66,7 +68,9 @@ class RankHistory(pl.Callback):
         self._show(trainer, pl_module)
         score = trainer.callback_metrics.get(budget_score.KEY)
         for logger in _writers(trainer):
-            logger.experiment.add_text("rank_table", _table(self._shapes, strategy.state.history), trainer.global_step)
+            logger.experiment.add_text(
+                "rank_table", _table(strategy.frame, strategy.state.history), trainer.global_step
+            )
             _log_hyperparameters(logger, strategy, score)
         if folder is not None:
             self._write(folder, strategy, trainer.global_step)
@@ -90,12 +94,12 @@ class RankHistory(pl.Callback):
         writer.add_scalar("budget/scheduled", entry.scheduled / strategy.frame.dense_cost, entry.step)
         for name, rank in entry.ranks.items():
             writer.add_scalar(f"rank/{name}", rank, entry.step)
-        for kind, kept in kept_by_kind(self._shapes, entry.ranks).items():
+        for kind, kept in kept_by_kind(strategy.frame, entry.ranks).items():
             writer.add_scalar(f"kept_by_kind/{kind}", kept / dense, entry.step)
             mine = [score.flatten().float().cpu() for name, score in scores.items() if grid_position(name)[1] == kind]
             if mine:
                 writer.add_histogram(f"importance/{kind}", torch.cat(mine).clamp(min=1e-30).log10(), entry.step)
-        writer.add_figure("ranks", heatmap_of(self._shapes, entry.ranks), entry.step)
+        writer.add_figure("ranks", rank_heatmap(strategy.frame.records(entry.ranks)), entry.step)
 
     def _write(self, folder: Path, strategy: RankDyna, last_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,13 +129,14 @@ def _writers(trainer: pl.Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def _table(shapes: dict[str, LinearShape], history: list[Reallocation]) -> str:
+def _table(plan: RankPlan, history: list[Reallocation]) -> str:
     ranks = history[-1].ranks if history else {}
     lines = ["| layer | out | in | full rank | break-even | rank | parameters |", "|---|---|---|---|---|---|---|"]
-    for name, rank in ranks.items():
-        shape = shapes[name]
+    for layer in plan.records(ranks):
+        shape = plan.shapes[layer.name]
+        rank = layer.kind if layer.kind == DENSE else str(layer.rank)
         sizes = (shape.out_features, shape.in_features, shape.full_rank, shape.break_even_rank, rank)
-        lines.append(f"| {name} | {' | '.join(str(size) for size in sizes)} | {shape.factored_params(rank):,} |")
+        lines.append(f"| {layer.name} | {' | '.join(str(size) for size in sizes)} | {layer.parameters:,} |")
     return "\n".join(lines)
 
 

@@ -1,12 +1,23 @@
 """Layers that stand in for a linear layer. Needs torch alone."""
 
-from lowrank_pl.nn.form import Deployed, LinearForm, Spec, forms_in, outside_forms, shape_of, whole_number
+from lowrank_pl.nn.elastic_linear import ElasticLinear
+from lowrank_pl.nn.form import (
+    Deployed,
+    LinearForm,
+    Spec,
+    forms_in,
+    forms_in_training,
+    outside_forms,
+    shape_of,
+    whole_number,
+)
 from lowrank_pl.nn.low_rank_linear import LowRankLinear
 from lowrank_pl.nn.svd_linear import SVDLinear
 from lowrank_pl.nn.view import dense_shape, dense_weight, is_dense_linear
 
 __all__ = [
     "Deployed",
+    "ElasticLinear",
     "LinearForm",
     "LowRankLinear",
     "SVDLinear",
@@ -14,6 +25,7 @@ __all__ = [
     "dense_shape",
     "dense_weight",
     "forms_in",
+    "forms_in_training",
     "is_dense_linear",
     "outside_forms",
     "shape_of",

@@ -126,8 +126,8 @@ class LinearForm(nn.Module, ABC):
         """`product` from a layer's state dict alone."""
 
     @classmethod
-    def deployed(cls, state: Mapping[str, Tensor]) -> Deployed:
-        """The final form of what a layer's state dict holds; a form of training says which.
+    def deployed(cls, state: Mapping[str, Tensor]) -> Deployed | None:
+        """The final form of what a layer's state dict holds; a form of training says which. `None`: a dense layer.
 
         Everything that compacts, a module, a state dict or a layout, does it by this.
         """
@@ -184,26 +184,35 @@ class LinearForm(nn.Module, ABC):
         return made
 
     @torch.no_grad()
-    def compact(self) -> LinearForm:
+    def compact(self) -> nn.Module:
         """The deployed form of this layer, with new parameters; the layer itself where it is one."""
         if self.is_final:
             return self
         final = self.deployed(self.state_dict())
+        if final is None:
+            return self.dense()
         made = final.form.empty(final.spec, self)
         made.load_state_dict(final.state)
         return made
 
     @classmethod
-    def compact_state(cls, state: Mapping[str, Tensor], name: str) -> Deployed:
+    def compact_state(cls, state: Mapping[str, Tensor], name: str) -> Deployed | None:
         """What `compact` would make of the layer `name` of a model, from the model's state dict."""
         return cls.deployed(entries_of(state, name))
 
     @classmethod
-    def dense_state(cls, state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-        """What `dense` would make of the layer `name` of a model, as the state dict of an `nn.Linear`."""
+    def dense_state(cls, state: Mapping[str, Tensor], name: str, transposed: bool = False) -> dict[str, Tensor]:
+        """What `dense` would make of the layer `name` of a model, as the state dict of an `nn.Linear`.
+
+        Args:
+            state: The model's.
+            name: The layer's.
+            transposed: For a dense layer that stores its weight as `[n, m]`.
+        """
         own = entries_of(state, name)
-        bias = cls.bias_of(own)
-        return {"weight": cls.product_of(own), **({} if bias is None else {"bias": bias})}
+        bias, product = cls.bias_of(own), cls.product_of(own)
+        weight = product.mT.contiguous() if transposed else product
+        return {"weight": weight, **({} if bias is None else {"bias": bias})}
 
 
 @dataclass(frozen=True)
@@ -245,6 +254,11 @@ def outside_forms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def forms_in(model: nn.Module) -> dict[str, LinearForm]:
     """Every form in a model by its fully qualified name; one with several names under its first."""
     return {name: module for name, module in outside_forms(model) if isinstance(module, LinearForm)}
+
+
+def forms_in_training(model: nn.Module) -> dict[str, LinearForm]:
+    """Those among `forms_in` that are still to be brought to the form that is deployed."""
+    return {name: form for name, form in forms_in(model).items() if not form.is_final}
 
 
 def entries_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -17,13 +17,13 @@ def is_dense_linear(module: nn.Module) -> bool:
     These are `nn.Linear` and transformers' `Conv1D` themselves. Subclasses have a forward of their own, which a form
     would not reproduce.
     """
-    return type(module) is nn.Linear or _is_transposed(type(module))
+    return type(module) is nn.Linear or is_transposed(type(module))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a dense layer as `[m, n]`: the parameter itself, or a view of it that shares its memory."""
     weight: Any = layer.weight
-    found: Tensor = weight.mT if _is_transposed(type(layer)) else weight
+    found: Tensor = weight.mT if is_transposed(type(layer)) else weight
     return found
 
 
@@ -49,7 +49,7 @@ def empty_dense(
         dtype: Of its parameters; the default one if `None`.
     """
     m, n = shape.out_features, shape.in_features
-    if not _is_transposed(kind):
+    if not is_transposed(kind):
         return zero_linear(n, m, bias, device, dtype)
     with torch.device("meta"):
         layer = kind(m, n)
@@ -78,7 +78,8 @@ def zero_linear(
     return layer
 
 
-def _is_transposed(kind: type[nn.Module]) -> bool:
+def is_transposed(kind: type[nn.Module]) -> bool:
+    """Whether a class of dense layers stores its weight as `[n, m]`."""
     # GPT-2's layer, `[n, m]`. Whoever has one has imported its module, and nobody else should have to.
     module = sys.modules.get("transformers.pytorch_utils")
     return module is not None and kind is module.Conv1D

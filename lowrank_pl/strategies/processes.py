@@ -136,6 +136,12 @@ def gathered(trainer: pl.Trainer, value: Result) -> list[Result]:
     return values
 
 
+def sum_(trainer: pl.Trainer, tensor: Tensor) -> None:
+    """Overwrites a tensor with the sum of those of all processes."""
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(tensor)
+
+
 def send_(trainer: pl.Trainer, tensor: Tensor, source: int) -> None:
     """Overwrites a tensor with that of the process `source`, bit for bit, on all processes."""
     if trainer.world_size > 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.importance import Groups
-from lowrank_pl.nn import SVDLinear
+from lowrank_pl.nn import ElasticLinear, SVDLinear, forms_in_training
 from lowrank_pl.strategies.averaging import averaged_models
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.surgery import keep_groups_, svd_layers
@@ -36,7 +36,8 @@ def keep_everywhere_(trainer: pl.Trainer, layers: Mapping[str, SVDLinear], kept:
 def match_ranks_(trainer: pl.Trainer, ranks: Mapping[str, int]) -> None:
     """Gives averaged copies the ranks of the model: one that was made before a checkpoint was read has others."""
     for model in averaged_models(trainer):
-        for name, layer in svd_layers(as_compressible(model).encoder).items():
+        for name, layer in forms_in_training(as_compressible(model).encoder).items():
+            assert isinstance(layer, (SVDLinear, ElasticLinear))
             layer.rank = ranks[name]
 
 

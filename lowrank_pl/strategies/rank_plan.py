@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from lowrank_pl.allocation import Budget, Cost, RankBounds, globally_ranked, rounded
+from lowrank_pl.allocation import Budget, Cost, RankBounds, RankChoice, best_ranks, globally_ranked, rounded
 from lowrank_pl.allocation.ranking import bounds_of
 from lowrank_pl.core import LinearShape
 from lowrank_pl.core.checks import check_finite
@@ -101,6 +101,48 @@ class RankPlan:
             kept = rounded(kept, scores, self.shapes, budget, multiple_of, self.bounds, self.cost)
         return kept
 
+    def best(
+        self,
+        energies: Mapping[str, Tensor],
+        budget: float,
+        present: Mapping[str, int],
+        floor: float,
+        final: bool,
+        multiple_of: int,
+        ends_dense: bool,
+    ) -> dict[str, int]:
+        """The ranks that keep most energy, none above the present one; the full rank where a layer stays dense.
+
+        Args:
+            energies: Per layer, of its groups, `[min(m, n)]`, non-increasing.
+            budget: What all layers may cost together.
+            present: The ranks that there are; the full rank where a layer is dense.
+            floor: Share of the rank that uniform ranks would give a layer, which it keeps at least.
+            final: Whether upper bounds count: on the way a layer may have any rank.
+            multiple_of: Of which ranks are multiples.
+            ends_dense: Whether a layer that is dense may stay so.
+
+        Raises:
+            NonFiniteError: an energy is NaN or Inf.
+        """
+        measure, share = self.cost.measure, budget / self.dense_cost
+        choices = {}
+        for name, shape in self.shapes.items():
+            bound, dense = self.bounds[name], present[name] == shape.full_rank
+            room = room_of(shape)
+            highest = min(room, present[name], (bound.high if final else None) or room)
+            uniform = measure.largest_rank(shape, share * measure.dense(shape))
+            multiple = -(-int(floor * uniform) // multiple_of) * multiple_of
+            lowest = max(bound.low, min(multiple, uniform, highest))
+            unbounded = not final or bound.high is None or bound.high >= shape.full_rank
+            # A lowest rank above the highest leaves dense as the only choice.
+            choices[name] = RankChoice(shape, lowest, highest, dense and ends_dense and unbounded)
+        least = {name: choice.low for name, choice in choices.items()}
+        if self.kept(least) > budget:  # bounds leave no room for the floor
+            choices = {n: replace(c, low=self.bounds[n].low) for n, c in choices.items()}
+        ranks = best_ranks(choices, energies, budget, multiple_of, measure)
+        return {name: self.shapes[name].full_rank if rank is None else rank for name, rank in ranks.items()}
+
     def dense_layers(self, ranks: Mapping[str, int]) -> list[str]:
         """The layers that end dense at some ranks."""
         if not self.cost.allow_dense:
@@ -113,3 +155,8 @@ class RankPlan:
         return tuple(
             LayerRecord.of(name, self.shapes[name], None if name in dense else rank) for name, rank in ranks.items()
         )
+
+
+def room_of(shape: LinearShape) -> int:
+    """The highest rank whose factors have no more numbers than the weight, and so fit into its place."""
+    return shape.dense_params // shape.factored_params(1)

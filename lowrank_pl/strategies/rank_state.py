@@ -39,6 +39,7 @@ class RankState:
         skipped: Steps left out because a gradient was not finite.
         history: Every reallocation.
         cost: Which measure the budget is in; empty in checkpoints of releases before it.
+        sensitivity: Class of what groups are scored by; empty in checkpoints of releases before it.
     """
 
     budget: int = 0
@@ -49,6 +50,7 @@ class RankState:
     skipped: int = 0
     history: list[Reallocation] = field(default_factory=list)
     cost: str = ""
+    sensitivity: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only."""
@@ -67,6 +69,11 @@ class RankState:
         """
         if other.cost and self.cost != other.cost:
             raise ResumeMismatchError(f"the budget is measured by {other.cost} there, by {self.cost} here")
+        if other.sensitivity and self.sensitivity != other.sensitivity:
+            raise ResumeMismatchError(f"groups are scored by {other.sensitivity} there, {self.sensitivity} here")
+        if not other.sensitivity and self.sensitivity == "KroneckerSensitivity":
+            there = "a score that releases before KroneckerSensitivity had, by default FirstOrder"
+            raise ResumeMismatchError(f"groups are scored by {there}, by {self.sensitivity} here")
         if self.budget != other.budget:
             raise ResumeMismatchError(
                 f"a budget of {other.budget:,} there, of {self.budget:,} here (in the unit of cost)"

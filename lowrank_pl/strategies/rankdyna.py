@@ -21,14 +21,17 @@ from lowrank_pl.errors.run import (
     MissingArgumentError,
     ResumeMismatchError,
 )
-from lowrank_pl.importance import FirstOrder, GroupSensitivity
-from lowrank_pl.nn import SVDLinear
+from lowrank_pl.importance import GroupSensitivity, KroneckerSensitivity, Sensitivity
+from lowrank_pl.nn import forms_in_training
 from lowrank_pl.strategies.averaging import averaged_models
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.compiling import varying_ranks
-from lowrank_pl.strategies.rank_groups import groups_of, keep_everywhere_, match_ranks_
+from lowrank_pl.strategies.group_training import GroupTraining
+from lowrank_pl.strategies.metric_groups import MetricGroups
+from lowrank_pl.strategies.rank_groups import match_ranks_
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
+from lowrank_pl.strategies.singular_groups import SingularGroups
 from lowrank_pl.surgery import (
     CompressionRecord,
     CostRecord,
@@ -37,7 +40,6 @@ from lowrank_pl.surgery import (
     compact_,
     read_layout,
     replace_module_,
-    svd_layers,
 )
 
 logger = logging.getLogger(__name__)
@@ -46,25 +48,30 @@ logger = logging.getLogger(__name__)
 class RankDyna(CompressionStrategy):
     """Dynamic rank pruning: one round of fine-tuning from the pre-trained model ends at the budget.
 
-    Every targeted weight becomes its singular value decomposition, all three parts trained. The singular groups of all
-    layers compete: from time to time those with the lowest scores are dropped for good, until the budget that the
-    schedule allows is met; the last steps train what is left. No parameter changes its shape while an optimizer exists.
+    The groups of all layers compete for the budget, which shrinks on a schedule: a few times during training those
+    that the loss depends on least are dropped for good, and the last steps train what is left. By default the present
+    weights are decomposed anew each time, in the metric of the loss (`KroneckerSensitivity`), and are trained dense
+    before the first time. With one of the other scores (`FirstOrder` and its like) every weight is its singular value
+    decomposition from the start, all three parts trained. No parameter changes its shape while an optimizer exists.
 
     References:
         Hua et al., Dynamic low-rank estimation for transformer-based language models, EMNLP Findings 2023 (one round,
-        groups ranked across the model by the change of the loss). The score to first order, the schedule's defaults and
-        everything below `sensitivity` are this project's.
+        groups ranked across the model by the change of the loss). That is read to first order by `FirstOrder`, to
+        second order by `KroneckerSensitivity`; the schedule's defaults and everything else is this project's.
 
     Args:
         keep_ratio: The budget as share of what the targeted weights cost when dense, `0 < keep_ratio <= 1`.
         parameters: Instead, as parameters of the targeted weights.
         model_parameters: Instead, as parameters of the whole model.
-        schedule: When the budget shrinks.
-        sensitivity: How groups are scored.
-        per_parameter: Whether groups compete by score per parameter (per unit of `cost`), so that a group of a large
-            matrix must be worth more than one of a small matrix.
-        start_ratio: Share of the full rank to start with, `0 < start_ratio <= 1`; below 1 the smallest singular values
-            go before the first step.
+        schedule: When the budget shrinks. By default four times, from 0.35 of the run on, down to the budget at half of
+            the run; with another score than `KroneckerSensitivity` as in `CubicSchedule`.
+        sensitivity: What is known of groups: `KroneckerSensitivity`, or a score of groups that stay what they are.
+        floor: With `KroneckerSensitivity` every layer keeps at least this share of the rank that uniform ranks would
+            give it, `0 <= floor <= 1`.
+        per_parameter: With other scores, whether groups compete by score per parameter (per unit of `cost`), so that a
+            group of a large matrix must be worth more than one of a small matrix.
+        start_ratio: With other scores, share of the full rank to start with, `0 < start_ratio <= 1`; below 1 the
+            smallest singular values go before the first step.
         bounds: How few and how many groups layers may end with.
         multiple_of: Bring the final ranks to a multiple, within the budget.
         allow_dense: Let a layer that ends at or above its break-even rank end dense, and count it as such.
@@ -81,12 +88,13 @@ class RankDyna(CompressionStrategy):
         parameters: int | None = None,
         model_parameters: int | None = None,
         schedule: CubicSchedule | None = None,
-        sensitivity: GroupSensitivity | None = None,
+        sensitivity: Sensitivity | None = None,
+        floor: float = 0.25,
         per_parameter: bool = True,
         start_ratio: float = 1.0,
         bounds: list[RankBounds] | None = None,
         multiple_of: int = 1,
-        allow_dense: bool = False,
+        allow_dense: bool = True,
         cost: Measure | None = None,
         targets: TargetSelector | None = None,
     ) -> None:
@@ -94,15 +102,31 @@ class RankDyna(CompressionStrategy):
         self.budget = Budget(keep_ratio, parameters, model_parameters)
         if not 0 < start_ratio <= 1:
             raise RangeError("start_ratio", start_ratio, "0 < start_ratio <= 1, a share of the full rank")
+        if not 0 <= floor <= 1:
+            raise RangeError("floor", floor, "0 <= floor <= 1, a share of the uniform rank")
         if multiple_of < 1:
             raise RangeError("multiple_of", multiple_of, "a whole number from 1")
-        self.schedule = schedule or CubicSchedule()
-        self.sensitivity = sensitivity or FirstOrder()
+        self.sensitivity = sensitivity or KroneckerSensitivity()
+        self.floor = floor
         self.per_parameter = per_parameter
         self.start_ratio = start_ratio
         self.bounds = bounds or []
         self.multiple_of = multiple_of
-        self.cost = Cost(allow_dense, cost or Parameters())
+        self.allow_dense = allow_dense
+        self._training: GroupTraining
+        if isinstance(self.sensitivity, KroneckerSensitivity):
+            for name, value, neutral in (("start_ratio", start_ratio, 1.0), ("per_parameter", per_parameter, True)):
+                if value != neutral:
+                    allowed = f"{neutral!r} with KroneckerSensitivity, or another sensitivity such as FirstOrder"
+                    raise RangeError(name, value, allowed)
+            self.schedule = schedule or CubicSchedule(warmup=0.3, cooldown=0.5, interval=0.05)
+            self.cost = Cost(True, cost or Parameters())  # layers are dense first, whatever they are in the end
+            self._training = MetricGroups(self.sensitivity, floor, multiple_of, allow_dense)
+        else:
+            self.schedule = schedule or CubicSchedule()
+            self.cost = Cost(allow_dense, cost or Parameters())
+            assert isinstance(self.sensitivity, GroupSensitivity)
+            self._training = SingularGroups(self.sensitivity, per_parameter, multiple_of)
         self.state = RankState()
         self.latest_scores: dict[str, Tensor] = {}
         self._plan = RankPlan()
@@ -130,7 +154,7 @@ class RankDyna(CompressionStrategy):
         self._plan_for(encoder)
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replaces every target by its singular value decomposition.
+        """Replaces every target by a layer whose rank can shrink.
 
         Raises:
             BudgetError, BudgetAboveStartError, OverrideError, NonFiniteError: before anything is changed.
@@ -138,15 +162,22 @@ class RankDyna(CompressionStrategy):
         del trainer
         encoder = as_compressible(pl_module).encoder
         self._plan = self._plan_for(encoder)
-        self.state = RankState(self._plan.budget, dict(self._plan.capacities), cost=self.cost.measure.identity())
+        self.state = RankState(
+            self._plan.budget,
+            dict(self._plan.capacities),
+            cost=self.cost.measure.identity(),
+            sensitivity=type(self.sensitivity).__name__,
+        )
         self._restored = None
         self.latest_scores = {}
-        self.sensitivity.load_state_dict({"steps": 0, "averages": {}})  # nothing of an earlier run
+        self.sensitivity.reset()  # nothing of an earlier run
         for name, linear in self.targets.select(encoder).items():
-            replace_module_(encoder, name, SVDLinear.from_linear(linear, self._plan.capacities[name]))
+            replace_module_(encoder, name, self._training.form_of(linear, self._plan.capacities[name]))
 
     def _plan_for(self, encoder: nn.Module) -> RankPlan:
-        return RankPlan.of(encoder, self.targets, self.budget, self.bounds, self.start_ratio, self.cost)
+        plan = RankPlan.of(encoder, self.targets, self.budget, self.bounds, self.start_ratio, self.cost)
+        self._training.check(plan)
+        return plan
 
     @property
     def is_unfinished(self) -> bool:
@@ -161,7 +192,7 @@ class RankDyna(CompressionStrategy):
             AlreadyCompactedError: ranks cannot shrink any more.
         """
         super().on_fit_start(trainer, pl_module)
-        layers = svd_layers(as_compressible(pl_module).encoder)
+        layers = forms_in_training(as_compressible(pl_module).encoder)
         if not layers and self.state.capacities and not (self._restored or self.state).reached:
             told = (self._kept_so_far(), self.state.budget, self.cost.measure.unit)
             raise AlreadyCompactedError(type(self).__name__, *told)
@@ -192,12 +223,12 @@ class RankDyna(CompressionStrategy):
         """
         super().on_train_start(trainer, pl_module)
         module = as_compressible(pl_module)
-        layers = svd_layers(module.encoder)
+        layers = forms_in_training(module.encoder)
         if not layers:
             self._restored = None  # of a checkpoint that was only looked at
             logger.info("the budget was reached in an earlier run: training goes on at the ranks of the model")
             return
-        frozen = [name for name, layer in layers.items() if not layer.sigma.requires_grad]
+        frozen = [name for name, layer in layers.items() if not layer.reference.requires_grad]
         if frozen:
             raise FrozenFactorsError(frozen)
         steps = trainer.estimated_stepping_batches
@@ -220,6 +251,17 @@ class RankDyna(CompressionStrategy):
         self.state.total_steps = int(steps)
         module.compression = self._record({name: layer.rank for name, layer in layers.items()})
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Lets layers hand out what is to be observed in this step."""
+        del batch, batch_idx
+        if self.state.reached or self._curve is None:
+            return
+        step = trainer.global_step + 1
+        layers = forms_in_training(as_compressible(pl_module).encoder)
+        self._training.before_batch(layers, step, self._curve.next_action(step), loss_scale(trainer))
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -227,8 +269,7 @@ class RankDyna(CompressionStrategy):
         del trainer, optimizer
         if self.state.reached:
             return
-        layers = svd_layers(as_compressible(pl_module).encoder)
-        if not self.sensitivity.observe({name: groups_of(layer) for name, layer in layers.items()}):
+        if not self._training.observe(forms_in_training(as_compressible(pl_module).encoder)):
             if self.state.skipped == 0:
                 logger.warning("a gradient is not finite: such steps do not count for the scores of singular groups")
             self.state.skipped += 1
@@ -254,7 +295,7 @@ class RankDyna(CompressionStrategy):
     def _reallocate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         assert self._curve is not None
         module = as_compressible(pl_module)
-        layers = svd_layers(module.encoder)
+        layers = forms_in_training(module.encoder)
         final = step >= self._curve.end
         budget = (
             float(self.state.budget) if final else self._curve.budget(step, self._plan.start_cost, self.state.budget)
@@ -263,21 +304,13 @@ class RankDyna(CompressionStrategy):
             if not final:
                 return
             raise NonFiniteError("every gradient so far")
-        self.latest_scores = {name: self.sensitivity.scores(name) for name in layers}
-        # Scores are equal on all processes up to rounding; the first one decides, so that ranks are equal exactly.
-        chosen = {}
-        if trainer.is_global_zero:
-            chosen = self._plan.choose(self.latest_scores, budget, self.per_parameter, final, self.multiple_of)
-        kept = trainer.strategy.broadcast(chosen)
-        kept = {name: groups for name, groups in kept.items() if len(groups) < layers[name].rank}
-        keep_everywhere_(trainer, layers, kept)
-        for name, groups in kept.items():
-            self.sensitivity.keep(name, groups)
+        self.latest_scores = self._training.reallocate(trainer, layers, self._plan, budget, final)
         self.state.reached = final
         ranks = {name: layer.rank for name, layer in layers.items()}
         self.state.history.append(Reallocation(step, budget, self._plan.kept(ranks), ranks))
         module.compression = self._record(ranks)
         if final:
+            self.sensitivity.release()
             told = (self.state.budget, self.cost.measure.unit, step, self.state.history[-1].kept)
             logger.info("the budget of %d %s is reached at step %d: %d kept", *told)
 
@@ -288,7 +321,7 @@ class RankDyna(CompressionStrategy):
     def _compact(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._take_over()
         module = as_compressible(pl_module)
-        ranks = {name: layer.rank for name, layer in svd_layers(module.encoder).items()}
+        ranks = {name: layer.rank for name, layer in forms_in_training(module.encoder).items()}
         if not ranks:
             return
         module.compression = self._record(ranks)
@@ -304,7 +337,7 @@ class RankDyna(CompressionStrategy):
         Returns:
             The layout of the encoder after it.
         """
-        ranks = {name: layer.rank for name, layer in svd_layers(encoder).items()}
+        ranks = {name: layer.rank for name, layer in forms_in_training(encoder).items()}
         compact_(encoder, self._plan.dense_layers(ranks))
         return read_layout(encoder)
 
@@ -337,20 +370,22 @@ class RankDyna(CompressionStrategy):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores `state_dict`'s; whether it fits is looked at in `on_train_start`."""
         self._restored = RankState.from_dict(state_dict["ranks"])
-        self.sensitivity.load_state_dict(state_dict["sensitivity"])
+        own = type(self.sensitivity).__name__
+        if self._restored.sensitivity == own or not (self._restored.sensitivity or own == "KroneckerSensitivity"):
+            self.sensitivity.load_state_dict(state_dict["sensitivity"])
 
     def options(self) -> dict[str, Any]:
         """What identifies the method in reports, as primitives."""
-        sensitivity = {k: v for k, v in vars(self.sensitivity).items() if not k.startswith("_")}
         return {
             **vars(self.budget),
             "schedule": dict(vars(self.schedule)),
-            "sensitivity": {"class": type(self.sensitivity).__name__, **sensitivity},
+            "sensitivity": self.sensitivity.options(),
+            "floor": self.floor,
             "per_parameter": self.per_parameter,
             "start_ratio": self.start_ratio,
             "bounds": [dict(vars(bound)) for bound in self.bounds],
             "multiple_of": self.multiple_of,
-            "allow_dense": self.cost.allow_dense,
+            "allow_dense": self.allow_dense,
             "cost": self.cost.measure.options(),
         }
 
@@ -368,3 +403,9 @@ class RankDyna(CompressionStrategy):
         layers = self._plan.records(ranks)
         cost = CostRecord(self.cost.measure.unit, self._plan.kept(ranks), self._plan.dense_cost)
         return CompressionRecord(type(self).__name__, self.options(), layers, tuple(notes), self.state.reached, cost)
+
+
+def loss_scale(trainer: pl.Trainer) -> float:
+    """What mixed precision in float16 multiplies the loss by; 1 otherwise."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0

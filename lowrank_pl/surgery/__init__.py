@@ -4,11 +4,13 @@ from lowrank_pl.surgery.convert import compact_, compact_state, densify_
 from lowrank_pl.surgery.groups import keep_groups_, svd_layers
 from lowrank_pl.surgery.layout import ModelLayout, conform_, read_layout
 from lowrank_pl.surgery.record import CompressionRecord, CostRecord, LayerRecord
+from lowrank_pl.surgery.reform import ChangeOfBasis, follow_, reform_
 from lowrank_pl.surgery.swap import replace_module_, swapped
 from lowrank_pl.surgery.targets import TargetSelector
 from lowrank_pl.surgery.version_1 import current_names
 
 __all__ = [
+    "ChangeOfBasis",
     "CompressionRecord",
     "CostRecord",
     "LayerRecord",
@@ -19,8 +21,10 @@ __all__ = [
     "conform_",
     "current_names",
     "densify_",
+    "follow_",
     "keep_groups_",
     "read_layout",
+    "reform_",
     "replace_module_",
     "svd_layers",
     "swapped",

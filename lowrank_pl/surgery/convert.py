@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.errors.model import CheckpointMismatchError
 from lowrank_pl.nn import LinearForm, forms_in
-from lowrank_pl.surgery.layout import ModelLayout
+from lowrank_pl.surgery.layout import TRANSPOSED, ModelLayout
 from lowrank_pl.surgery.swap import replace_module_
 
 
@@ -55,11 +55,11 @@ def compact_state(
         if form.is_final:
             continue
         try:
-            if name in dense:
-                kept = form.dense_state(state, name)
+            final = None if name in dense else form.compact_state(state, name)
+            if final is None:
+                kept = form.dense_state(state, name, bool(spec.get(TRANSPOSED)))
                 del modules[name]
             else:
-                final = form.compact_state(state, name)
                 modules[name] = {"form": final.form.name, **final.spec}
                 kept = final.state
         except KeyError as error:

@@ -9,10 +9,13 @@ from torch import nn
 
 from lowrank_pl.errors.model import CheckpointMismatchError, FormSpecError, LayoutVersionError, UnknownFormError
 from lowrank_pl.nn import LinearForm, Spec, forms_in, is_dense_linear, outside_forms
+from lowrank_pl.nn.view import is_transposed
 from lowrank_pl.surgery.swap import replace_module_
 
 LAYOUT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
+TRANSPOSED = "transposed"
+"""In an entry: the dense layer stores its weight as `[n, m]`."""
 # What a version-1 file calls the one number of each form that there was then.
 _SIZES = {"low_rank": "rank", "singular_groups": "capacity"}
 
@@ -110,7 +113,9 @@ def _from_version_2(name: str, entry: Any) -> Spec:
 
 
 def _entry(layer: LinearForm) -> Spec:
-    return {"form": layer.name, **layer.spec()}
+    # A form of training may become dense again where there is nothing but a file.
+    transposed = not layer.is_final and is_transposed(layer.dense_class)
+    return {"form": layer.name, **layer.spec(), **({TRANSPOSED: 1} if transposed else {})}
 
 
 def _empty(module: nn.Module, wanted: Spec | None, name: str, source: str) -> nn.Module:
@@ -122,4 +127,4 @@ def _empty(module: nn.Module, wanted: Spec | None, name: str, source: str) -> nn
         form = LinearForm.by_name(str(wanted["form"]))
     except UnknownFormError as error:
         raise UnknownFormError(error.given, error.known, name, source) from None
-    return form.empty({key: value for key, value in wanted.items() if key != "form"}, module)
+    return form.empty({key: value for key, value in wanted.items() if key not in ("form", TRANSPOSED)}, module)

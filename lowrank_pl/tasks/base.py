@@ -90,7 +90,7 @@ class EncoderTask(ScheduledModule, ABC):
         pretrained: str | None = None,
         init_from: str | None = None,
         strategy: CompressionStrategy | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-5, weight_decay=0.01),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-5, weight_decay=0.01, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.1,
     ) -> None:

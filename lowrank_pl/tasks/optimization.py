@@ -18,7 +18,16 @@ _COMPARED = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 
 def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
     """AdamW with the settings that tasks have by default."""
-    return AdamW(parameters, lr=5e-5, weight_decay=0.01)
+    return AdamW(parameters, lr=5e-5, weight_decay=0.01, fused=True)
+
+
+def leave_unscaling_(optimizer: Optimizer) -> None:
+    """Lets a fused optimizer take gradients that somebody else has unscaled, in mixed precision with float16.
+
+    By default its step unscales them itself. Clipping and strategies, which look at gradients before the step, would
+    see them scaled, and Lightning refuses to clip.
+    """
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined] # torch's, without a public name
 
 
 def decay_groups(module: nn.Module) -> list[dict[str, Any]]:

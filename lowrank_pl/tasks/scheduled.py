@@ -44,6 +44,8 @@ class ScheduledModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all trainable parameters and a scheduler stepped with it."""
         optimizer = optimization.make_optimizer(self._make_optimizer, optimization.decay_groups(self))
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            optimization.leave_unscaling_(optimizer)
         if self._make_scheduler is not None:
             scheduler: Any = self._make_scheduler(optimizer)
         else:

@@ -138,3 +138,11 @@ def test_a_run_is_refused_only_where_rounding_leaves_no_step() -> None:
                         schedule.over(steps)
                 else:
                     assert math.isclose(schedule.over(steps).share(schedule.over(steps).start), 1.0)
+
+
+@pytest.mark.parametrize("curve", [CubicCurve(3, 20, 4), CubicCurve(0, 5, 1), CubicCurve(2, 3, 10)])
+def test_the_next_action_is_the_first_from_a_step_on(curve: CubicCurve) -> None:
+    actions = [step for step in range(1, 30) if curve.acts(step)]
+    for step in range(1, curve.end + 1):
+        assert curve.next_action(step) == min(action for action in actions if action >= step)
+    assert curve.next_action(curve.end + 3) == curve.end

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lowrank_pl.allocation import Cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.monitoring import RankHistory
 from lowrank_pl.monitoring.rank_flow import flow_figure, kept_by_kind
@@ -89,9 +90,12 @@ def test_other_strategies_leave_nothing(tiny_bert: str, tmp_path: Path) -> None:
 
 def test_flow_counts_parameters_by_kind() -> None:
     shapes = {"h.0.up": LinearShape(8, 4), "h.1.up": LinearShape(8, 4), "h.0.down": LinearShape(4, 8)}
-    assert kept_by_kind(shapes, {"h.0.up": 2, "h.1.up": 3, "h.0.down": 1}) == {"up": 60, "down": 12}
+    plan = RankPlan(72, shapes, dict.fromkeys(shapes, 4))
+    assert kept_by_kind(plan, {"h.0.up": 2, "h.1.up": 3, "h.0.down": 1}) == {"up": 60, "down": 12}
+    elastic = RankPlan(72, shapes, dict.fromkeys(shapes, 4), cost=Cost(allow_dense=True))
+    assert kept_by_kind(elastic, {"h.0.up": 2, "h.1.up": 4, "h.0.down": 1}) == {"up": 24 + 32, "down": 12}
     history = [Reallocation(5, 90.0, 72, {"h.0.up": 2, "h.1.up": 3, "h.0.down": 1})]
-    left, right = flow_figure(RankPlan(72, shapes, dict.fromkeys(shapes, 4)), history, 9).axes
+    left, right = flow_figure(plan, history, 9).axes
     assert list(left.lines[0].get_ydata()) == pytest.approx([144 / 96, 72 / 96, 72 / 96])
     assert list(left.lines[0].get_xdata()) == [0, 5, 9]
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["up", "down"]

@@ -15,6 +15,7 @@ from lowrank_pl.errors.model import FormSpecError, UnknownFormError
 from lowrank_pl.errors.numerics import RankError, ShapeError
 from lowrank_pl.nn import (
     Deployed,
+    ElasticLinear,
     LinearForm,
     LowRankLinear,
     Spec,
@@ -28,7 +29,8 @@ from lowrank_pl.surgery import TargetSelector, compact_, compact_state, conform_
 from tests.core.matrices import random_matrix
 
 FORMS: list[tuple[type[LinearForm], Spec]] = [(LowRankLinear, {"rank": 3}), (SVDLinear, {"capacity": 3})]
-every_form = pytest.mark.parametrize(("form", "spec"), FORMS)
+sized_form = pytest.mark.parametrize(("form", "spec"), FORMS)
+every_form = pytest.mark.parametrize(("form", "spec"), [*FORMS, (ElasticLinear, {})])
 
 
 class Gathered(LinearForm):
@@ -91,7 +93,8 @@ def dense(bias: bool = True, kind: type[nn.Module] = nn.Linear) -> nn.Module:
 
 def filled(form: type[LinearForm], spec: Spec, like: nn.Module) -> LinearForm:
     layer = form.empty(spec, like)
-    layer.assign_(truncated_svd(dense_weight(like).detach(), layer.rank))
+    rank = 2 if form is ElasticLinear else layer.rank  # as much as there is room for
+    layer.assign_(truncated_svd(dense_weight(like).detach(), rank))
     return layer
 
 
@@ -146,7 +149,8 @@ def test_flags_of_weight_and_bias_go_with_every_conversion(
 @every_form
 def test_nothing_random_is_drawn(form: type[LinearForm], spec: Spec) -> None:
     like, before = dense(kind=Conv1D), torch.get_rng_state()
-    filled(form, spec, like).compact().empty_dense()
+    filled(form, spec, like).compact()
+    filled(form, spec, like).empty_dense()
     LowRankLinear(5, 4, 2).empty_dense()
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -164,13 +168,15 @@ def test_module_and_state_agree(form: type[LinearForm], spec: Spec, bias: bool) 
         assert layer.compact() is layer
         return
     final, compact = form.compact_state(state, "a"), layer.compact()
+    assert final is not None
+    assert isinstance(compact, LinearForm)
     assert (final.form, final.spec) == (type(compact), compact.spec())
     assert compact.is_final
     assert final.state.keys() == compact.state_dict().keys()
     assert all(torch.equal(final.state[name], tensor) for name, tensor in compact.state_dict().items())
 
 
-@every_form
+@sized_form
 def test_costs_are_those_of_the_parameters(form: type[LinearForm], spec: Spec) -> None:
     made = form.empty(spec, dense(bias=False))
     assert form.parameters_of(spec, LinearShape(4, 5)) == sum(p.numel() for p in made.parameters())
@@ -178,7 +184,7 @@ def test_costs_are_those_of_the_parameters(form: type[LinearForm], spec: Spec) -
     assert form.rank_of(spec, LinearShape(4, 5)) == made.rank == 3
 
 
-@every_form
+@sized_form
 def test_bad_sizes_and_factors_are_refused(form: type[LinearForm], spec: Spec) -> None:
     with pytest.raises(FormSpecError, match=f"lacks the whole number '{next(iter(spec))}'"):
         form.empty({}, dense())

@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from torch import Tensor
 
 from lowrank_pl.allocation import CubicSchedule
-from lowrank_pl.nn import LowRankLinear, SVDLinear
+from lowrank_pl.importance import FirstOrder, KroneckerSensitivity
+from lowrank_pl.nn import forms_in, forms_in_training
 from lowrank_pl.strategies import FWSVD, SVD, CompressionStrategy, NoCompression, RankDyna
 from lowrank_pl.strategies.averaging import averaged_models
-from lowrank_pl.surgery import read_layout, svd_layers
+from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import SequenceClassification
 from tests.support.runs import make_task, make_trainer
 from tests.support.synthetic import SyntheticData
@@ -33,13 +34,15 @@ AVERAGING: dict[str, Callable[[], pl.Callback]] = {
 }
 
 
-def rankdyna() -> RankDyna:
-    return RankDyna(keep_ratio=0.4, schedule=CubicSchedule(0.0, 0.2, 0.1))
+SCORES = pytest.mark.parametrize("score", [KroneckerSensitivity, FirstOrder])
+
+
+def rankdyna(score: Any) -> RankDyna:
+    return RankDyna(keep_ratio=0.4, schedule=CubicSchedule(0.0, 0.2, 0.1), sensitivity=score())
 
 
 def products(model: Any) -> dict[str, Tensor]:
-    kinds = (LowRankLinear, SVDLinear)
-    return {n: m.product().detach().clone() for n, m in model.encoder.named_modules() if isinstance(m, kinds)}
+    return {name: layer.product().detach().clone() for name, layer in forms_in(model.encoder).items()}
 
 
 class StillWeights(pl.Callback):
@@ -52,20 +55,22 @@ class StillWeights(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = 0.0
-        own = svd_layers(pl_module.encoder)
+        own = forms_in_training(pl_module.encoder)
         for model in averaged_models(trainer):
-            for name, layer in svd_layers(getattr(model, "encoder")).items():  # noqa: B009
-                assert layer.rank == int(layer.active) == own[name].rank
+            for name, layer in forms_in_training(getattr(model, "encoder")).items():  # noqa: B009
+                active = layer.get_buffer("active")
+                assert layer.rank == (int(active) or layer.shape.full_rank) == own[name].rank
                 gap = (layer.product() - own[name].product()).norm() / own[name].product().norm()
                 self.differences.append(float(gap.detach()))
 
 
+@SCORES
 @pytest.mark.parametrize("average", list(AVERAGING.values()), ids=list(AVERAGING))
 def test_averaged_groups_move_with_the_models(
-    tiny_bert: str, tmp_path: Path, average: Callable[[], pl.Callback]
+    tiny_bert: str, tmp_path: Path, average: Callable[[], pl.Callback], score: Any
 ) -> None:
     """Without a learning rate the average of the weights is the weights: any other product comes from the moves."""
-    task, still = make_task(tiny_bert, rankdyna()), StillWeights()
+    task, still = make_task(tiny_bert, rankdyna(score)), StillWeights()
     trainer = make_trainer(tmp_path, max_epochs=4, callbacks=[average(), still])
     trainer.fit(task, datamodule=SyntheticData())
     assert len(task.strategy.state.history) >= 10
@@ -136,9 +141,10 @@ def test_averaged_copies_do_without_the_dense_originals(tiny_bert: str, tmp_path
     assert isinstance(getattr(averaged_models(trainer)[0], "strategy"), NoCompression)  # noqa: B009
 
 
-def test_resumes_a_shrinking_run_with_its_average(tiny_bert: str, tmp_path: Path) -> None:
+@SCORES
+def test_resumes_a_shrinking_run_with_its_average(tiny_bert: str, tmp_path: Path, score: Any) -> None:
     def fit(folder: Path, path: str | None) -> Any:
-        task = make_task(tiny_bert, rankdyna())
+        task = make_task(tiny_bert, rankdyna(score))
         every = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
         trainer = make_trainer(folder, max_epochs=3, callbacks=[EMAWeightAveraging(decay=0.9), every])
         trainer.fit(task, datamodule=SyntheticData(), ckpt_path=path)

@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lowrank_pl.allocation import Global, Uniform
 from lowrank_pl.data.resuming import ResumableData
 from lowrank_pl.errors.run import BudgetNotReachedError
-from lowrank_pl.importance import Triplet
+from lowrank_pl.importance import FirstOrder, KroneckerSensitivity, Triplet
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import (
     FWSVD,
@@ -48,8 +48,10 @@ STRATEGIES: dict[str, Make] = {
     "kronecker_uniform": lambda: KroneckerSVD("output", keep_ratio=0.5, allocation=Uniform()),
     "fwsvd_global": lambda: FWSVD(keep_ratio=0.5, allocation=Global()),
     "rankdyna": lambda: RankDyna(keep_ratio=0.5),
+    "rankdyna_first_order": lambda: RankDyna(keep_ratio=0.5, sensitivity=FirstOrder()),
     "rankdyna_triplet": lambda: RankDyna(keep_ratio=0.4, sensitivity=Triplet(), per_parameter=False),
-    "rankdyna_dense": lambda: RankDyna(keep_ratio=0.8, allow_dense=True, multiple_of=2),
+    "rankdyna_dense": lambda: RankDyna(keep_ratio=0.8, sensitivity=FirstOrder(), multiple_of=2),
+    "rankdyna_diagonal": lambda: RankDyna(keep_ratio=0.8, sensitivity=KroneckerSensitivity(diagonal=True)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Trains and saves ranks and parameters after every step: `rankdyna_processes.py FOLDER MODEL DEVICES`."""
+"""Trains and saves ranks and parameters after every step: `rankdyna_processes.py FOLDER MODEL DEVICES SCORE`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from lowrank_pl import importance
 from lowrank_pl.allocation import CubicSchedule
+from lowrank_pl.nn import forms_in_training
 from lowrank_pl.strategies import RankDyna
-from lowrank_pl.surgery import svd_layers
 from lowrank_pl.tasks import SequenceClassification
 from tests.support.runs import make_task, make_trainer
 from tests.support.synthetic import SyntheticData, collate
@@ -46,14 +47,20 @@ class Recorder(pl.Callback):
         self._record(pl_module)
 
     def _record(self, pl_module: SequenceClassification) -> None:
-        layers = svd_layers(pl_module.encoder)
+        layers = forms_in_training(pl_module.encoder)
         ranks = {name: layer.rank for name, layer in layers.items()}
-        self.steps.append({"ranks": ranks, "state": {k: v.clone() for k, v in pl_module.state_dict().items()}})
+        state = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+        # Factors of one product may differ by signs; everything else has to be the same.
+        inside = tuple(f"encoder.{name}." for name in layers)
+        products = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+        products |= {name: layer.product().detach().clone() for name, layer in layers.items()}
+        self.steps.append({"ranks": ranks, "state": state, "products": products})
 
 
-def run(folder: Path, pretrained: str, devices: int) -> None:
+def run(folder: Path, pretrained: str, devices: int, score: str) -> None:
     """One run; every process saves what it saw."""
-    strategy = RankDyna(keep_ratio=0.3, schedule=CubicSchedule(0.0, 0.3, 0.1))
+    schedule = CubicSchedule(0.0, 0.3, 0.1)
+    strategy = RankDyna(keep_ratio=0.3, schedule=schedule, sensitivity=getattr(importance, score)())
     task = make_task(pretrained, strategy, optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9))
     recorder = Recorder()
     arguments: dict[str, Any] = {"devices": devices, "callbacks": [recorder], "logger": False, "max_epochs": 2}
@@ -73,4 +80,4 @@ def run(folder: Path, pretrained: str, devices: int) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])

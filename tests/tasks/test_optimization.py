@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
+import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.optim import Optimizer
 
-from lowrank_pl.strategies import FWSVD
+from lowrank_pl.importance import FirstOrder, KroneckerSensitivity
+from lowrank_pl.strategies import FWSVD, RankDyna
 from lowrank_pl.tasks import SequenceClassification, optimization
 from lowrank_pl.tasks.optimization import default_optimizer
+from tests.support.runs import make_task, make_trainer
+from tests.support.synthetic import SyntheticData
 
 
 def test_a_task_can_be_pickled_with_all_its_defaults() -> None:
@@ -30,3 +39,33 @@ def test_trying_an_optimizer_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     optimization.try_optimizer(lambda groups: torch.optim.AdamW(groups, lr=1e-3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Float16(MixedPrecision):
+    """Mixed precision with a scaler, on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+
+@pytest.mark.parametrize("score", [KroneckerSensitivity, FirstOrder])
+def test_fused_steps_are_clipped_and_observed_without_the_scale_of_the_loss(
+    tiny_bert: str, tmp_path: Path, score: Any
+) -> None:
+    norms, seen = [], []
+
+    class Look(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters()])))
+
+    def fused(params: Any) -> Optimizer:
+        return torch.optim.AdamW(params, lr=1e-3, fused=True)
+
+    for plugins in ([], [Float16()]):
+        task = make_task(tiny_bert, RankDyna(keep_ratio=0.4, sensitivity=score()), optimizer=fused)
+        trainer = make_trainer(tmp_path, gradient_clip_val=1.0, plugins=plugins, callbacks=[Look()])
+        trainer.fit(task, datamodule=SyntheticData())
+        assert task.strategy.at_budget
+        seen.append(sum(float(score.sum()) for score in task.strategy.latest_scores.values()))
+    assert norms[6] == pytest.approx(norms[0], rel=0.1)  # the first steps of both runs
+    assert seen[1] == pytest.approx(seen[0], rel=0.5)

@@ -1,0 +1,158 @@
+"""What every singular group is worth to the loss, from ordinary training steps. m: out_features, n: in_features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_pl.core import LinearShape
+from lowrank_pl.core.kronecker import DEFAULT_DAMPING
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.importance.gram import GramSum
+from lowrank_pl.importance.second_moments import LayerMoments
+from lowrank_pl.importance.sensitivity import Sensitivity
+
+
+class KroneckerSensitivity(Sensitivity):
+    """The second-order rise of the loss without a group, in K-FAC's metric of the model as it is being trained.
+
+    The second moments of every layer's inputs and output gradients are collected from some training steps before each
+    reallocation; sums of earlier ones fade. With them the present weight is decomposed anew, so the groups are those
+    that the loss tells apart, and their energies compare across layers.
+
+    Args:
+        steps: Optimizer steps that are observed before each reallocation, `>= 1`. An observed step costs up to twice
+            the time.
+        beta: How much of the sums is left after each observed step, `0 <= beta <= 1`.
+        damping: Added to the diagonals of both moments, relative to their means, `>= 0`.
+        diagonal: Collect only the diagonals of the moments: two vectors per layer instead of two matrices.
+
+    References:
+        Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML 2015 (the
+        metric). That ranks are reallocated by it in training is this project's.
+    """
+
+    def __init__(
+        self, steps: int = 16, beta: float = 0.95, damping: float = DEFAULT_DAMPING, diagonal: bool = False
+    ) -> None:
+        if steps < 1:
+            raise RangeError("sensitivity.steps", steps, "a whole number from 1")
+        if not (math.isfinite(beta) and 0 <= beta <= 1):
+            raise RangeError("sensitivity.beta", beta, "0 <= beta <= 1, what is left of the sums after a step")
+        if not (math.isfinite(damping) and damping >= 0):
+            raise RangeError("sensitivity.damping", damping, "0 <= damping, relative to the mean of the diagonal")
+        self.observed_steps = steps
+        self.beta = beta
+        self.damping = damping
+        self.diagonal = diagonal
+        self._sums: dict[str, _Sums] = {}
+        self._steps = 0
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been observed."""
+        return self._steps
+
+    def begin_step(self) -> None:
+        """Lets what was added before fade; called before each observed step."""
+        self._steps += 1
+        for sums in self._sums.values():
+            sums.fade(self.beta)
+
+    @torch.no_grad()
+    def add(self, name: str, x: Tensor, g: Tensor, scale: float = 1.0) -> bool:
+        """Adds one call of a layer; tokens without a gradient count for neither moment.
+
+        Args:
+            name: The layer.
+            x: Its input, `[..., n]`.
+            g: The gradient at its output, `[..., m]`.
+            scale: What the loss was multiplied by before the backward pass.
+
+        Returns:
+            Whether they were finite; otherwise nothing is added.
+        """
+        x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        # A sum is NaN or Inf where an entry is; one look at both.
+        if not bool(torch.isfinite(x.sum(dtype=torch.float32) + g.sum(dtype=torch.float32))):
+            return False
+        kept = g.abs().amax(-1) > 0
+        if not bool(kept.all()):
+            x, g = x[kept], g[kept]
+        if name not in self._sums:
+            self._sums[name] = _Sums(x.shape[-1], g.shape[-1], x.device, self.diagonal)
+        self._sums[name].add(x, g if scale == 1.0 else g / scale)
+        return True
+
+    def moments(self, name: str, shape: LinearShape, device: torch.device) -> list[Tensor]:
+        """What processes add up for one layer: the sums `[n, n]` and `[m, m]` (or diagonals) and the tokens `[1]`."""
+        sums = self._sums.get(name) or _Sums(shape.in_features, shape.out_features, device, self.diagonal)
+        return [sums.inputs.matrix(), sums.outputs.matrix(), sums.inputs.total.new_tensor([sums.tokens])]
+
+    @staticmethod
+    def mean(inputs: Tensor, outputs: Tensor, tokens: Tensor) -> LayerMoments:
+        """Moments from sums over all processes; of the outputs up to a factor that is the same for all layers."""
+        return LayerMoments(inputs / max(float(tokens), 1.0), outputs)
+
+    def bytes(self, shape: LinearShape) -> int:
+        """What one layer's sums take, in float32."""
+        sizes = (shape.in_features, shape.out_features)
+        return 4 * sum(size if self.diagonal else size * size for size in sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors on the CPU and primitives, for checkpoints."""
+        return {"steps": self._steps, "sums": {name: sums.state_dict() for name, sums in self._sums.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._steps = int(state["steps"])
+        self._sums = {name: _Sums.restored(found) for name, found in state.get("sums", {}).items()}
+
+    def release(self) -> None:
+        """Frees the sums."""
+        self._sums = {}
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._steps, self._sums = 0, {}
+
+
+class _Sums:
+    """`Σ x xᵀ`, `Σ g gᵀ` and the number of tokens of one layer."""
+
+    def __init__(self, n: int, m: int, device: torch.device, diagonal: bool) -> None:
+        self.inputs = GramSum(n, device, diagonal, torch.float32)
+        self.outputs = GramSum(m, device, diagonal, torch.float32)
+        self.tokens = 0.0
+
+    def fade(self, beta: float) -> None:
+        self.inputs.total *= beta
+        self.outputs.total *= beta
+        self.tokens *= beta
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        if self.inputs.total.device != x.device:  # of a checkpoint
+            self.inputs.total = self.inputs.total.to(x.device)
+            self.outputs.total = self.outputs.total.to(x.device)
+        self.inputs.add(x)
+        self.outputs.add(g)
+        self.tokens += len(x)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "inputs": self.inputs.total.cpu().clone(),
+            "outputs": self.outputs.total.cpu().clone(),
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> _Sums:
+        inputs, outputs = state["inputs"], state["outputs"]
+        made = cls(inputs.shape[0], outputs.shape[0], inputs.device, inputs.ndim == 1)
+        made.inputs.total, made.outputs.total = inputs.clone(), outputs.clone()
+        made.tokens = float(state["tokens"])
+        return made

@@ -1,0 +1,156 @@
+"""Ranks shrink by decomposing the present weights anew, in the metric of the loss. m: outputs, n: inputs, r: rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from lowrank_pl.core import KroneckerGroups, kronecker_groups
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.importance import KroneckerSensitivity, LayerMoments
+from lowrank_pl.nn import ElasticLinear, LinearForm, forms_in_training
+from lowrank_pl.strategies.averaging import averaged_models
+from lowrank_pl.strategies.base import as_compressible
+from lowrank_pl.strategies.group_training import GroupTraining
+from lowrank_pl.strategies.processes import Agreement, assign, gathered, send_, sum_
+from lowrank_pl.strategies.rank_plan import RankPlan, room_of
+from lowrank_pl.surgery import follow_, reform_
+
+
+class MetricGroups(GroupTraining):
+    """Layers are trained dense until the first reallocation, and in two factors, formed anew at each one, after it.
+
+    Args:
+        sensitivity: Collects the moments of inputs and output gradients.
+        floor: Every layer keeps at least this share of the rank that uniform ranks would give it.
+        multiple_of: Bring the final ranks to a multiple.
+        ends_dense: Whether a layer may be dense in the end.
+    """
+
+    sensitivity: KroneckerSensitivity
+
+    def __init__(self, sensitivity: KroneckerSensitivity, floor: float, multiple_of: int, ends_dense: bool) -> None:
+        super().__init__(sensitivity)
+        self.floor = floor
+        self.multiple_of = multiple_of
+        self.ends_dense = ends_dense
+        self._observed = 0  # the step that is being observed
+        self._finite = True
+
+    def check(self, plan: RankPlan) -> None:
+        """Refuses a lowest rank above what two factors have room for, where the layer may not be dense either.
+
+        Raises:
+            RangeError: such a bound.
+        """
+        for name, bound in plan.bounds.items():
+            room = room_of(plan.shapes[name])
+            if bound.low > room and not self.ends_dense:
+                allowed = f"at most {room}, from which up {name!r} costs more than when dense, or allow_dense: true"
+                raise RangeError(f"bounds[{bound.pattern!r}].low", bound.low, allowed)
+
+    def form_of(self, linear: nn.Module, capacity: int) -> ElasticLinear:
+        """The dense layer, with the capacity to become two factors in place."""
+        del capacity
+        return ElasticLinear.from_linear(linear)
+
+    def before_batch(self, layers: Mapping[str, LinearForm], step: int, next_action: int, scale: float) -> None:
+        """Lets the layers hand out their inputs and output gradients in the last steps before a reallocation."""
+        observing = step > next_action - self.sensitivity.observed_steps
+        if observing and step != self._observed:  # further batches of one step add to it
+            self._observed = step
+            self.sensitivity.begin_step()
+        for name, layer in layers.items():
+            assert isinstance(layer, ElasticLinear)
+            layer.observer = partial(self._add, name, scale) if observing else None
+
+    def _add(self, name: str, scale: float, x: Tensor, g: Tensor) -> None:
+        self._finite &= self.sensitivity.add(name, x, g, scale)
+
+    def observe(self, layers: Mapping[str, LinearForm]) -> bool:
+        """Tells whether all that the layers have handed out was finite."""
+        del layers
+        finite, self._finite = self._finite, True
+        return finite
+
+    def reallocate(
+        self, trainer: pl.Trainer, layers: Mapping[str, LinearForm], plan: RankPlan, budget: float, final: bool
+    ) -> dict[str, Tensor]:
+        """Gives every layer the rank, and the factors of it, that keep most of the loss's energy."""
+        elastic = {name: layer for name, layer in layers.items() if isinstance(layer, ElasticLinear)}
+        for layer in elastic.values():
+            layer.observer = None
+        owners = assign({n: float(s.dense_params * s.full_rank) for n, s in plan.shapes.items()}, trainer.world_size)
+        moments = self._summed(trainer, elastic, owners)
+        groups: dict[str, KroneckerGroups] = {}
+        energies: dict[str, Tensor] = {}
+        with Agreement(trainer):
+            for name in (name for name, owner in owners.items() if owner == trainer.global_rank):
+                groups[name] = self._decompose(
+                    elastic[name], moments.pop(name) if moments else self._own(name, elastic[name])
+                )
+                energies[name] = groups[name].energies.cpu()
+        energies = {name: energy for share in gathered(trainer, energies) for name, energy in share.items()}
+        ranks: dict[str, int] = {}
+        if trainer.is_global_zero:
+            present = {name: layer.rank for name, layer in elastic.items()}
+            step = self.multiple_of if final else 1
+            ranks = plan.best(energies, budget, present, self.floor, final, step, self.ends_dense or not final)
+        ranks = trainer.strategy.broadcast(ranks)
+        self._write(trainer, elastic, {n: r for n, r in ranks.items() if r < elastic[n].rank}, owners, groups)
+        return energies
+
+    def _own(self, name: str, layer: ElasticLinear) -> LayerMoments:
+        return self.sensitivity.mean(*self.sensitivity.moments(name, layer.shape, layer.storage.device))
+
+    def _summed(
+        self, trainer: pl.Trainer, layers: Mapping[str, ElasticLinear], owners: Mapping[str, int]
+    ) -> dict[str, LayerMoments]:
+        """The moments of all processes, of the layers that this one decomposes; empty where it is the only one."""
+        found = {}
+        if trainer.world_size > 1:
+            for name, layer in layers.items():
+                sums = self.sensitivity.moments(name, layer.shape, layer.storage.device)
+                for tensor in sums:
+                    sum_(trainer, tensor)
+                if owners[name] == trainer.global_rank:
+                    found[name] = self.sensitivity.mean(*sums)
+        return found
+
+    def _decompose(self, layer: ElasticLinear, moments: LayerMoments) -> KroneckerGroups:
+        """The groups of the present product; those beyond its rank have no energy."""
+        product = layer.product().detach()
+        found = kronecker_groups(product, moments.inputs, moments.outputs, self.sensitivity.damping)
+        most = min(layer.rank, room_of(layer.shape))
+        energies = found.energies.clone()
+        if not layer.is_dense:
+            energies[layer.rank :] = 0
+        return KroneckerGroups(found.left, found.right, energies).first(max(1, most))
+
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        layers: Mapping[str, ElasticLinear],
+        ranks: Mapping[str, int],
+        owners: Mapping[str, int],
+        groups: dict[str, KroneckerGroups],
+    ) -> None:
+        copies = [forms_in_training(as_compressible(model).encoder) for model in averaged_models(trainer)]
+        for name, rank in ranks.items():
+            layer = layers[name]
+            left = layer.storage.new_empty(layer.out_features, rank)
+            right = layer.storage.new_empty(rank, layer.in_features)
+            with Agreement(trainer):
+                if owners[name] == trainer.global_rank:
+                    for target, part in zip((left, right), groups.pop(name).factors(rank).balanced(), strict=True):
+                        target.copy_(part)
+            for tensor in (left, right):
+                send_(trainer, tensor, owners[name])
+            reform_(layer, left, right, trainer.optimizers)
+            for others in copies:
+                copy = others[name]
+                assert isinstance(copy, ElasticLinear)
+                follow_(copy, left)

@@ -1,0 +1,55 @@
+"""Ranks shrink by dropping groups of one singular value decomposition, whose three parts are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from lowrank_pl.importance import GroupSensitivity
+from lowrank_pl.nn import SVDLinear
+from lowrank_pl.strategies.group_training import GroupTraining
+from lowrank_pl.strategies.rank_groups import groups_of, keep_everywhere_
+from lowrank_pl.strategies.rank_plan import RankPlan
+
+
+class SingularGroups(GroupTraining):
+    """Every weight becomes its singular value decomposition before training; groups are dropped for good.
+
+    Args:
+        sensitivity: How groups are scored.
+        per_parameter: Whether they compete by score per unit of cost.
+        multiple_of: Bring the final ranks to a multiple.
+    """
+
+    sensitivity: GroupSensitivity
+
+    def __init__(self, sensitivity: GroupSensitivity, per_parameter: bool, multiple_of: int) -> None:
+        super().__init__(sensitivity)
+        self.per_parameter = per_parameter
+        self.multiple_of = multiple_of
+
+    def form_of(self, linear: nn.Module, capacity: int) -> SVDLinear:
+        """The singular value decomposition, cut at the capacity."""
+        return SVDLinear.from_linear(linear, capacity)
+
+    def observe(self, layers: Mapping[str, SVDLinear]) -> bool:
+        """Adds the step to the scores."""
+        return self.sensitivity.observe({name: groups_of(layer) for name, layer in layers.items()})
+
+    def reallocate(
+        self, trainer: pl.Trainer, layers: Mapping[str, SVDLinear], plan: RankPlan, budget: float, final: bool
+    ) -> dict[str, Tensor]:
+        """Keeps the groups with the highest scores."""
+        scores = {name: self.sensitivity.scores(name) for name in layers}
+        # Scores are equal on all processes up to rounding; the first one decides, so that ranks are equal exactly.
+        chosen = {}
+        if trainer.is_global_zero:
+            chosen = plan.choose(scores, budget, self.per_parameter, final, self.multiple_of)
+        kept = trainer.strategy.broadcast(chosen)
+        kept = {name: groups for name, groups in kept.items() if len(groups) < layers[name].rank}
+        keep_everywhere_(trainer, layers, kept)
+        for name, groups in kept.items():
+            self.sensitivity.keep(name, groups)
+        return scores

@@ -1,0 +1,121 @@
+"""Moments from training steps. n = 5 inputs, m = 4 outputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_pl.core import LinearShape
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.importance import KroneckerSensitivity
+from tests.core.matrices import random_matrix
+
+SHAPE, CPU = LinearShape(4, 5), torch.device("cpu")
+
+
+def rows(size: int, seed: int) -> Tensor:
+    return random_matrix(2, 3, size, seed=seed)
+
+
+def test_sums_are_those_of_all_calls_and_fade_from_step_to_step() -> None:
+    sensitivity = KroneckerSensitivity(beta=0.5)
+    x, g = [rows(5, seed) for seed in range(3)], [rows(4, seed) for seed in range(3, 6)]
+    sensitivity.begin_step()
+    sensitivity.add("a", x[0], g[0])
+    sensitivity.add("a", x[1], g[1])  # a layer that is called twice, or a second batch of the same step
+    sensitivity.begin_step()
+    sensitivity.add("a", x[2], g[2])
+
+    def faded(parts: list[Tensor]) -> Tensor:
+        grams = [part.reshape(-1, part.shape[-1]) for part in parts]
+        return 0.5 * (grams[0].T @ grams[0] + grams[1].T @ grams[1]) + grams[2].T @ grams[2]
+
+    inputs, outputs, tokens = sensitivity.moments("a", SHAPE, CPU)
+    torch.testing.assert_close(inputs, faded(x))
+    torch.testing.assert_close(outputs, faded(g))
+    assert float(tokens) == 0.5 * 12 + 6
+    assert sensitivity.steps == 2
+    torch.testing.assert_close(sensitivity.mean(inputs, outputs, tokens).inputs, faded(x) / 12)
+
+
+def test_tokens_without_gradient_count_for_neither() -> None:
+    sensitivity = KroneckerSensitivity()
+    x, g = rows(5, 0), rows(4, 1)
+    g[:, 1:] = 0
+    sensitivity.begin_step()
+    sensitivity.add("a", x, g)
+    inputs, _, tokens = sensitivity.moments("a", SHAPE, CPU)
+    torch.testing.assert_close(inputs, x[:, 0].T @ x[:, 0])
+    assert float(tokens) == 2
+
+
+def test_the_diagonal_alone_and_the_scale_of_the_loss() -> None:
+    full, diagonal = KroneckerSensitivity(), KroneckerSensitivity(diagonal=True)
+    for sensitivity, scale in ((full, 1.0), (diagonal, 1024.0)):
+        sensitivity.begin_step()
+        sensitivity.add("a", rows(5, 0), rows(4, 1) * scale, scale)
+    for whole, part in zip(full.moments("a", SHAPE, CPU)[:2], diagonal.moments("a", SHAPE, CPU)[:2], strict=True):
+        torch.testing.assert_close(part, whole.diagonal())
+    assert full.bytes(SHAPE) == 4 * (16 + 25)
+    assert diagonal.bytes(SHAPE) == 4 * (4 + 5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_left_out(bad: float) -> None:
+    sensitivity = KroneckerSensitivity()
+    sensitivity.begin_step()
+    assert sensitivity.add("a", rows(5, 0), rows(4, 1))
+    before = [tensor.clone() for tensor in sensitivity.moments("a", SHAPE, CPU)]
+    g = rows(4, 2)
+    g[0, 0, 0] = bad
+    assert not sensitivity.add("a", rows(5, 3), g)
+    x = rows(5, 3)
+    x[0, 0, 0] = bad
+    assert not sensitivity.add("a", x, rows(4, 2))
+    assert all(torch.equal(a, b) for a, b in zip(before, sensitivity.moments("a", SHAPE, CPU), strict=True))
+
+
+def test_a_layer_that_was_never_called_has_moments_of_zero() -> None:
+    inputs, outputs, tokens = KroneckerSensitivity().moments("a", SHAPE, CPU)
+    assert inputs.shape == (5, 5)
+    assert not inputs.any()
+    assert not outputs.any()
+    assert not tokens.any()
+
+
+def test_the_state_goes_through_a_checkpoint_bit_for_bit() -> None:
+    first, second = KroneckerSensitivity(beta=0.7), KroneckerSensitivity(beta=0.7)
+    first.begin_step()
+    first.add("a", rows(5, 0), rows(4, 1))
+    second.load_state_dict(first.state_dict())
+    for sensitivity in (first, second):
+        sensitivity.begin_step()
+        sensitivity.add("a", rows(5, 2), rows(4, 3))
+    pairs = zip(first.moments("a", SHAPE, CPU), second.moments("a", SHAPE, CPU), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert second.steps == 2
+    second.reset()
+    assert second.steps == 0
+    assert not second.moments("a", SHAPE, CPU)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("beta", 1.5), ("beta", -0.1), ("beta", math.nan), ("damping", -1.0)]
+)
+def test_impossible_settings_are_refused(name: str, value: float) -> None:
+    with pytest.raises(RangeError, match=f"sensitivity.{name}"):
+        KroneckerSensitivity(**{name: value})  # type: ignore[arg-type]
+
+
+def test_options_name_the_class_and_every_setting() -> None:
+    told = KroneckerSensitivity(steps=4).options()
+    assert told == {
+        "class": "KroneckerSensitivity",
+        "observed_steps": 4,
+        "beta": 0.95,
+        "damping": 1e-3,
+        "diagonal": False,
+    }
