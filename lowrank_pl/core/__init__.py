@@ -8,7 +8,7 @@ from lowrank_pl.core.diagnosis import Diagnosis, diagnose
 from lowrank_pl.core.diagnostics import relative_error
 from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
-from lowrank_pl.core.kronecker import KroneckerGroups, kronecker_groups, kronecker_svd
+from lowrank_pl.core.kronecker import KroneckerGroups, kronecker_groups, kronecker_regroup, kronecker_svd
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
 
@@ -20,6 +20,7 @@ __all__ = [
     "axis_weighted_svd",
     "diagnose",
     "kronecker_groups",
+    "kronecker_regroup",
     "kronecker_svd",
     "relative_error",
     "singular_values",

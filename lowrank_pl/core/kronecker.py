@@ -95,6 +95,46 @@ def kronecker_groups(
     return KroneckerGroups(groups.left.to(weight), groups.right.to(weight), energies * scale)
 
 
+def kronecker_regroup(
+    left: Tensor,
+    right: Tensor,
+    input_moment: Tensor | None = None,
+    output_moment: Tensor | None = None,
+    damping: float = DEFAULT_DAMPING,
+) -> KroneckerGroups:
+    """`kronecker_groups` of a product `left [m, r] @ right [r, n]`, for what a decomposition of `[r, r]` costs.
+
+    With `Y = B R` and the QR decomposition `Yᵀ = Q F`, `Lᵀ A B R = Lᵀ A Fᵀ Qᵀ` has the singular values and left
+    vectors of `Lᵀ A Fᵀ [m, r]`.
+
+    Args:
+        left: `[m, r]`, finite, `r <= min(m, n)`.
+        right: `[r, n]`.
+        input_moment: See `kronecker_groups`.
+        output_moment: See `kronecker_groups`.
+        damping: See `kronecker_groups`.
+
+    Returns:
+        `r` groups, and as many energies.
+
+    Raises:
+        As `kronecker_groups`.
+    """
+    m, n = check_weight(left).out_features, check_weight(right).in_features
+    if left.shape[1] != right.shape[0]:
+        raise ShapeError("right", tuple(right.shape), f"[{left.shape[1]}, n], as many rows as left has columns")
+    of_inputs = _root("input_moment", input_moment, n, damping)
+    of_outputs = _root("output_moment", output_moment, m, damping)
+    a, b = double(left), double(right)
+    weighed = of_outputs.transposed_times(a)
+    triangle = torch.linalg.qr(of_inputs.times_from_right(b).mT)[1]
+    energies, vectors = _left_groups(weighed @ triangle.mT)
+    new_left = of_outputs.inverse_transposed_times(vectors)
+    new_right = (vectors.mT @ weighed) @ b
+    scale = of_outputs.scale * of_inputs.scale
+    return KroneckerGroups(new_left.to(left), new_right.to(left), energies * scale)
+
+
 def kronecker_svd(
     weight: Tensor,
     rank: int,

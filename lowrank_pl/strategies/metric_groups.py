@@ -8,7 +8,7 @@ from functools import partial
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lowrank_pl.core import KroneckerGroups, kronecker_groups
+from lowrank_pl.core import KroneckerGroups, kronecker_groups, kronecker_regroup
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import KroneckerSensitivity, LayerMoments
 from lowrank_pl.nn import ElasticLinear, LinearForm, forms_in_training
@@ -121,14 +121,13 @@ class MetricGroups(GroupTraining):
         return found
 
     def _decompose(self, layer: ElasticLinear, moments: LayerMoments) -> KroneckerGroups:
-        """The groups of the present product; those beyond its rank have no energy."""
-        product = layer.product().detach()
-        found = kronecker_groups(product, moments.inputs, moments.outputs, self.sensitivity.damping)
-        most = min(layer.rank, room_of(layer.shape))
-        energies = found.energies.clone()
-        if not layer.is_dense:
-            energies[layer.rank :] = 0
-        return KroneckerGroups(found.left, found.right, energies).first(max(1, most))
+        """The groups of the present product, as many as it has; energies `[min(m, n)]`, zero beyond them."""
+        metric = (moments.inputs, moments.outputs, self.sensitivity.damping)
+        if layer.is_dense:
+            return kronecker_groups(layer.storage.detach(), *metric).first(room_of(layer.shape))
+        found = kronecker_regroup(*(factor.detach() for factor in layer.factors()), *metric)
+        missing = layer.shape.full_rank - layer.rank
+        return KroneckerGroups(found.left, found.right, nn.functional.pad(found.energies, (0, missing)))
 
     def _write(
         self,

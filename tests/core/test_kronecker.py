@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_pl.core import KroneckerGroups, axis_weighted_svd, kronecker_groups, kronecker_svd, truncated_svd
+from lowrank_pl.core import (
+    KroneckerGroups,
+    axis_weighted_svd,
+    kronecker_groups,
+    kronecker_regroup,
+    kronecker_svd,
+    truncated_svd,
+)
 from lowrank_pl.errors.numerics import ImportanceError, NonFiniteError, RangeError, RankError, ShapeError
 from tests.core.matrices import random_importance, random_matrix
 
@@ -199,3 +206,22 @@ def test_bad_input_is_refused() -> None:
     for damping in (-1.0, math.nan, math.inf):
         with pytest.raises(RangeError):
             kronecker_svd(weight, 3, c, damping=damping)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+@pytest.mark.parametrize("samples", [None, 3])
+def test_a_product_is_grouped_as_the_weight_that_it_is(rank: int, samples: int | None) -> None:
+    a, b = random_matrix(M, rank, seed=3, dtype=torch.float64), random_matrix(rank, N, seed=4, dtype=torch.float64)
+    c, g = moment(N, 1, samples), moment(M, 2, samples)
+    whole, found = kronecker_groups(a @ b, c, g), kronecker_regroup(a, b, c, g)
+    assert (found.left.shape, found.right.shape, found.energies.shape) == ((M, rank), (rank, N), (rank,))
+    torch.testing.assert_close(found.energies, whole.energies[:rank], rtol=1e-9, atol=1e-12 * float(whole.energies[0]))
+    for kept in range(1, rank + 1):
+        torch.testing.assert_close(found.factors(kept).product(), whole.factors(kept).product())
+
+
+def test_factors_that_do_not_fit_each_other_are_refused() -> None:
+    with pytest.raises(ShapeError, match="as many rows as left has columns"):
+        kronecker_regroup(random_matrix(M, 2), random_matrix(3, N))
+    with pytest.raises(NonFiniteError):
+        kronecker_regroup(random_matrix(M, 2) * math.nan, random_matrix(2, N))
