@@ -46,12 +46,12 @@ class CubicSchedule:
             total_steps: Optimizer steps of the whole run, `>= 1`.
 
         Raises:
-            ScheduleError: the run is too short: a reallocation needs at least one step observed before it, and at
-                least one between warm-up and cool-down.
+            ScheduleError: the run is too short: the cool-down leaves no step before it.
         """
-        start, end = round(self.warmup * total_steps), total_steps - round(self.cooldown * total_steps)
+        end = total_steps - round(self.cooldown * total_steps)
+        start = min(round(self.warmup * total_steps), end - 1)  # rounding shall not refuse a run of a few steps
         interval = max(1, round(self.interval * total_steps))
-        if end - start < 1 or end < 1:
+        if end < 1:
             given = f"a run of {total_steps} optimizer steps with {self}"
             raise ScheduleError(given, "has no step in which the budget could fall", "longer runs or shorter shares")
         return CubicCurve(start, end, interval)

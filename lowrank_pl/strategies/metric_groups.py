@@ -148,8 +148,9 @@ class MetricGroups(GroupTraining):
                         target.copy_(part)
             for tensor in (left, right):
                 send_(trainer, tensor, owners[name])
+            before = layer.product().detach().clone() if copies else layer.storage
             reform_(layer, left, right, trainer.optimizers)
             for others in copies:
                 copy = others[name]
                 assert isinstance(copy, ElasticLinear)
-                follow_(copy, left)
+                follow_(copy, left, right, before)

@@ -83,8 +83,18 @@ def reform_(layer: ElasticLinear, left: Tensor, right: Tensor, optimizers: Itera
 
 
 @torch.no_grad()
-def follow_(copy: ElasticLinear, left: Tensor) -> None:
-    """Gives an averaged copy of a layer the same basis: `left`, and the right factor that is nearest to its product."""
-    product = double(copy.product())
-    nearest = torch.linalg.lstsq(double(left), product).solution
-    copy.write_(left.to(copy.storage), nearest.to(copy.storage))
+def follow_(copy: ElasticLinear, left: Tensor, right: Tensor, before: Tensor) -> None:
+    """Gives an averaged copy of a layer the basis `left`, as the layer itself got it.
+
+    What the copy's product differs by from the layer's is brought to the space of `left` by least squares, so a copy
+    that was equal stays so.
+
+    Args:
+        copy: The averaged layer.
+        left: `[m, r]` of the layer.
+        right: `[r, n]` of the layer.
+        before: The product `[m, n]` that the layer had before it got these factors.
+    """
+    difference = double(copy.product()) - double(before)
+    own = double(right) + torch.linalg.lstsq(double(left), difference).solution
+    copy.write_(left.to(copy.storage), own.to(copy.storage))

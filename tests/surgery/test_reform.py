@@ -120,16 +120,16 @@ def test_state_of_another_shape_is_refused_and_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_a_copy_follows_to_the_nearest_of_its_own_product(rank: int) -> None:
+def test_a_copy_that_is_equal_stays_so_and_any_other_keeps_what_it_can(rank: int) -> None:
     layer, copy = layer_of(rank), layer_of(rank)
-    left, right = truncated(layer, 2)
-    follow_(copy, left)
-    torch.testing.assert_close(copy.product(), left @ right)  # the copy was equal
+    before = layer.product().detach()
+    left, right = matrix(6, 2, seed=8), matrix(2, 8, seed=9)  # any factors: a metric chooses them
+    follow_(copy, left, right, before)
+    torch.testing.assert_close(copy.product(), left @ right)
     other = layer_of(0)
-    other.storage.data += 0.1 * matrix(6, 8, seed=7)
-    wanted = other.storage.detach().clone()
-    follow_(other, left)
-    own_left, own_right = other.factors()
+    other.storage.data.copy_(before + 0.1 * matrix(6, 8, seed=7))
+    follow_(other, left, right, before)
+    own_left, own_right = (factor.detach() for factor in other.factors())
     assert torch.equal(own_left, left)
-    rest = wanted - (own_left @ own_right).detach()
+    rest = 0.1 * matrix(6, 8, seed=7) - left @ (own_right - right)
     assert float((left.T @ rest).abs().max()) < 1e-12
