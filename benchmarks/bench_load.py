@@ -1,6 +1,6 @@
 """How long an exported model takes to load in a fresh process, against the dense model by transformers.
 
-    python scripts/bench_load.py --factored EXPORTED --dense EXPORTED_DENSE --json load.json
+    python benchmarks/bench_load.py --factored EXPORTED --dense EXPORTED_DENSE --json load.json
 
 Every load is a process of its own, in turn; imports are done before the clock runs, so that what is compared is reading
 and building. `remote` is AutoModel with the code of the folder. Run it with nothing else running.
