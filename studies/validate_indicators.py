@@ -71,10 +71,10 @@ def main() -> None:
     for layer in tqdm(json.loads(arguments.diagnosis.read_text(encoding="utf-8"))["layers"], desc="layers"):
         linear = task.encoder.get_submodule(layer["name"])
         assert isinstance(linear, nn.Linear)
-        factored = LowRankLinear.like(linear, layer["rank"]).eval()
+        factorised = LowRankLinear.like(linear, layer["rank"]).eval()
         factors = truncated_svd(linear.weight.detach(), layer["rank"])
-        factored.assign_(factors)
-        with swapped(task.encoder, {layer["name"]: factored}):
+        factorised.assign_(factors)
+        with swapped(task.encoder, {layer["name"]: factorised}):
             loss, predicted = development(task, data)
         drift = float(kl_div(predicted, reference, reduction="batchmean", log_target=True))
         error = float(torch.linalg.norm(linear.weight - factors.product()) / torch.linalg.norm(linear.weight))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.tiny import save_tiny_model
 
@@ -19,3 +20,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny random BERT and its tokenizer."""
     return str(save_tiny_model("bert", tmp_path_factory.mktemp("models") / "bert"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs a CUDA device where there is none."""
+    if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,3 +104,12 @@ def test_an_untuned_grid_whose_reports_are_there_only_writes_its_table(
     assert (tmp_path / "untuned.md").read_text().splitlines()[2:] == [
         "| MRPC-0 | whitening | 0.5 | 0.7000 | 87.5% | accuracy 0.7000 | 0.8000 |"
     ]
+
+
+def test_the_script_for_gpus_says_at_once_that_there_is_none() -> None:
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
+    environment = {**os.environ, "PYTHON": "false"}  # an interpreter that finds no device, without loading torch
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "gpu.sh: false finds no torch with a CUDA device, which everything here needs.\n"
+    assert not result.stdout
