@@ -36,6 +36,7 @@ from lowrank_pl.nn import LowRankLinear, SVDLinear
 from lowrank_pl.strategies import RankDyna
 from lowrank_pl.surgery import TargetSelector, read_layout, svd_layers
 from lowrank_pl.tasks import SequenceClassification
+from tests.support import rankdyna_processes
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
@@ -312,11 +313,10 @@ def test_resuming_a_finished_run_changes_nothing(tiny_bert: str, tmp_path: Path)
 
 
 def test_two_processes_agree_with_each_other_and_with_one(tiny_bert: str, tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "support" / "rankdyna_processes.py"
-    for devices in ("1", "2"):
-        command = [sys.executable, str(script), str(tmp_path), tiny_bert, devices]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        assert result.returncode == 0, result.stderr[-3000:]
+    rankdyna_processes.run(tmp_path, tiny_bert, devices=1)
+    command = [sys.executable, str(rankdyna_processes.__file__), str(tmp_path), tiny_bert, "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
     names = ("devices-1-rank-0", "devices-2-rank-0", "devices-2-rank-1")
     one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
     assert len(one) == len(first) == 13
