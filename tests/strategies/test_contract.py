@@ -40,8 +40,6 @@ STRATEGIES: dict[str, Make] = {
     "none": NoCompression,
     "svd": lambda: SVD(keep_ratio=0.5),
     "svd_rank_ratio": lambda: SVD(rank_ratio=0.2),
-    "fwsvd_input": lambda: FWSVD("input", keep_ratio=0.5),
-    "fwsvd_output": lambda: FWSVD("output", keep_ratio=0.5),
     "fwsvd_both": lambda: FWSVD("both", keep_ratio=0.5),
     "tfwsvd": lambda: TFWSVD(keep_ratio=0.5),
     "kronecker": lambda: KroneckerSVD(keep_ratio=0.5, recalibration=Recalibration()),
