@@ -1,7 +1,7 @@
 """Low-rank compression of transformers as PyTorch Lightning strategies.
 
 Importing this package is light: `lowrank_pl.core` needs torch alone, and Lightning and transformers load
-with the rooms that use them (`lowrank_pl.strategies`, `lowrank_pl.tasks`, `lowrank_pl.data`), or with the first
+with the packages that use them (`lowrank_pl.strategies`, `lowrank_pl.tasks`, `lowrank_pl.data`), or with the first
 use of `lowrank_pl.from_pretrained`.
 """
 

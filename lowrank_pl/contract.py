@@ -102,17 +102,17 @@ class ForetellsTarget(Protocol):
 
     @property
     def expected_target(self) -> TargetSpec | None:
-        """The target, with empty `label_names` where only the data tell them; `None` if nothing is known yet."""
+        """The target, with empty `label_names` where only the data contain them; `None` if nothing is known yet."""
         ...
 
 
 @runtime_checkable
 class AdoptsTarget(Protocol):
-    """A datamodule whose texts may come without the labels that tell the classes, as in prediction."""
+    """A datamodule whose texts may come without the labels that name the classes, as in prediction."""
 
     @property
     def lacks_target(self) -> bool:
-        """Whether only the model can tell what the run predicts."""
+        """Whether only the model knows what the run predicts."""
         ...
 
     @property
@@ -136,7 +136,7 @@ class TellsTexts(Protocol):
 
 @runtime_checkable
 class DescribesData(Protocol):
-    """A datamodule that tells reports what it holds. Known once `setup` has run."""
+    """A datamodule that describes itself for reports. Known once `setup` has run."""
 
     def describe(self) -> dict[str, Any]:
         """Returns `fingerprint` and, by split, `samples`; JSON-ready."""

@@ -67,7 +67,7 @@ def lasting_name(name: str) -> str:
 
 
 def require_weights(name: str) -> None:
-    """Refuses a folder without weights; see `resolve_pretrained` for `name` and further errors.
+    """Raises an error for a folder without weights; see `resolve_pretrained` for `name` and further errors.
 
     Raises:
         ModelFolderError: a folder without weights.
@@ -157,7 +157,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _check_reads_text(name: str, source: str) -> None:
-    """Refuses a folder of a model that no tokenizer belongs to, such as one for pictures or sound."""
+    """Raises an error for a folder of a model that no tokenizer belongs to, such as one for pictures or sound."""
     if not Path(source).is_dir():
         return
     kind = load_config(source).model_type
@@ -179,7 +179,7 @@ def load_config(name: str, **overrides: Any) -> Any:
 def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tuple[PreTrainedModel, bool]:
     """Loads a pre-trained encoder with a (possibly new) head, in train mode.
 
-    A new head is normal and random; encoder weights that are missing are not, and refused.
+    A new head is normal and random; encoder weights that are missing are not, and raise an error.
 
     Args:
         auto_class: `AutoModelForSequenceClassification` or another Auto class.
@@ -194,7 +194,7 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
         HubUnreachableError: a hub id that cannot be fetched.
         CheckpointMismatchError: the weights lack parts of the encoder.
         UnsupportedModelError: the architecture has no such head.
-        DamagedWeightsError: they are not those that `SHA256SUMS` in the folder tells of, where there is one.
+        DamagedWeightsError: they are not those that `SHA256SUMS` in the folder lists, where there is one.
     """
     require_weights(name)
     source = resolve_pretrained(name)
@@ -230,7 +230,7 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
 
 
 def check_supported(auto_class: Any, name: str, config: Any) -> None:
-    """Refuses a model whose architecture transformers has no head of this kind for, such as one for pictures."""
+    """Raises an error for an architecture without a head of this kind, such as one for pictures."""
     mapping = getattr(auto_class, "_model_mapping", None)  # a class of one architecture has none
     if mapping is not None and type(config) not in mapping:
         reads_text = config.model_type in TOKENIZER_MAPPING_NAMES

@@ -11,4 +11,5 @@ export OMP_NUM_THREADS=1            # one per worker: pytest-xdist fills the cor
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy
-python -m pytest -n auto --dist loadfile "$@"
+# Files are handed out in the order of tests/conftest.py, the long ones first.
+python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

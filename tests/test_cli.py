@@ -257,26 +257,6 @@ def test_module_runs_as_a_program() -> None:
     assert result.stdout.startswith("usage: lowrank-pl ")
 
 
-def test_two_processes_write_the_same_factors(arguments: list[str], tmp_path: Path) -> None:
-    """DDP over gloo: one Fisher information from two halves of the data, one model on both processes."""
-    script = Path(__file__).parent / "support" / "two_processes.py"
-    recipe = str(CONFIGS / "recipes" / "glue_fwsvd.yaml")
-    ddp = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.limit_train_batches=2"]
-    command = [sys.executable, str(script), str(tmp_path), "fit", "--config", recipe, *arguments, *ddp]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
-    for moment in ("written", "trained"):
-        assert first[moment].keys() == second[moment].keys()
-        assert all(torch.equal(first[moment][name], second[moment][name]) for name in first[moment])
-    alone = [sys.executable, str(script), str(tmp_path / "alone"), "fit", "--config", recipe, *arguments]
-    (tmp_path / "alone").mkdir()
-    subprocess.run([*alone, "--trainer.devices=1"], capture_output=True, cwd=ROOT, timeout=300, check=True)
-    single = torch.load(tmp_path / "alone" / "rank-0.pt", weights_only=True)["written"]
-    for name, tensor in first["written"].items():
-        torch.testing.assert_close(single[name], tensor, atol=1e-4, rtol=0)
-
-
 def test_export_needs_a_checkpoint_and_nothing_else(arguments: list[str], tmp_path: Path) -> None:
     recipe = str(CONFIGS / "recipes" / "glue_svd.yaml")
     main(["compress", "--config", recipe, *arguments, f"--output={tmp_path / 'small'}"])

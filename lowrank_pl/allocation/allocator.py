@@ -35,7 +35,7 @@ class RankRequest:
     cost: Measure = field(default_factory=Parameters)
 
     def uniform(self) -> Allocation:
-        """The same share for every layer; refuses impossible requests. See `uniform_ranks`."""
+        """The same share for every layer; raises an error for impossible requests. See `uniform_ranks`."""
         return uniform_ranks(self.shapes, self.keep_ratio, self.rank_ratio, self.multiple_of, self.overrides, self.cost)
 
 

@@ -28,7 +28,7 @@ class Budget:
     model_parameters: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses none, several, and impossible numbers."""
+        """Raises an error for none, several, and impossible numbers."""
         given = [name for name, value in vars(self).items() if value is not None]
         if len(given) != 1:
             raise MissingArgumentError(

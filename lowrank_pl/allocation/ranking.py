@@ -30,7 +30,7 @@ class RankBounds:
     high: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses impossible numbers."""
+        """Raises an error for impossible numbers."""
         if self.low < 1:
             raise RangeError(f"bounds[{self.pattern!r}].low", self.low, "a whole number from 1")
         if self.high is not None and self.high < self.low:

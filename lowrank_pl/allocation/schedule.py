@@ -28,7 +28,7 @@ class CubicSchedule:
     interval: float = 0.02
 
     def __post_init__(self) -> None:
-        """Refuses shares that leave no time to fall."""
+        """Raises an error for shares that leave no time to fall."""
         for name, low in (("warmup", 0.0), ("cooldown", 0.0), ("interval", 1e-9)):
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= 1):

@@ -23,7 +23,7 @@ Prepared = Callable[[Mapping[str, Tensor]], Run]
 
 
 def check_engines(engines: list[Engine], device: str, dtype: str) -> None:
-    """Refuses what cannot run.
+    """Raises an error for what cannot run.
 
     Raises:
         MissingPackagesError: onnxruntime, or what writes its files, is not installed.
@@ -40,7 +40,7 @@ def check_engines(engines: list[Engine], device: str, dtype: str) -> None:
 
 
 def _check_compiler(device: str) -> None:
-    """Compiles one line of code, so that a missing compiler is told before any time is spent."""
+    """Compiles one line of code, so that a missing compiler raises an error before any time is spent."""
     new = random.SystemRandom().random()  # torch keeps what it has compiled, for which it needs no compiler
     try:
         torch.compile(lambda x: (x + new).relu())(torch.ones(64, device=device))

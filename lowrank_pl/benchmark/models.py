@@ -68,7 +68,7 @@ def count_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
 
 
 def peak_memory(model: PreTrainedModel, run: Callable[[], object]) -> int | None:
-    """Bytes of a model's own weights and of what a call needs beside them at its peak; only CUDA tells."""
+    """Bytes of a model's own weights and of what a call needs beside them at its peak; only CUDA reports it."""
     device = model.device
     if device.type != "cuda":
         return None

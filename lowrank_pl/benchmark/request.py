@@ -1,4 +1,4 @@
-"""What a user asks of a benchmark: refused where it cannot be done, before any model is loaded."""
+"""What a user asks of a benchmark, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_request(
     whole: Mapping[str, Sequence[int]],
     resume: bool,
 ) -> None:
-    """Refuses what cannot be measured.
+    """Raises an error for what cannot be measured.
 
     Args:
         folder: Where results will go.

@@ -21,7 +21,7 @@ class Measurement:
         length: Tokens per text.
         times: Seconds per call.
         flops: Of the matrix products per call.
-        peak_bytes: Memory at its peak; only CUDA tells.
+        peak_bytes: Memory at its peak; only CUDA reports it.
     """
 
     model: str

@@ -66,7 +66,7 @@ def read_stopped(folder: Path) -> Results:
 
 
 def check_continues(folder: Path, before: Results, now: Results) -> None:
-    """Refuses to put times beside those that were taken of other models or in other circumstances.
+    """Raises an error for putting times beside those that were taken of other models or in other circumstances.
 
     Args:
         folder: For the message.

@@ -152,7 +152,7 @@ def _unknown_class(name: str, base: str | None, place: str) -> str:
 
 
 def _short_names(base: type) -> set[str]:
-    """Names of the classes below a base that can be made; of this package, those that its rooms offer."""
+    """Names of the classes below a base that can be made; of this package, those that its subpackages offer."""
     found: set[str] = set()
     children: list[type] = base.__subclasses__()
     for cls in children:

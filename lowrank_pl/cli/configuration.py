@@ -14,7 +14,7 @@ _PARTS = ("model", "data", "ckpt_path", "output")  # the trainer's loggers expan
 
 
 def refuse_interpolation(config: Any) -> None:
-    """Refuses `${…}`, which YAML does not fill in and which would be looked for as a name.
+    """Raises an error for `${…}`, which YAML does not fill in and which would be looked for as a name.
 
     Args:
         config: Of one verb, as parsed.

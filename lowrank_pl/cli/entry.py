@@ -96,7 +96,7 @@ def debugging() -> bool:
 
 
 def _of_the_user(error: Exception) -> bool:
-    """Whether an error tells of bad input or surroundings and not of a bug."""
+    """Whether an error is about bad input or the surroundings, and not about a bug."""
     if isinstance(error, (LowRankError, OSError)):
         return True
     # If nothing has loaded Lightning, the error is none of its.

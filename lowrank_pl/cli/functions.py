@@ -1,4 +1,4 @@
-"""Verbs that are functions: a checkpoint tells all they need, and there is no trainer, model or data to configure."""
+"""Verbs that are functions: a checkpoint contains all they need, so no trainer, model or data are configured."""
 
 from __future__ import annotations
 

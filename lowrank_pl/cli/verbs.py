@@ -12,7 +12,7 @@ VERBS = {
     "test": "score a model on the test split",
     "predict": "predict the unlabelled split",
     "compress": "score, factorise without a training step, score again",
-    "diagnose": "tell per layer which method suits it and what that gains",
+    "diagnose": "show per layer which method suits it and what that gains",
     "inspect": "show what can be factorised and what a budget would give; no data, no training",
     "export": "write a checkpoint as a Hugging Face folder or an ONNX file",
     "benchmark": "time models and layers on your shapes",

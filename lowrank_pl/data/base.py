@@ -39,7 +39,7 @@ _FORMAT = 2
 
 
 def check_choice(argument: str, value: str, choices: Any) -> None:
-    """Refuses an argument that is none of a `Literal`'s words: in Python nothing else does.
+    """Raises an error for an argument that is none of a `Literal`'s words: in Python nothing else does.
 
     Raises:
         ArgumentRangeError: naming the words.
@@ -108,7 +108,7 @@ class TextDataModule(BatchLoaders):
 
     @abstractmethod
     def read(self) -> RawData:
-        """Reads the raw splits and refuses bad ones."""
+        """Reads the raw splits and raises an error for bad ones."""
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, truncate: bool) -> Rows:
         """Encodes raw rows; see `encode_texts`."""
@@ -195,7 +195,7 @@ class TextDataModule(BatchLoaders):
         return digest(self._ready().content)
 
     def describe(self) -> dict[str, Any]:
-        """What a report tells: the fingerprint, and how many samples each split has."""
+        """For reports: the fingerprint, and how many samples each split has."""
         return {
             "fingerprint": self.fingerprint,
             "samples": {name: dataset.num_rows for name, dataset in self._ready().splits.items()},

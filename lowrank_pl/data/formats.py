@@ -39,7 +39,7 @@ class Columns:
 
 
 def read_columns(path: Path, wanted: dict[str, str], optional: Sequence[str] = ()) -> Columns:
-    """Reads columns of a file whose extension tells its format.
+    """Reads columns of a file whose extension gives its format.
 
     Args:
         path: A `.csv` (quoted), `.tsv` (not quoted), `.jsonl` or `.parquet` file, or a `.txt` file, whose lines are the

@@ -76,7 +76,7 @@ class LabelledText:
 
 
 def with_texts(part: LabelledText, columns: Sequence[str], empty_texts: EmptyTexts) -> LabelledText:
-    """Refuses rows without text, or leaves them out and says how many.
+    """Raises an error for rows without text, or leaves them out and says how many.
 
     A text is empty if it is missing (a null, or the NaN that tables use for it) or white space. What merely looks like
     a null, such as `NA`, is a text. Of a pair both have to be there.
@@ -166,7 +166,7 @@ def scores(part: LabelledText, bounds: tuple[float, float] | None = None) -> lis
 
 
 def check_labelled(split: str, part: LabelledText, column: str) -> None:
-    """Refuses a training or validation split without labels.
+    """Raises an error for a training or validation split without labels.
 
     Raises:
         MissingLabelsError: it has none.
@@ -176,7 +176,7 @@ def check_labelled(split: str, part: LabelledText, column: str) -> None:
 
 
 def check_classes(part: LabelledText, ids: Sequence[int], label_names: Sequence[str]) -> None:
-    """Refuses a training split of one class, which nothing can be learnt from.
+    """Raises an error for a training split of one class, which nothing can be learnt from.
 
     Raises:
         SingleClassError: all ids are equal.

@@ -51,7 +51,7 @@ class TextFiles(TextDataModule):
     Args:
         tokenizer: Folder, hub id, or `pkg://module/sub/folder` of the encoder whose tokenizer is used. The
             command line sets it from `model.init_args.pretrained`.
-        train: File of the training split; its extension tells its format. `validate`, `test` and `predict` can do
+        train: File of the training split; its extension gives its format. `validate`, `test` and `predict` can do
             without.
         validation: File of the validation split; without it a part of the training split is set aside.
         test: File of the test split, labelled or not.
@@ -117,7 +117,7 @@ class TextFiles(TextDataModule):
 
     @property
     def expected_target(self) -> TargetSpec | None:
-        """What the arguments tell, if the labels are to be learnt; else what the model has told."""
+        """From the arguments, if the labels are to be learnt; else from the model."""
         if self.lacks_target:
             return self._adopted
         return self._target(self.label_names or ())

@@ -39,7 +39,7 @@ class Truncation:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, mask: bool = False) -> None:
-    """Refuses a tokenizer that cannot make batches.
+    """Raises an error for a tokenizer that cannot make batches.
 
     Args:
         tokenizer: The tokenizer.
@@ -56,7 +56,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, mask: bool = 
 
 
 def check_length(max_length: int, tokenizer: PreTrainedTokenizerBase, config: Any | None) -> None:
-    """Refuses a `max_length` the model cannot take.
+    """Raises an error for a `max_length` the model cannot take.
 
     Args:
         max_length: Tokens per sample, special tokens included.

@@ -148,7 +148,7 @@ class MissingSplitError(DataError):
 
 
 class UnknownTargetError(DataError):
-    """Texts alone, of which nobody has told what is to be predicted.
+    """Texts alone, for which it is not known what is to be predicted.
 
     Args:
         data: The class of the data.
@@ -162,7 +162,7 @@ class UnknownTargetError(DataError):
 
 
 class UnknownClassesError(DataError):
-    """Labelled data of which nothing tells the classes.
+    """Labelled data whose classes are not known.
 
     Args:
         split: The split that is labelled.
@@ -319,7 +319,7 @@ class MalformedLineError(DataError):
 
 
 class MalformedFileError(DataError):
-    """A file that its reader refuses.
+    """A file that its reader rejects.
 
     Args:
         path: The file.

@@ -137,7 +137,7 @@ class LayoutVersionError(LowRankError):
 
 
 class UnknownFormError(LowRankError):
-    """A checkpoint has a layer in a form that nobody has defined here."""
+    """A checkpoint has a layer in a form that is not defined here."""
 
     def __init__(self, given: str, known: Sequence[str], layer: str | None = None, source: str = "") -> None:
         self.given = given

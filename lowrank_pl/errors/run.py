@@ -38,7 +38,7 @@ class StrategyPlacementError(LowRankError):
 
 
 class UnsupportedParallelismError(LowRankError):
-    """The trainer runs the model in a way that nobody has seen to work with factorised layers."""
+    """The trainer runs the model in a way that is not tested with factorised layers."""
 
     def __init__(self, strategy: str, given: str) -> None:
         super().__init__(
@@ -120,7 +120,7 @@ class MissingArgumentError(LowRankError):
 
 
 class ConstructionError(LowRankError):
-    """A class of the configuration refuses its arguments, or needs what is not installed.
+    """A class of the configuration rejects its arguments, or needs what is not installed.
 
     Args:
         reason: What it said.
@@ -153,7 +153,7 @@ class InterpolationError(LowRankError):
 
 
 class OptimizerArgumentsError(LowRankError):
-    """An optimizer refuses its arguments."""
+    """An optimizer rejects its arguments."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
@@ -226,7 +226,7 @@ class OptimizerStateError(LowRankError):
 
 
 class HiddenOptimizerStateError(LowRankError):
-    """An optimizer keeps its state of a layer where nobody can move it along with the layer's groups."""
+    """An optimizer keeps its state of a layer where it cannot be moved along with the layer's groups."""
 
     def __init__(self, optimizer: str) -> None:
         super().__init__(

@@ -105,7 +105,7 @@ def export(
 
 
 def _check_apart(source: Path, folder: Path) -> None:
-    """Refuses to replace a folder by what is made from its own content: the checkpoint would be gone."""
+    """Raises an error for an output folder that contains the checkpoint: replacing it would delete the checkpoint."""
     if folder.exists() and source.resolve().is_relative_to(folder.resolve()):
         raise OutputExistsError(str(folder), f"It holds the checkpoint {str(source)!r} itself; give another --output.")
 
@@ -150,7 +150,7 @@ def _read_report(place: Path) -> dict[str, Any]:
 
 
 def _check_tokenizer(words: PreTrainedTokenizerBase, saved: SavedModel) -> None:
-    """Refuses a tokenizer with tokens that the model has no embedding for, and warns of one that pads otherwise."""
+    """Raises an error for a tokenizer with more tokens than embeddings, and warns of one that pads otherwise."""
     size = getattr(saved.config, "vocab_size", None)
     if size is not None and len(words) > size:
         problem = f"the tokenizer {words.name_or_path!r} has {len(words)} tokens and the model embeddings for {size}"
@@ -162,7 +162,7 @@ def _check_tokenizer(words: PreTrainedTokenizerBase, saved: SavedModel) -> None:
 
 
 def _check_finite(model: PreTrainedModel, source: str) -> None:
-    """Refuses to write a model that computes nothing: its training has diverged.
+    """Raises an error for writing a model that computes nothing: its training has diverged.
 
     Raises:
         NonFiniteWeightsError: a parameter contains NaN or Inf.

@@ -80,7 +80,7 @@ def from_pretrained(folder: str) -> PreTrainedModel:
 
     Raises:
         NotACheckpointError: there is no readable model, or not one of this package.
-        DamagedWeightsError: the weights are not those that `SHA256SUMS` in the folder tells of.
+        DamagedWeightsError: the weights are not those that `SHA256SUMS` in the folder lists.
         LayoutVersionError: an incompatible release has written it.
         CheckpointMismatchError: config.json and the weights disagree.
     """

@@ -26,9 +26,10 @@ _ASIDE = ".aside"
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuses a folder that must not be replaced or cannot be made, before any work, and repairs what kills have left.
+    """Raises an error for a folder that must not be replaced or cannot be made, and repairs what killed runs have left.
 
-    A folder that a kill has left aside is put back. Unfinished ones are told, not removed: their run may be going on.
+    A folder that a killed run has left aside is put back. Unfinished ones are reported, not removed: their run may be
+    going on.
 
     Args:
         output: The folder that is to be made.

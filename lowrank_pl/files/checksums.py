@@ -1,4 +1,4 @@
-"""`SHA256SUMS` beside exported weights: a flipped bit gives other numbers, and nothing else would tell."""
+"""`SHA256SUMS` beside exported weights: a flipped bit gives other numbers, and nothing else would show it."""
 
 from __future__ import annotations
 

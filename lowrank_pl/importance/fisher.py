@@ -58,7 +58,7 @@ class LayerFisher(LayerImportance):
         return not bool(self.input_sums.any())
 
     def check(self, name: str) -> None:
-        """Refuses an importance that is negative or not finite, with the layer's name and the entry."""
+        """Raises an error for an importance that is negative or not finite, with the layer's name and the entry."""
         told = {"input_sums": " (sums by input)", "output_sums": " (sums by output)", "full": ""}
         for part, tensor in self.tensors().items():
             check_importance(f"the Fisher information{told[part]} of layer {name!r}", tensor, tuple(tensor.shape))
@@ -81,8 +81,8 @@ def empirical_fisher(
 
     A model in which samples of a batch share tensors (DeBERTa projects relative positions once for all) is measured in
     vectorised passes, in each of which every sample goes through the model alone; one that cannot be vectorised,
-    sample by sample, which a warning tells with an estimate of the time. A batch that memory is too short for is
-    halved, and so are those after it; a warning tells that too.
+    sample by sample, and a warning estimates the time. A batch that memory is too short for is
+    halved, and so are those after it, with a warning.
 
     Gradients are in the dtype of the model's weights, without autocast: products in bfloat16 would save time and memory
     at the cost of digits. Squares and sums are float32.

@@ -28,7 +28,7 @@ class LayerImportance(ABC):
 
     @abstractmethod
     def check(self, name: str) -> None:
-        """Refuses what is not finite, or negative where it may not be, with the layer's name.
+        """Raises an error for what is not finite, or negative where it may not be, with the layer's name.
 
         Raises:
             NonFiniteError, ImportanceError: naming layer and entry.

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class PredictionWriter(BasePredictionWriter):
     """Writes `predictions.jsonl` into the run folder of `predict`: one line per sample, in the data's order.
 
-    Each line has the sample's `index`, what the data tell of it (`text`, `text_pair` or `words`, and the `row` of a
+    Each line has the sample's `index`, what the data provide for it (`text`, `text_pair` or `words`, and the `row` of a
     file of new texts), and its `prediction`:
 
     * a label's name, with its `probability`, the `probabilities` of all labels by name, and the `logits` in order;

@@ -122,7 +122,7 @@ def _cost(record: CompressionRecord, parameters: Mapping[str, int]) -> dict[str,
 
 
 def _data(task: EncoderTask) -> dict[str, Any] | None:
-    """Samples by split and a fingerprint; `None` where the data do not tell."""
+    """Samples by split and a fingerprint; `None` where the data do not provide them."""
     trainer = getattr(task, "_trainer", None)  # the property raises where there is none
     datamodule = getattr(trainer, "datamodule", None)
     return datamodule.describe() if isinstance(datamodule, DescribesData) else None

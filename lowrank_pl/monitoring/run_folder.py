@@ -28,7 +28,7 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
 
 
 def check_unused(trainer: pl.Trainer) -> None:
-    """Refuses a version that was asked for and is taken, before anything is written into its folder.
+    """Raises an error for a version that was asked for and is taken, before anything is written into its folder.
 
     Raises:
         RunFolderInUseError: another run's configuration lies there.

@@ -16,7 +16,7 @@ from lowrank_pl.errors.model import FormSpecError, UnknownFormError
 from lowrank_pl.nn.view import dense_shape, dense_weight, empty_dense
 
 Spec = dict[str, int | str]
-"""What tells two layers of one form and shape apart, as primitives: `{"rank": 64}`."""
+"""What distinguishes two layers of one form and shape, as primitives: `{"rank": 64}`."""
 
 Self = TypeVar("Self", bound="LinearForm")
 
@@ -26,7 +26,7 @@ class LinearForm(nn.Module, ABC):
 
     A new form is a subclass in a file of its own, which `lowrank_pl.nn` imports. Its `name` stands in checkpoints, and
     by it the class is found again among the subclasses: there is nothing to register. What a form costs, how it is
-    built and how it is brought to the form that is deployed are told here and nowhere else.
+    built and how it is brought to the form that is deployed are defined here and nowhere else.
 
     Attributes:
         name: What the form is called in checkpoints.
@@ -66,7 +66,7 @@ class LinearForm(nn.Module, ABC):
             raise UnknownFormError(name, sorted(known))
         return known[name]
 
-    # What a form has to tell.
+    # What a form has to define.
 
     @abstractmethod
     def spec(self) -> Spec:

@@ -104,7 +104,7 @@ class CompressionStrategy(pl.Callback, ABC):
         return False
 
     def check(self, encoder: nn.Module) -> None:
-        """Refuses what `compress` could not do to an encoder, before any long work; changes nothing.
+        """Raises an error for what `compress` could not do to an encoder, before any long work; changes nothing.
 
         Raises:
             NothingToCompressError: the method exists only as part of a training run, or does nothing.
@@ -122,7 +122,7 @@ class CompressionStrategy(pl.Callback, ABC):
         raise NothingToCompressError(type(self).__name__)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses a wrong place in the configuration and parallelism that has not been seen to work.
+        """Raises an error for a wrong place in the configuration and parallelism that is not tested.
 
         Raises:
             StrategyPlacementError: it stands under `trainer.callbacks`.
@@ -135,7 +135,7 @@ class CompressionStrategy(pl.Callback, ABC):
         check_parallelism(trainer.strategy, type(self).__name__)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a run without any step, where the method needs one.
+        """Raises an error for a run without any step, where the method needs one.
 
         Raises:
             NoTrainingStepError: nothing would ever be factorised.
@@ -166,7 +166,7 @@ class CompressionStrategy(pl.Callback, ABC):
             raise NoTrainingStepError(type(self).__name__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses an optimizer that lacks trainable parameters.
+        """Raises an error for an optimizer that lacks trainable parameters.
 
         Raises:
             OptimizerCoverageError: some parameters would silently never be trained.

@@ -40,7 +40,7 @@ class Calibration:
 
     Args:
         batch_size: Samples per forward and backward pass; changes speed and memory, not the result. By default what the
-            data train with, or 32 where they do not tell. A batch that does not fit into memory is halved, and so are
+            data train with, or 32 where they do not say. A batch that does not fit into memory is halved, and so are
             those after it.
         max_samples: Use a seeded random choice of so many samples; `null` uses all.
         seed: Seed of that choice.
@@ -59,7 +59,7 @@ class Calibration:
     max_memory: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses numbers below 1."""
+        """Raises an error for numbers below 1."""
         for name in ("batch_size", "max_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

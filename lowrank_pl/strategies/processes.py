@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def check_parallelism(parallelism: Parallelism, asked_by: str) -> None:
-    """Refuses what has not been seen to work, subclasses included: DeepSpeed's is one of DDP's.
+    """Raises an error for what is not tested, subclasses included: DeepSpeed's is one of DDP's.
 
     Args:
         parallelism: The trainer's `strategy`.

@@ -150,7 +150,7 @@ class RankPlan:
         return [name for name, rank in ranks.items() if rank >= self.cost.measure.break_even(self.shapes[name])]
 
     def records(self, ranks: Mapping[str, int]) -> tuple[LayerRecord, ...]:
-        """What a report tells of the layers."""
+        """The layers as a report shows them."""
         dense = set(self.dense_layers(ranks))
         return tuple(
             LayerRecord.of(name, self.shapes[name], None if name in dense else rank) for name, rank in ranks.items()

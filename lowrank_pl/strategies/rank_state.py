@@ -62,7 +62,7 @@ class RankState:
         return cls(**{**fields, "history": [Reallocation(**entry) for entry in fields["history"]]})
 
     def check_continues(self, other: RankState) -> None:
-        """Refuses to go on with another cost, budget or other layers than `other`, the state of the stopped run.
+        """Raises an error for another cost, budget or other layers than those of `other`, the stopped run's state.
 
         Raises:
             ResumeMismatchError: what differs, in words.

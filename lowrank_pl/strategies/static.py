@@ -136,7 +136,7 @@ class StaticStrategy(CompressionStrategy):
         return self.allocation.needs_energies
 
     def check(self, encoder: nn.Module) -> None:
-        """Refuses an impossible plan, and weights that are not finite."""
+        """Raises an error for an impossible plan, and weights that are not finite."""
         self.plan(encoder)
         for name, layer in self.targets.select(encoder).items():
             check_finite("the weight", dense_weight(layer), name)
@@ -193,7 +193,7 @@ class StaticStrategy(CompressionStrategy):
         self.mark_prepared(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses to go on from a checkpoint of another method, or of this one with other options.
+        """Raises an error for resuming from a checkpoint of another method, or of this one with other options.
 
         Raises:
             ResumeMismatchError: telling the first option that differs.
@@ -289,7 +289,7 @@ class StaticStrategy(CompressionStrategy):
         decompositions: dict[str, Decomposition],
         notes: dict[str, str],
     ) -> dict[str, dict[str, Any]]:
-        """Puts factorised layers into the encoder, one at a time; returns what is told of each."""
+        """Puts factorised layers into the encoder, one at a time; returns a record of each."""
         ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
         owners = {name: owner for name, owner in self._owners(trainer, layers).items() if name in ranks}
 
@@ -319,7 +319,7 @@ class StaticStrategy(CompressionStrategy):
 def _write_factors(
     name: str, layer: nn.Module, made: LowRankLinear, found: Factorised
 ) -> tuple[dict[str, Any], str | None]:
-    """Writes factors into an empty layer; what its record tells of them, and a note."""
+    """Writes factors into an empty layer; returns the fields of its record, and a note."""
     made.assign_(found.factors)
     record = {
         "error": relative_error(dense_weight(layer).detach(), found.factors.product()),

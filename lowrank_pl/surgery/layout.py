@@ -25,7 +25,7 @@ class ModelLayout:
     """Form and size of every module that is not what the architecture's own code builds.
 
     Attributes:
-        modules: By fully qualified name the form's `name` and what its `spec()` tells, in one:
+        modules: By fully qualified name the form's `name` and what its `spec()` returns, in one:
             `{"form": "low_rank", "rank": 64}`.
     """
 
@@ -41,7 +41,7 @@ class ModelLayout:
 
         Raises:
             LayoutVersionError: written by an incompatible release.
-            FormSpecError: a layer's entry does not tell its form, or in version 1 not its size.
+            FormSpecError: a layer's entry lacks its form, or in version 1 not its size.
         """
         version, modules = fields.get("version"), fields.get("modules", {})
         if version not in READABLE_VERSIONS:

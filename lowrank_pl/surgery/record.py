@@ -54,7 +54,7 @@ class LayerRecord:
         Args:
             name: Fully qualified name.
             shape: Of the dense weight.
-            spec: What the form's `spec()` tells, or the rank of two factors; `None` where the layer is dense.
+            spec: What the form's `spec()` returns, or the rank of two factors; `None` where the layer is dense.
             form: Of the layer.
             measured: `error`, `weighted_error`, `losses`, `outcome`.
         """
@@ -135,7 +135,7 @@ class CompressionRecord:
         """Inverse of `to_dict`; what releases before a field existed have not written is left at its default."""
         layers = tuple(LayerRecord(**{**layer, "losses": tuple(layer.get("losses", ()))}) for layer in fields["layers"])
         notes = tuple(fields["notes"])
-        # What was written before the field existed tells it in a note.
+        # What was written before the field existed has it in a note.
         at_budget = bool(fields.get("at_budget", not any("has not been reached" in note for note in notes)))
         cost = CostRecord(**fields["cost"]) if fields.get("cost") else None
         return cls(fields["method"], dict(fields["options"]), layers, notes, at_budget, cost)

@@ -165,7 +165,7 @@ class EncoderTask(ScheduledModule, ABC):
         return saved_layout(self._checkpoint_to_load)
 
     def check_run(self, stage: str) -> None:
-        """Refuses data, parallelism and callbacks that do not fit, before any long work."""
+        """Raises an error for data, parallelism and callbacks that do not fit, before any long work."""
         self.strategy.setup(self.trainer, self, stage)
         target = self._target_of_data()
         if stage == "fit":

@@ -1,4 +1,4 @@
-"""What is refused before data are prepared: plans need shapes alone, and many data know their kind without reading."""
+"""What is checked before data are prepared: plans need shapes alone, and many data know their kind without reading."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lowrank_pl.tasks.saved import SavedModel, read_saved_model
 logger = logging.getLogger(__name__)
 
 _FEW, _MANY = 1, 1 << 16
-"""Outputs of a head of which nobody knows yet how many labels it tells apart."""
+"""Outputs of a head whose number of labels is not known yet."""
 
 
 class Task(Protocol):
@@ -49,12 +49,12 @@ class Task(Protocol):
 
 
 def check_before_data(task: Task, trainer: pl.Trainer) -> None:
-    """Refuses data of another kind, a monitor that keeps the worst model, and a plan that the encoder does not allow.
+    """Raises an error for data of another kind, a monitor of the worst model, and an impossible plan.
 
     Raises:
         TargetKindError: the task does not predict what the data ask for.
         MonitorModeError: see `check_monitor_modes`.
-        LowRankError: weights that are not there or predict something else, and whatever the strategy's plan refuses.
+        LowRankError: weights that are not there or predict something else, and whatever the strategy's plan raises.
     """
     datamodule = getattr(trainer, "datamodule", None)
     expected = datamodule.expected_target if isinstance(datamodule, ForetellsTarget) else None

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_callbacks(trainer: pl.Trainer, strategy: CompressionStrategy, target: TargetSpec | None) -> None:
-    """Refuses callbacks that would spoil a run, and warns of those that may not do what one would think.
+    """Raises an error for callbacks that would spoil a run, and warns of those that may not do what one would think.
 
     Raises:
         MonitorModeError: a callback would keep, or wait for, the worst model.
@@ -37,7 +37,7 @@ def check_callbacks(trainer: pl.Trainer, strategy: CompressionStrategy, target: 
 
 
 def check_monitor_modes(trainer: pl.Trainer, target: TargetSpec | None) -> None:
-    """Refuses a callback that would keep, or wait for, the worst model: some scores are better when lower.
+    """Raises an error for a callback that would keep, or wait for, the worst model: some scores are better when lower.
 
     Raises:
         MonitorModeError: naming the callback.

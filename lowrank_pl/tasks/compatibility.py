@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_same_target(saved: SavedModel, target: TargetSpec) -> None:
-    """Refuses a head of another size or kind, and one whose classes stand in another order than the data's."""
+    """Raises an error for a head of another size or kind, or with its classes in another order than the data's."""
     if target.kind == "masked_lm":
         return
     names, told = target.label_names, saved.label_names
@@ -34,7 +34,7 @@ def check_same_target(saved: SavedModel, target: TargetSpec) -> None:
 
 
 def check_same_architecture(saved: SavedModel, pretrained: str) -> None:
-    """Refuses weights that do not belong to the tokenizer of `pretrained`."""
+    """Raises an error for weights that do not belong to the tokenizer of `pretrained`."""
     config = load_config(pretrained)
     own, other = ((c.model_type, c.vocab_size) for c in (saved.config, config))
     if own != other:

@@ -12,7 +12,7 @@ class BuildsInSetup(Protocol):
     """What a module offers for it."""
 
     def check_run(self, stage: str) -> None:
-        """Refuses a run that cannot work."""
+        """Raises an error for a run that cannot work."""
         ...
 
     def configure_model(self) -> None:

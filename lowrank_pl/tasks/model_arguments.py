@@ -1,4 +1,4 @@
-"""What a checkpoint tells of the `model` part of a command line, so that nobody has to say it again."""
+"""The `model` part of a command line as a checkpoint contains it, so that it need not be given again."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def make_optimizer(make: OptimizerFactory, groups: list[dict[str, Any]]) -> Opti
     """The configured optimizer over parameter groups.
 
     Raises:
-        OptimizerArgumentsError: it refuses its arguments, such as a negative learning rate.
+        OptimizerArgumentsError: it rejects its arguments, such as a negative learning rate.
     """
     try:
         return make(groups)
@@ -56,7 +56,7 @@ def try_optimizer(make: OptimizerFactory) -> None:
     """Makes the configured optimizer over two small parameters, to refuse bad arguments before there is a model.
 
     Raises:
-        OptimizerArgumentsError: it refuses its arguments.
+        OptimizerArgumentsError: it rejects its arguments.
     """
     # Zeros: random numbers drawn here would give the run's new head other values.
     make_optimizer(make, decay_groups(zero_linear(2, 2, bias=True)))

@@ -26,7 +26,7 @@ def rebuilt(saved: SavedModel) -> PreTrainedModel:
     """The Hugging Face model of a checkpoint, head and factorised layers included, in eval mode.
 
     Raises:
-        NotACheckpointError: it does not tell what it predicts.
+        NotACheckpointError: it does not contain what it predicts.
         CheckpointMismatchError: weights and layout disagree.
     """
     if saved.target is None:

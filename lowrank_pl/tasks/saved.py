@@ -39,9 +39,9 @@ class SavedModel:
         config: The Hugging Face configuration, head included.
         layout: Which layers are factorised.
         state: Parameters and buffers of the encoder with its head.
-        target: What it predicts, where the file tells.
-        compression: How it was compressed, where it was and the file tells.
-        tokenizer: Where its tokenizer is, as in `resolve_pretrained`, where the file tells.
+        target: What it predicts, where the file contains it.
+        compression: How it was compressed, where it was and the file contains it.
+        tokenizer: Where its tokenizer is, as in `resolve_pretrained`, where the file contains it.
         dense_folder: A Hugging Face folder whose weights are still to be read, by its own loader; `state` is empty.
     """
 
@@ -56,7 +56,7 @@ class SavedModel:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the classes that the head tells apart, in its order; empty for a single output."""
+        """Names of the classes that the head distinguishes, in its order; empty for a single output."""
         if self.target is not None:
             return self.target.label_names
         labels = {int(index): name for index, name in (self.config.id2label or {}).items()}
@@ -166,7 +166,7 @@ def read_saved_model(path: str, argument: str = "init_from") -> SavedModel:
 
     Raises:
         NotACheckpointError: nothing readable there.
-        DamagedWeightsError: the weights of a folder are not those that its `SHA256SUMS` tells of.
+        DamagedWeightsError: the weights of a folder are not those that its `SHA256SUMS` lists.
         LayoutVersionError: written by an incompatible release.
     """
     location = Path(path).expanduser()
@@ -197,7 +197,7 @@ def saved_at_budget(path: str) -> bool | None:
 
 
 def check_resumable(path: str) -> None:
-    """Refuses what cannot be given as `--ckpt_path` to `fit`, before anything else is loaded.
+    """Raises an error for what cannot be given as `--ckpt_path` to `fit`, before anything else is loaded.
 
     Raises:
         NotACheckpointError: it is no checkpoint of this package, or holds weights alone.
@@ -208,7 +208,7 @@ def check_resumable(path: str) -> None:
 
 
 def check_loadable(path: str) -> None:
-    """Refuses what cannot be given as `--ckpt_path` to the other verbs; see `check_resumable`."""
+    """Raises an error for what cannot be given as `--ckpt_path` to the other verbs; see `check_resumable`."""
     _load(path, Path(path).expanduser(), "--ckpt_path")
 
 

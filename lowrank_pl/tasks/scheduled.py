@@ -38,7 +38,7 @@ class ScheduledModule(pl.LightningModule):
         self._configured: list[dict[str, Any]] = []
 
     def check_optimizer(self) -> None:
-        """Raises `OptimizerArgumentsError` where the optimizer refuses its arguments; needs no encoder."""
+        """Raises `OptimizerArgumentsError` where the optimizer rejects its arguments; needs no encoder."""
         optimization.try_optimizer(self._make_optimizer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -88,7 +88,7 @@ class ScheduledModule(pl.LightningModule):
         self._found_lr = False
 
     def on_train_start(self) -> None:
-        """Follows tuners, and tells which settings a resumed run's optimizer state has replaced."""
+        """Follows tuners, and warns which settings a resumed run's optimizer state has replaced."""
         self._follow_tuners()
         if self.trainer.ckpt_path is not None:
             for optimizer in self.trainer.optimizers:

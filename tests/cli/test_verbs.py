@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from lowrank_pl.cli import main
 from lowrank_pl.cli.commands import LowRankCLI
 from lowrank_pl.cli.functions import FUNCTIONS
 from lowrank_pl.cli.verbs import VERBS, overview, unknown_verb
@@ -16,3 +19,15 @@ def test_a_mistyped_verb() -> None:
     assert "Did you mean 'fit'?" in unknown_verb("fti")
     assert "Did you mean 'benchmark'?" in unknown_verb("benchmrk")
     assert "Did you mean" not in unknown_verb("qqqq")
+
+
+@pytest.mark.parametrize(("words", "verbs"), [(["fit", "--help"], 1), (["-c", "nowhere.yaml"], 7)])
+def test_only_the_verb_that_was_typed_gets_its_options(
+    words: list[str], verbs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    add = LowRankCLI._add_arguments
+    monkeypatch.setattr(LowRankCLI, "_add_arguments", lambda cli, parser: (calls.append(1), add(cli, parser)))
+    with pytest.raises(SystemExit):
+        main(words)
+    assert len(calls) == verbs

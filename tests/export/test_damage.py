@@ -257,7 +257,8 @@ def test_other_files_are_ignored_where_the_package_is_not_installed(
     before = by_from_pretrained(where)
     mark = with_traps(where)
     poisoned(where, "shards")
-    assert torch.equal(load_remotely(where, "AutoModelForSequenceClassification", tmp_path), before)
+    (found,) = load_remotely("AutoModelForSequenceClassification", tmp_path, where)
+    assert torch.equal(found, before)
     assert not mark.exists()
 
 

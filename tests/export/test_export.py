@@ -68,24 +68,26 @@ def checkpoint(pretrained: str, path: Path, kind: str = "classification") -> Any
 REMOTE = """
 import sys
 sys.modules["lowrank_pl"] = None  # as where it is not installed
-import json, torch, transformers
-folder, auto = sys.argv[1:3]
-model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
-inputs = torch.load(folder + "-inputs.pt", weights_only=True)
-with torch.no_grad():
-    torch.save(model(**inputs).logits, folder + "-logits.pt")
-model.save_pretrained(folder + "-again")
+import torch, transformers
+auto, *folders = sys.argv[1:]
+for folder in folders:
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+    inputs = torch.load(folder + "-inputs.pt", weights_only=True)
+    with torch.no_grad():
+        torch.save(model(**inputs).logits, folder + "-logits.pt")
+    model.save_pretrained(folder + "-again")
 """
 
 
-def load_remotely(where: Path, auto_class: str, tmp_path: Path) -> Tensor:
-    torch.save(INPUTS, f"{where}-inputs.pt")
-    command = [sys.executable, "-c", REMOTE, str(where), auto_class]
+def load_remotely(auto_class: str, tmp_path: Path, *folders: Path) -> list[Tensor]:
+    """The logits of exported folders where this package is not installed; they are saved again beside themselves."""
+    for where in folders:
+        torch.save(INPUTS, f"{where}-inputs.pt")
+    command = [sys.executable, "-c", REMOTE, auto_class, *map(str, folders)]
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    found: Tensor = torch.load(f"{where}-logits.pt", weights_only=True)
-    return found
+    return [torch.load(f"{where}-logits.pt", weights_only=True) for where in folders]
 
 
 def same_content(first: Path, second: Path) -> None:
@@ -112,13 +114,16 @@ def test_every_family_loads_identically_here(family: str, tmp_path: Path) -> Non
     assert (tmp_path / "again" / "SHA256SUMS").read_text() == (where / "SHA256SUMS").read_text()
 
 
-@pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2", "modernbert"])
-def test_loads_identically_where_the_package_is_not_installed(family: str, tmp_path: Path) -> None:
-    pretrained = str(save_tiny_model(family, tmp_path / "pretrained"))
-    task = checkpoint(pretrained, tmp_path / "model.ckpt")
-    where = export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"))
-    assert torch.equal(load_remotely(where, "AutoModelForSequenceClassification", tmp_path), logits(task.encoder))
-    same_content(where, Path(f"{where}-again"))
+def test_loads_identically_where_the_package_is_not_installed(tmp_path: Path) -> None:
+    expected, folders = [], []
+    for family in ("bert", "albert", "deberta-v2", "modernbert"):
+        pretrained = str(save_tiny_model(family, tmp_path / family / "pretrained"))
+        expected.append(logits(checkpoint(pretrained, tmp_path / family / "model.ckpt").encoder))
+        folders.append(export(str(tmp_path / family / "model.ckpt"), str(tmp_path / family / "out")))
+    found = load_remotely("AutoModelForSequenceClassification", tmp_path, *folders)
+    for where, given, wanted in zip(folders, found, expected, strict=True):
+        assert torch.equal(given, wanted), where
+        same_content(where, Path(f"{where}-again"))
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -49,6 +49,12 @@ TYPED = {"bert", "roberta", "albert", "electra", "mobilebert"}  # more than one 
 LONGEST = {name: {"roberta": 127, "mpnet": 126}.get(name, 128) for name in FAMILIES}
 
 
+@pytest.fixture(scope="module")
+def flat_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One layer: writing a file takes seconds for each, and further ones are the same."""
+    return str(save_tiny_model("bert", tmp_path_factory.mktemp("flat") / "bert", layers=1))
+
+
 @torch.no_grad()
 def torch_logits(encoder: Any, inputs: dict[str, Tensor]) -> Tensor:
     logits: Tensor = encoder.eval()(**inputs).logits
@@ -86,7 +92,7 @@ def axes(value: Any) -> list[int | str]:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_computes_the_same_at_every_shape(family: str, tmp_path: Path) -> None:
-    pretrained = str(save_tiny_model(family, tmp_path / "pretrained"))
+    pretrained = str(save_tiny_model(family, tmp_path / "pretrained", layers=1))  # as flat_bert
     task = checkpoint(pretrained, tmp_path / "model.ckpt", CASES[family])
     where = export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), format="onnx")
 
@@ -111,11 +117,11 @@ def test_every_family_computes_the_same_at_every_shape(family: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("factorised", [True, False])
-def test_matrices_are_stored_as_the_checkpoint_has_them(tiny_bert: str, tmp_path: Path, factorised: bool) -> None:
+def test_matrices_are_stored_as_the_checkpoint_has_them(flat_bert: str, tmp_path: Path, factorised: bool) -> None:
     if factorised:
-        encoder = checkpoint(tiny_bert, tmp_path / "model.ckpt").encoder
+        encoder = checkpoint(flat_bert, tmp_path / "model.ckpt").encoder
     else:
-        task = SequenceClassification(tiny_bert)
+        task = SequenceClassification(flat_bert)
         task.build(CLASSES)
         encoder = task.encoder
         told = describe(encoder.config, read_layout(encoder), CLASSES, None)
@@ -202,7 +208,7 @@ def refused(pretrained: str, tmp_path: Path, error: type[Exception], match: str)
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_other_logits_are_refused(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_logits_are_refused(flat_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = onnx_file._program
 
     def shifted(model: Any) -> Any:
@@ -211,18 +217,18 @@ def test_other_logits_are_refused(tiny_bert: str, tmp_path: Path, monkeypatch: p
         return write(other)
 
     monkeypatch.setattr(onnx_file, "_program", shifted)
-    refused(tiny_bert, tmp_path, OnnxMismatchError, r"batch 1 and length 1 differ by 0\.0002, allowed is 0\.0001;")
+    refused(flat_bert, tmp_path, OnnxMismatchError, r"batch 1 and length 1 differ by 0\.0002, allowed is 0\.0001;")
 
 
-def test_a_file_for_a_single_shape_is_refused(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_for_a_single_shape_is_refused(flat_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = torch.onnx.export
     monkeypatch.setattr(
         torch.onnx, "export", lambda *args, **kwargs: write(*args, **{**kwargs, "dynamic_shapes": None})
     )
-    refused(tiny_bert, tmp_path, OnnxMismatchError, "onnxruntime fails at batch 1 and length 1")
+    refused(flat_bert, tmp_path, OnnxMismatchError, "onnxruntime fails at batch 1 and length 1")
 
 
-def test_a_branch_by_value_is_refused(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_branch_by_value_is_refused(flat_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = LowRankLinear.forward
     monkeypatch.setattr(LowRankLinear, "forward", lambda self, x: forward(self, x) if x.sum() > 0 else x)
-    refused(tiny_bert, tmp_path, OnnxExportError, "BertForSequenceClassification cannot be written as ONNX")
+    refused(flat_bert, tmp_path, OnnxExportError, "BertForSequenceClassification cannot be written as ONNX")

@@ -431,7 +431,7 @@ def test_hand_case() -> None:
     torch.testing.assert_close(full(fisher, "w"), torch.tensor([[12.5, 4.5]]))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("kind", FisherKind)
 @pytest.mark.parametrize("family", ["bert", "albert", "deberta-v2"])
 @pytest.mark.parametrize("lengths", [(9, 4, 7), (90, 100, 8)])  # short: Gram products; long: direct ones

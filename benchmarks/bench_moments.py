@@ -5,7 +5,7 @@ the second moments of all encoder linears, which need no gradient for any parame
 and the median is reported; then every matrix is decomposed and ranks are allocated once. Run it with nothing else
 running.
 
-    python scripts/bench_moments.py --json moments.json
+    python benchmarks/bench_moments.py --json moments.json
 """
 
 from __future__ import annotations

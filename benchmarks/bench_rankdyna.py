@@ -1,6 +1,6 @@
 r"""Wall time and memory of a whole RankDyna run against dense fine-tuning and against the two-round pipeline.
 
-    python scripts/bench_rankdyna.py --path PATH/TO/MRPC --json rankdyna.json
+    python benchmarks/bench_rankdyna.py --path PATH/TO/MRPC --json rankdyna.json
 
 All runs take the same number of optimizer steps per round on the same data, with the callbacks that the command line
 gives every run, each in a process of its own, in turn. Two rounds are: tune dense, factorise by FWSVD, tune again. Run

@@ -1,6 +1,6 @@
 """How long an exported model takes to load in a fresh process, against the dense model by transformers.
 
-    python scripts/bench_load.py --factored EXPORTED --dense EXPORTED_DENSE --json load.json
+    python benchmarks/bench_load.py --factorised EXPORTED --dense EXPORTED_DENSE --json load.json
 
 Every load is a process of its own, in turn; imports are done before the clock runs, so that what is compared is reading
 and building. `remote` is AutoModel with the code of the folder. Run it with nothing else running.
@@ -37,12 +37,12 @@ print(seconds)
 def main() -> None:
     """Loads in turn and prints medians of ratios within a round."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--factored", required=True, help="an exported folder of a sequence classifier")
+    parser.add_argument("--factorised", required=True, help="an exported folder of a sequence classifier")
     parser.add_argument("--dense", required=True, help="the same model exported with --format dense")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    ways = {"dense": arguments.dense, "own": arguments.factored, "remote": arguments.factored}
+    ways = {"dense": arguments.dense, "own": arguments.factorised, "remote": arguments.factorised}
     rounds: list[dict[str, float]] = []
     for _ in range(arguments.rounds):
         found = {}

