@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from lowrank_pl import __version__
 from lowrank_pl.benchmark.engines import Engine, check_engines, check_runs, prepare
 from lowrank_pl.benchmark.layers import Workload, linear_shapes, measure_layer, number_of_measurements
-from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory, weight_bytes
+from lowrank_pl.benchmark.models import count_flops, inputs_for, peak_memory, weight_bytes
 from lowrank_pl.benchmark.request import check_request, labels
 from lowrank_pl.benchmark.results import Measurement, Results
 from lowrank_pl.benchmark.saved import check_continues, read_stopped, save_all, save_numbers
 from lowrank_pl.benchmark.timing import timed_in_turn
+from lowrank_pl.checkpoint import load_model
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import OutputNotWritableError
@@ -176,7 +177,7 @@ def _models(
 
 
 def _load(path: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = load_model(path)
+    model = load_model(path, "--models")
     # Called as the parent's: transformers' own is wrapped in a way that types do not survive.
     torch.nn.Module.to(model, device=device, dtype=dtype)
     return model

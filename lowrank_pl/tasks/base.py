@@ -17,13 +17,23 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import PreTrainedModel
 
+from lowrank_pl.checkpoint import (
+    SavedModel,
+    build,
+    check_state,
+    describe,
+    from_checkpoint,
+    name_in_transformers,
+    read_saved_model,
+    saved_layout,
+)
 from lowrank_pl.contract import AdoptsTarget, HasTarget, TargetKind, TargetSpec
 from lowrank_pl.errors.run import (
     MissingArgumentError,
     ResumeMismatchError,
     StrategyPlacementError,
 )
-from lowrank_pl.hub import lasting_name, load_exactly, load_pretrained
+from lowrank_pl.hub import lasting_name, load_pretrained
 from lowrank_pl.strategies import CompressionStrategy, NoCompression
 from lowrank_pl.strategies.averaging import averaged_models, copy_buffers_instead_of_averaging_
 from lowrank_pl.strategies.processes import check_parallelism
@@ -34,7 +44,6 @@ from lowrank_pl.tasks.callbacks import check_callbacks
 from lowrank_pl.tasks.compatibility import check_same_architecture, check_same_target
 from lowrank_pl.tasks.encoder_first import EncoderFirst
 from lowrank_pl.tasks.metrics import build_metrics, score
-from lowrank_pl.tasks.saved import SavedModel, check_state, describe, from_checkpoint, read_saved_model, saved_layout
 from lowrank_pl.tasks.scheduled import ScheduledModule
 
 logger = logging.getLogger(__name__)
@@ -220,13 +229,7 @@ class EncoderTask(ScheduledModule, ABC):
         target = target or saved.target
         if target is not None:
             check_same_target(saved, target)
-        if saved.dense_folder is not None:
-            self.encoder = load_exactly(self.auto_class, saved.dense_folder, saved.config)
-        else:
-            # Not the configuration's dtype: the trainer's precision decides.
-            encoder = self.auto_class.from_config(saved.config, dtype=torch.get_default_dtype())
-            saved.load_into_(encoder)
-            self.encoder = encoder.train()
+        self.encoder = build(saved, self.auto_class).train()  # Lightning trains a module in the mode it finds it in
         self.target = target
         self.compression = saved.compression
         self.freshly_initialised_head = False
@@ -396,7 +399,8 @@ class EncoderTask(ScheduledModule, ABC):
         if record is not None and self._is_fitting():
             record = replace(record, at_budget=record.at_budget and self.strategy.at_budget)
         layout = read_layout(self.encoder)
-        checkpoint.update(describe(self.encoder.config, layout, self.target, record, self._tokenizer()))
+        made_by = name_in_transformers(self.auto_class)
+        checkpoint.update(describe(self.encoder.config, layout, self.target, record, self._tokenizer(), made_by))
         if self._is_fitting():
             checkpoint[random_state.RANDOM_KEY] = random_state.capture()
 

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.allocation.uniform import check_share
+from lowrank_pl.checkpoint import CHECKPOINT_NAME
 from lowrank_pl.errors.run import (
     CalibrationError,
     MissingArgumentError,
@@ -29,7 +30,6 @@ from lowrank_pl.strategies.processes import Agreement
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.before_data import check_plan
-from lowrank_pl.tasks.saved import CHECKPOINT_NAME
 from lowrank_pl.trainer.compressor import Compressor
 from lowrank_pl.trainer.diagnoser import Diagnoser
 from lowrank_pl.trainer.inspection import inspect_model
