@@ -25,7 +25,8 @@ def stored(kind: TargetKind = "classification", auto_class: str | None = None, m
 
 
 def test_a_model_is_made_by_the_class_that_its_file_tells_whatever_it_predicts() -> None:
-    model = BertForMultipleChoice(tiny_model("bert").config)
+    config: Any = tiny_model("bert").config
+    model = BertForMultipleChoice(config)
     built = build(from_checkpoint(stored(auto_class="AutoModelForMultipleChoice", model=model), "x.ckpt"))
     assert type(built) is BertForMultipleChoice
     assert not built.training
@@ -56,7 +57,7 @@ def test_a_file_that_tells_no_class_is_refused_unless_one_is_given() -> None:
 
 
 def test_only_names_that_transformers_knows_are_written() -> None:
-    class AutoModelForMine(AutoModelForMaskedLM):  # type: ignore[misc]
+    class AutoModelForMine(AutoModelForMaskedLM):
         """Of somebody else."""
 
     assert name_in_transformers(AutoModelForMultipleChoice) == "AutoModelForMultipleChoice"
