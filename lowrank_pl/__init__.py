@@ -1,21 +1,21 @@
 """Low-rank compression of transformers as PyTorch Lightning strategies.
 
 Importing this package is light: `lowrank_pl.core` needs torch alone, and Lightning and transformers load
-with the packages that use them (`lowrank_pl.strategies`, `lowrank_pl.tasks`, `lowrank_pl.data`), or with the first
-use of `lowrank_pl.from_pretrained`.
+with the packages that use them (`lowrank_pl.strategies`, `lowrank_pl.tasks`, `lowrank_pl.data`). The first use of
+`lowrank_pl.from_pretrained` loads transformers, and never Lightning.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowrank_pl.export import from_pretrained as from_pretrained
+    from lowrank_pl.checkpoint import from_pretrained as from_pretrained
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name == "from_pretrained":
-        from lowrank_pl.export import from_pretrained
+        from lowrank_pl.checkpoint import from_pretrained
 
         return from_pretrained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lowrank_pl.benchmark.engines import check_engines, prepare
-from lowrank_pl.benchmark.models import inputs_for, load_model, peak_memory, weight_bytes
+from lowrank_pl.benchmark.models import inputs_for, peak_memory, weight_bytes
+from lowrank_pl.checkpoint.loading import load_model
 from lowrank_pl.importance import SecondMoments
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import (
@@ -142,7 +143,7 @@ def test_one_process_of_ddp(tiny_bert: str, tmp_path: Path) -> None:
 def test_a_compiled_model_computes_the_same(tiny_bert: str, tmp_path: Path) -> None:
     checkpoint(tiny_bert, tmp_path / "small.ckpt")
     check_engines(["compile"], DEVICE, "float32")
-    model: Any = load_model(str(tmp_path / "small.ckpt")).to(DEVICE)  # type: ignore[arg-type]
+    model: Any = load_model(str(tmp_path / "small.ckpt")).to(DEVICE)
     ready = prepare(model, "compile", 1, tmp_path)
     for batch, length in ((2, 4), (3, 9)):
         inputs = {name: value.to(DEVICE) for name, value in inputs_for(model, batch, length).items()}

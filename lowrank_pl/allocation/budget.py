@@ -66,7 +66,7 @@ class Budget:
         cost = cost or Cost()
         measure = cost.measure
         lowest = dict.fromkeys(shapes, 1) if lowest is None else lowest
-        dense = sum(measure.dense(shape) for shape in shapes.values())
+        dense = measure.total_dense(shapes)
         name, value = next((name, value) for name, value in vars(self).items() if value is not None)
         if name != "keep_ratio" and not isinstance(measure, Parameters):
             raise BudgetUnitError(name, measure.unit)

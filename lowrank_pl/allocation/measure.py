@@ -6,6 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +43,14 @@ class Measure(ABC):
         Raises:
             RankError: unless `1 <= rank <= min(m, n)`.
         """
+
+    def of(self, shape: LinearShape, rank: int | None) -> int:
+        """Of a layer as it is: at a rank, or dense for `None`."""
+        return self.dense(shape) if rank is None else self.factored(shape, rank)
+
+    def total_dense(self, shapes: Mapping[str, LinearShape]) -> int:
+        """Of all layers when dense: what a `keep_ratio` is a share of."""
+        return sum(self.dense(shape) for shape in shapes.values())
 
     def break_even(self, shape: LinearShape) -> int:
         """The smallest rank at which the factors cost no less than the dense weight; full rank + 1 if none does."""

@@ -44,14 +44,12 @@ class Allocation:
     ranks: dict[str, int | None]
 
     def parameters(self, name: str) -> int:
-        """What a layer's weight costs under this allocation."""
-        rank = self.ranks[name]
-        return self.shapes[name].dense_params if rank is None else self.shapes[name].factored_params(rank)
+        """Parameters of a layer's weight under this allocation."""
+        return self.cost(name, Parameters())
 
     def cost(self, name: str, measure: Measure) -> int:
         """What a layer costs under this allocation, in the unit of a measure."""
-        rank, shape = self.ranks[name], self.shapes[name]
-        return measure.dense(shape) if rank is None else measure.factored(shape, rank)
+        return measure.of(self.shapes[name], self.ranks[name])
 
     def total_cost(self, measure: Measure) -> int:
         """What all layers cost under this allocation, in the unit of a measure."""
@@ -60,12 +58,12 @@ class Allocation:
     @property
     def kept(self) -> int:
         """Parameters of all layers under this allocation."""
-        return sum(self.parameters(name) for name in self.shapes)
+        return self.total_cost(Parameters())
 
     @property
     def dense(self) -> int:
         """Parameters of all layers when dense."""
-        return sum(shape.dense_params for shape in self.shapes.values())
+        return Parameters().total_dense(self.shapes)
 
 
 def floor_cost(shapes: Mapping[str, LinearShape], cost: Measure) -> int:
@@ -185,7 +183,7 @@ def _match_overrides(names: list[str], overrides: Sequence[LayerOverride]) -> di
 def _fit_budget(allocation: Allocation, keep_ratio: float, multiple_of: int, names: list[str], cost: Measure) -> None:
     """Takes from the highest ranks what the minimum of one rank elsewhere has overdrawn."""
     shapes = {name: allocation.shapes[name] for name in names}
-    dense = sum(cost.dense(shape) for shape in shapes.values())
+    dense = cost.total_dense(shapes)
     budget = keep_ratio * dense + 1e-6
     if (floor := floor_cost(shapes, cost)) > budget:
         raise BudgetError(keep_ratio, floor, dense, unit=cost.unit)

@@ -21,14 +21,16 @@ from transformers import PreTrainedModel
 from lowrank_pl import __version__
 from lowrank_pl.benchmark.engines import Engine, check_engines, check_runs, prepare
 from lowrank_pl.benchmark.layers import Workload, linear_shapes, measure_layer, number_of_measurements
-from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory, weight_bytes
+from lowrank_pl.benchmark.models import count_flops, inputs_for, peak_memory, weight_bytes
 from lowrank_pl.benchmark.request import check_request, labels
 from lowrank_pl.benchmark.results import Measurement, Results
-from lowrank_pl.benchmark.saved import check_continues, read_stopped, save_all, save_numbers
+from lowrank_pl.benchmark.saved import check_continues, output_folder, read_stopped, save_all, save_numbers
 from lowrank_pl.benchmark.timing import timed_in_turn
+from lowrank_pl.checkpoint import load_model
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import OutputNotWritableError
+from lowrank_pl.files import OutputFolder
 from lowrank_pl.surgery import TargetSelector
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,11 +81,11 @@ def benchmark(
         MissingPackagesError, EngineError: see `engines`.
         BenchmarkResumeError: there is nothing to resume, or it was measured in other circumstances.
     """
-    folder = Path(output).expanduser()
+    folder = output_folder(output)
     threads = torch.get_num_threads() if threads is None else threads
     whole = {"batch_sizes": batch_sizes, "lengths": lengths, "rounds": [rounds], "threads": [threads]}
     check_request(folder, models, engines, device, whole, resume)
-    before = read_stopped(folder) if resume else None
+    before = read_stopped(folder.path) if resume else None
     if not seconds > 0:
         raise RangeError("seconds", seconds, "a positive number")
     check_engines(engines, device, dtype)
@@ -100,16 +102,16 @@ def benchmark(
     size = {name: weight_bytes(model) for name, model in loaded.items()}
     results = Results([], parameters, [], _circumstances(work, labels(models)), size, complete=False)
     if before is not None:
-        check_continues(folder, before, results)
+        check_continues(folder.path, before, results)
         kept = [layer for layer in before.layers if layer.tokens == work.tokens]
         results = replace(results, measurements=before.measurements, layers=kept)
     results = _measure(folder, results, loaded, list(engines), sizes, shapes, work)
     print(results.to_markdown())
-    return folder
+    return folder.path
 
 
 def _measure(
-    folder: Path,
+    output: OutputFolder,
     results: Results,
     loaded: dict[str, PreTrainedModel],
     engines: Sequence[Engine],
@@ -123,7 +125,7 @@ def _measure(
     cells = {engine: [size for size in sizes if (engine, *size) not in done] for engine in engines}
     shapes = [shape for shape in shapes if shape not in {layer.shape for layer in times}]
     total = sum(map(len, cells.values())) * len(loaded) * work.rounds + number_of_measurements(shapes, work.rounds)
-    _make(folder)
+    folder = output.begun()  # what cannot be written should not be measured for minutes
     results = replace(results, measurements=measured, layers=times)  # which grow
     try:
         with tqdm(total=total, desc="Benchmark", file=sys.stdout) as bar:
@@ -176,7 +178,7 @@ def _models(
 
 
 def _load(path: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = load_model(path)
+    model = load_model(path, "--models")
     # Called as the parent's: transformers' own is wrapped in a way that types do not survive.
     torch.nn.Module.to(model, device=device, dtype=dtype)
     return model
@@ -203,11 +205,3 @@ def _cpu() -> str:
     lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
-
-
-def _make(folder: Path) -> None:
-    """Before anything is timed: what cannot be written should not be measured for minutes."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputNotWritableError(str(folder), str(error)) from error

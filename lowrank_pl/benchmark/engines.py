@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_pl.checkpoint import ONNX_NAME
 from lowrank_pl.errors.run import EngineError, MissingArgumentError
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.hub import first_line
-from lowrank_pl.tasks.saved import ONNX_NAME
 
 Engine = Literal["eager", "compile", "onnxruntime"]
 Run = Callable[[], object]

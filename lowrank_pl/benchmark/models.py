@@ -1,46 +1,17 @@
-"""Whole models from any place, inputs for them, and what one forward pass costs."""
+"""Inputs for whole models, and what one forward pass costs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.export import from_pretrained
-from lowrank_pl.hub import load_config, load_pretrained, longest_input, resolve_pretrained
-from lowrank_pl.tasks.rebuilt import rebuilt
-from lowrank_pl.tasks.saved import CHECKPOINT_NAME, LAYOUT_KEY, read_saved_model
-
-
-def load_model(path: str) -> PreTrainedModel:
-    """A model in eval mode.
-
-    Args:
-        path: A checkpoint, the output folder of `compress`, an exported folder, or a dense model as `pretrained` names
-            it: a folder, a hub id or `pkg://…`.
-
-    Raises:
-        NotACheckpointError, CheckpointMismatchError, ModelFolderError, HubUnreachableError, PackageModelError: there is
-            no usable model.
-    """
-    location = Path(path).expanduser()
-    if location.is_file() or (location / CHECKPOINT_NAME).is_file():
-        return rebuilt(read_saved_model(path, "--models"))
-    config = load_config(path)
-    if hasattr(config, LAYOUT_KEY):
-        return from_pretrained(resolve_pretrained(path))
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], AutoModel) if names else AutoModel
-    model, _ = load_pretrained(kind, path)
-    model.eval()
-    return model
+from lowrank_pl.hub import longest_input
 
 
 def inputs_for(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:

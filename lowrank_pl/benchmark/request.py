@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
+from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.files import OutputFolder
 
 
 def check_request(
-    folder: Path,
+    folder: OutputFolder,
     models: Sequence[str],
     engines: Sequence[str],
     device: str,
@@ -31,14 +32,12 @@ def check_request(
         resume: Whether the folder is that of a stopped run.
 
     Raises:
-        OutputExistsError: the folder has content.
+        OutputExistsError, OutputNotWritableError: the folder has content, or cannot be made.
         RangeError: a number below 1, or one given twice.
         MissingArgumentError: nothing to measure, or a device that is not there.
     """
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        stopped = (folder / "benchmark.json").is_file()
-        hint = "Give another --output, or go on with what a stopped run has left there by --resume true."
-        raise OutputExistsError(str(folder), hint) if stopped else OutputExistsError(str(folder))
+    if not resume:
+        folder.check()
     for name, words in (("models", [str(Path(model).expanduser()) for model in models]), ("engines", list(engines))):
         if not words:
             raise MissingArgumentError(f"an entry of {name}", f"Name at least one with --{name}.")

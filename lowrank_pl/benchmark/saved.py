@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lowrank_pl.benchmark.figure import benchmark_figure
 from lowrank_pl.benchmark.layers import Workload, latency_table
 from lowrank_pl.benchmark.results import Results
-from lowrank_pl.errors.run import BenchmarkResumeError, OutputNotWritableError
+from lowrank_pl.errors.run import BenchmarkResumeError
+from lowrank_pl.files import OutputFolder, replace_text
+from lowrank_pl.files.atomic import errors_told
 
 NAME = "benchmark.json"
 _FREE = {"command"}  # circumstances that times do not depend on
+
+
+def output_folder(path: str) -> OutputFolder:
+    """Where a benchmark writes; what a stopped one has left there is not lost on the user."""
+    folder = OutputFolder(path)
+    stopped = (folder.path / NAME).is_file()
+    hint = "Give another --output, or go on with what a stopped run has left there by --resume true."
+    return OutputFolder(path, remedy=hint) if stopped else folder
 
 
 def save_numbers(folder: Path, results: Results) -> None:
@@ -22,10 +31,8 @@ def save_numbers(folder: Path, results: Results) -> None:
     Raises:
         OutputNotWritableError: the disk is full, for instance.
     """
-    try:
-        _replace(folder / NAME, json.dumps(results.to_dict(), indent=1) + "\n")
-    except OSError as error:
-        raise OutputNotWritableError(str(folder), str(error)) from error
+    with errors_told(folder):
+        replace_text(folder / NAME, json.dumps(results.to_dict(), indent=1) + "\n")
 
 
 def save_all(folder: Path, results: Results, work: Workload) -> None:
@@ -35,20 +42,12 @@ def save_all(folder: Path, results: Results, work: Workload) -> None:
         OutputNotWritableError: the disk is full, for instance.
     """
     save_numbers(folder, results)
-    try:
-        _replace(folder / "benchmark.md", results.to_markdown())
+    with errors_told(folder):
+        replace_text(folder / "benchmark.md", results.to_markdown())
         if results.measurements or results.layers:
             benchmark_figure(results).savefig(folder / "benchmark.png", dpi=130)
         if results.layers and results.complete:
-            _replace(folder / "latency.json", json.dumps(latency_table(results.layers, work), indent=1) + "\n")
-    except OSError as error:
-        raise OutputNotWritableError(str(folder), str(error)) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+            replace_text(folder / "latency.json", json.dumps(latency_table(results.layers, work), indent=1) + "\n")
 
 
 def read_stopped(folder: Path) -> Results:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import lowrank_pl.data
 import lowrank_pl.strategies
 import lowrank_pl.tasks  # noqa: F401, importing the packages makes short class names work
+from lowrank_pl.checkpoint import check_loadable, check_resumable
 from lowrank_pl.cli.configuration import refuse_interpolation, without_needless_monitors
 from lowrank_pl.cli.functions import FUNCTIONS, run_function
 from lowrank_pl.cli.outcome import outcome
@@ -32,7 +33,6 @@ from lowrank_pl.monitoring import (
 from lowrank_pl.strategies.processes import check_parallelism
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.model_arguments import model_arguments
-from lowrank_pl.tasks.saved import check_loadable, check_resumable
 from lowrank_pl.trainer import LowRankTrainer
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,10 @@ class OutputNotWritableError(LowRankError):
 class OutputExistsError(LowRankError):
     """An output folder already holds something."""
 
-    def __init__(self, path: str, remedy: str = "Give another --output, or move the folder away.") -> None:
+    def __init__(self, path: str, remedy: str | None = None) -> None:
         super().__init__(
-            f"the output folder {path!r} exists and is not empty; nothing is ever overwritten unasked. {remedy}"
+            f"the output folder {path!r} exists and is not empty; nothing is ever overwritten unasked. "
+            f"{remedy or 'Give another --output, or move the folder away.'}"
         )
 
 

@@ -1,6 +1,6 @@
 """What a user takes away: Hugging Face folders that load anywhere."""
 
+from lowrank_pl.checkpoint import from_pretrained
 from lowrank_pl.export.folder import export
-from lowrank_pl.export.loading import from_pretrained
 
 __all__ = ["export", "from_pretrained"]

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lowrank_pl import __version__
+from lowrank_pl.checkpoint import SavedModel
 from lowrank_pl.files.checksums import CHECKSUMS
 from lowrank_pl.monitoring.report import kept_lines
 from lowrank_pl.nn import forms_in
-from lowrank_pl.tasks.saved import SavedModel
 
 
 def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, Any], form: str) -> str:

@@ -11,19 +11,17 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.errors.model import CheckpointMismatchError, NonFiniteWeightsError
+from lowrank_pl.checkpoint import SavedModel, build, factorised_class, read_saved_model
+from lowrank_pl.errors.model import CheckpointMismatchError, NonFiniteWeightsError, NotACheckpointError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
 from lowrank_pl.export.card import model_card
-from lowrank_pl.export.loading import factorised_class
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
-from lowrank_pl.files import all_or_nothing, check_output
+from lowrank_pl.files import OutputFolder
 from lowrank_pl.files.checksums import write_checksums
 from lowrank_pl.hub import load_tokenizer
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.surgery import densify_
-from lowrank_pl.tasks.rebuilt import rebuilt
-from lowrank_pl.tasks.saved import SavedModel, read_saved_model
 
 Format = Literal["factorised", "factored", "dense", "onnx"]
 
@@ -74,21 +72,23 @@ def export(
     if format == "onnx":
         check_packages("export --format onnx")
     form = "factorised" if format == "factored" else format
-    source, folder = Path(ckpt_path).expanduser(), Path(output).expanduser()
+    source, folder = Path(ckpt_path).expanduser(), OutputFolder(output, overwrite)
     sharding = _sharding(max_shard_size)
-    check_output(folder, overwrite)
-    _check_apart(source, folder)
+    folder.check()
+    _check_apart(source, folder.path)
     saved = read_saved_model(ckpt_path, "export --ckpt_path")
+    if saved.target is None:
+        raise NotACheckpointError(saved.source, "it does not tell what it predicts", "export --ckpt_path")
     told = _report_of(source, report)
-    encoder = rebuilt(saved)
+    encoder = build(saved)
     _check_finite(encoder, ckpt_path)
     words = load_tokenizer(_tokenizer_of(saved, tokenizer))
     _check_tokenizer(words, saved)
     if format == "dense":
         densify_(encoder)
-    kind = factorised_class(type(encoder)) if form == "factorised" else type(encoder)
+    kind = factorised_class(type(encoder), saved.auto_class) if form == "factorised" else type(encoder)
     encoder = _as(kind, encoder, saved)
-    with all_or_nothing(folder, overwrite) as temporary:
+    with folder.written_whole() as temporary:
         if format == "onnx":
             told = {**told, "onnx": write_onnx(encoder, temporary)}
         else:
@@ -101,7 +101,7 @@ def export(
             (temporary / "report.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         if saved.compression is not None:
             save_rank_picture(saved.compression.layers, temporary / "ranks.png")
-    return folder
+    return folder.path
 
 
 def _check_apart(source: Path, folder: Path) -> None:

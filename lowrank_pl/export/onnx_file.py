@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_pl.checkpoint import ONNX_NAME
 from lowrank_pl.errors.model import OnnxExportError, OnnxMismatchError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.hub import first_line, longest_input
-from lowrank_pl.tasks.saved import ONNX_NAME
 
 # What the exporter's own translations are written in: nothing is converted afterwards. onnxruntime reads it since 1.14.
 OPSET = 18

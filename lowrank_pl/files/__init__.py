@@ -1,6 +1,6 @@
 """How outputs are written: as a whole or not at all, by the user's umask; which files of a folder are read."""
 
-from lowrank_pl.files.atomic import all_or_nothing, check_output
 from lowrank_pl.files.modes import follow_umask
+from lowrank_pl.files.output import OutputFolder, replace_text
 
-__all__ = ["all_or_nothing", "check_output", "follow_umask"]
+__all__ = ["OutputFolder", "follow_umask", "replace_text"]

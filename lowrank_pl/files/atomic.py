@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 _PART = ".part"
 _ASIDE = ".aside"
 
+TO_REPLACE = "Give another --output, or --overwrite true to replace the folder."
 
-def check_output(output: Path, overwrite: bool) -> None:
+
+def check_output(output: Path, overwrite: bool, remedy: str | None = TO_REPLACE) -> None:
     """Raises an error for a folder that must not be replaced or cannot be made, and repairs what killed runs have left.
 
     A folder that a killed run has left aside is put back. Unfinished ones are reported, not removed: their run may be
@@ -34,25 +36,26 @@ def check_output(output: Path, overwrite: bool) -> None:
     Args:
         output: The folder that is to be made.
         overwrite: Whether a folder that exists and is not empty may be replaced.
+        remedy: What to do where it may not, for the message; `None` to move it away.
 
     Raises:
         OutputExistsError: something is there and may not be replaced.
         OutputNotWritableError: nothing can be made there.
     """
-    with _errors_told(output):
+    with errors_told(output):
         folder = _real(output)
         if not folder.exists() and (aside := _beside(folder, _ASIDE)):
             aside[-1].rename(folder)
             logger.warning("a run was killed while it replaced %s: what was there is put back", output)
         for rest in [*_beside(folder, _PART), *_beside(folder, _ASIDE)]:
             logger.warning("%s is left of a killed run: remove it, unless another to %s is running", rest, output)
-        _refuse(folder, output, overwrite)
+        _refuse(folder, output, overwrite, remedy)
         with _part_of(folder):
             pass
 
 
 @contextmanager
-def all_or_nothing(output: Path, overwrite: bool) -> Iterator[Path]:
+def all_or_nothing(output: Path, overwrite: bool, remedy: str | None = TO_REPLACE) -> Iterator[Path]:
     """Gives a new folder that takes the place of the output folder when the `with` block has succeeded.
 
     Until then it has a hidden name beside its place, `.NAME.….part`. Its files get the modes that the umask asks for.
@@ -63,17 +66,18 @@ def all_or_nothing(output: Path, overwrite: bool) -> Iterator[Path]:
     Args:
         output: The folder to make; where it is a link, what it points to.
         overwrite: Replace a folder that exists and is not empty.
+        remedy: See `check_output`.
 
     Raises:
         OutputExistsError: something is there and may not be replaced.
         OutputNotWritableError: a file or folder cannot be written.
     """
     folder = _real(output)
-    with _errors_told(output), _part_of(folder) as part:
+    with errors_told(output), _part_of(folder) as part:
         yield part
         follow_umask(*(path for path in part.rglob("*") if path.is_file()))
         flush(part)
-        _refuse(folder, output, overwrite)
+        _refuse(folder, output, overwrite, remedy)
         if folder.exists():
             _exchange(part, folder)
         else:
@@ -108,16 +112,20 @@ def _beside(folder: Path, ending: str) -> list[Path]:
     return sorted(folder.parent.glob(f".{glob.escape(folder.name)}.????????{ending}"))
 
 
-def _refuse(folder: Path, output: Path, overwrite: bool) -> None:
+def _refuse(folder: Path, output: Path, overwrite: bool, remedy: str | None) -> None:
     if folder.is_dir() and (overwrite or not any(folder.iterdir())):
         return
     if folder.exists():
-        raise OutputExistsError(str(output), "Give another --output, or --overwrite true to replace the folder.")
+        raise OutputExistsError(str(output), remedy)
 
 
 @contextmanager
-def _errors_told(output: Path) -> Iterator[None]:
-    """Turns what writing can raise into this package's error."""
+def errors_told(output: Path) -> Iterator[None]:
+    """Turns what writing can raise into this package's error.
+
+    Raises:
+        OutputNotWritableError: the disk is full, for instance.
+    """
     try:
         yield
     except Exception as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 from lowrank_pl import __version__
 from lowrank_pl.contract import DescribesData
+from lowrank_pl.files import replace_text
 from lowrank_pl.nn import dense_shape, forms_in
 from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord
 from lowrank_pl.tasks import EncoderTask
@@ -153,15 +153,8 @@ def write_report(report: Mapping[str, Any], folder: Path) -> Path:
     while (folder / f"{stem}.json").exists():
         count += 1
         stem = f"report-{count}"
-    _write(folder / f"{stem}.md", to_markdown(report))
-    return _write(folder / f"{stem}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    replace_text(folder / f"{stem}.md", to_markdown(report))
+    return replace_text(folder / f"{stem}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lowrank_pl.checkpoint import saved_at_budget
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
 from lowrank_pl.monitoring.run_folder import run_folder
 from lowrank_pl.tasks import EncoderTask, budget_score
-from lowrank_pl.tasks.saved import saved_at_budget
 
 logger = logging.getLogger(__name__)
 

@@ -156,6 +156,10 @@ class ElasticLinear(LinearForm):
         self.active.fill_(self._rank)
         join_(self.storage, left, right)
 
+    def read_at(self, rank: int) -> None:
+        """Sets `rank`."""
+        self.rank = rank
+
     def product(self) -> Tensor:
         """The dense weight `[m, n]` this layer computes with."""
         if self._rank == 0:

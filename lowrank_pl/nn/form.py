@@ -93,6 +93,14 @@ class LinearForm(nn.Module, ABC):
         """The rank that `W` has at most."""
         return self.rank_of(self.spec(), self.shape)
 
+    def read_at(self, rank: int) -> None:
+        """Says at which rank the present parameters are to be read; for forms of training, whose rank changes.
+
+        Raises:
+            RankError: a rank that they have no room for.
+        """
+        raise NotImplementedError(f"the rank of {type(self).__name__} does not change")
+
     @abstractmethod
     def product(self) -> Tensor:
         """The dense weight `[m, n]` this layer computes with; gradients flow through it."""

@@ -140,6 +140,10 @@ class SVDLinear(LinearForm):
         self._rank = rank
         self.active.fill_(rank)
 
+    def read_at(self, rank: int) -> None:
+        """Sets `rank`."""
+        self.rank = rank
+
     def product(self) -> Tensor:
         """The dense weight `[m, n]` this layer computes with."""
         k = self._rank

@@ -125,7 +125,8 @@ class MetricGroups(GroupTraining):
         metric = (moments.inputs, moments.outputs, self.sensitivity.damping)
         if layer.is_dense:
             return kronecker_groups(layer.storage.detach(), *metric).first(room_of(layer.shape))
-        found = kronecker_regroup(*(factor.detach() for factor in layer.factors()), *metric)
+        left, right = layer.factors()
+        found = kronecker_regroup(left.detach(), right.detach(), *metric)
         missing = layer.shape.full_rank - layer.rank
         return KroneckerGroups(found.left, found.right, nn.functional.pad(found.energies, (0, missing)))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.importance import Groups
-from lowrank_pl.nn import ElasticLinear, SVDLinear, forms_in_training
+from lowrank_pl.nn import SVDLinear, forms_in_training
 from lowrank_pl.strategies.averaging import averaged_models
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.surgery import keep_groups_, svd_layers
@@ -37,8 +37,7 @@ def match_ranks_(trainer: pl.Trainer, ranks: Mapping[str, int]) -> None:
     """Gives averaged copies the ranks of the model: one that was made before a checkpoint was read has others."""
     for model in averaged_models(trainer):
         for name, layer in forms_in_training(as_compressible(model).encoder).items():
-            assert isinstance(layer, (SVDLinear, ElasticLinear))
-            layer.rank = ranks[name]
+            layer.read_at(ranks[name])
 
 
 def groups_of(layer: SVDLinear) -> Groups:

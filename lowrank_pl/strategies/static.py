@@ -186,8 +186,8 @@ class StaticStrategy(CompressionStrategy):
         if self.recalibration is not None and before is not None:
             notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
         self._written = True
-        dense = sum(self.cost.dense(shape) for shape in allocation.shapes.values())
-        cost = CostRecord(self.cost.unit, allocation.total_cost(self.cost), dense)
+        spent = allocation.total_cost(self.cost)
+        cost = CostRecord(self.cost.unit, spent, self.cost.total_dense(allocation.shapes))
         records = self._records(allocation, told)
         module.compression = CompressionRecord(type(self).__name__, options, records, tuple(notes.values()), cost=cost)
         self.mark_prepared(pl_module)

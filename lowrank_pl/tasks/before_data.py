@@ -7,21 +7,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank_pl.checkpoint import SavedModel, outline, read_saved_model
 from lowrank_pl.contract import AdoptsTarget, ForetellsTarget, TargetKind, TargetSpec
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.model import ModelFolderError
 from lowrank_pl.errors.run import TargetKindError
-from lowrank_pl.hub import check_supported, load_config, require_weights, uninitialised
+from lowrank_pl.hub import check_supported, load_config, require_weights
 from lowrank_pl.strategies import CompressionStrategy
-from lowrank_pl.surgery import conform_
 from lowrank_pl.tasks.callbacks import check_monitor_modes
 from lowrank_pl.tasks.compatibility import check_same_target
-from lowrank_pl.tasks.saved import SavedModel, read_saved_model
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +100,9 @@ def check_plan(
         return
     refused: list[LowRankError] = []
     try:
-        for outline in _outlines(task, ckpt_path, expected):
+        for encoder in _outlines(task, ckpt_path, expected):
             try:
-                plan(outline)
+                plan(encoder)
                 return
             except LowRankError as error:
                 refused.append(error)
@@ -126,24 +124,14 @@ def _outlines(task: Task, ckpt_path: str | None, expected: TargetSpec | None) ->
         saved = read_saved_model(source, "init_from" if ckpt_path is None else "--ckpt_path")
         if expected is not None and _is_complete(expected):
             check_same_target(saved, expected)
-        yield _outline(task, saved.config, saved)
+        yield outline(task.auto_class, saved.config, saved)
     elif task.pretrained is not None:
         if expected is not None and _is_complete(expected):
             heads: list[dict[str, Any]] = [task._head_config(expected)]
         else:
             heads = [{"num_labels": count} for count in (_FEW, _MANY)]
         for head in heads:
-            yield _outline(task, load_config(task.pretrained, **head))
-
-
-def _outline(task: Task, config: Any, saved: SavedModel | None = None) -> nn.Module:
-    with torch.device("meta"), uninitialised():
-        encoder: Any = task.auto_class.from_config(config)
-        encoder.tie_weights()
-        if saved is not None:
-            conform_(encoder, saved.layout, saved.source)
-    module: nn.Module = encoder
-    return module
+            yield outline(task.auto_class, load_config(task.pretrained, **head))
 
 
 def _is_complete(target: TargetSpec) -> bool:

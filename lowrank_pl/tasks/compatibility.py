@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from lowrank_pl.checkpoint import SavedModel
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError
 from lowrank_pl.hub import load_config
-from lowrank_pl.tasks.saved import SavedModel
 
 logger = logging.getLogger(__name__)
 

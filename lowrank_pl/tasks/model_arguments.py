@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank_pl.tasks.rebuilt import TASKS
-from lowrank_pl.tasks.saved import read_saved_model
+from lowrank_pl.checkpoint import read_saved_model
+from lowrank_pl.tasks.masked_lm import MaskedLM
+from lowrank_pl.tasks.sequence_classification import SequenceClassification
+from lowrank_pl.tasks.token_classification import TokenClassification
 
 _OPTION = "--ckpt_path"
+_TASKS = (SequenceClassification, TokenClassification, MaskedLM)
 
 
 def model_arguments(words: Sequence[str]) -> list[str]:
@@ -29,7 +32,8 @@ def model_arguments(words: Sequence[str]) -> list[str]:
     saved = read_saved_model(path, _OPTION)
     if saved.target is None:
         return []
-    found = [f"--model={TASKS[saved.target.kind].__name__}"]
+    task = next(task for task in _TASKS if saved.target.kind in task.kinds)
+    found = [f"--model={task.__name__}"]
     return found if saved.tokenizer is None else [*found, f"--model.init_args.pretrained={saved.tokenizer}"]
 
 

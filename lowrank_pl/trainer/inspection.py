@@ -64,7 +64,7 @@ def _summary(task: EncoderTask, targets: dict[str, LinearShape], plan: Allocatio
     total = sum(parameter.numel() for parameter in task.encoder.parameters())
     dense = sum(shape.dense_params for shape in targets.values())
     measure = task.strategy.measure
-    whole = sum(measure.dense(shape) for shape in targets.values())
+    whole = measure.total_dense(targets)
     floor = floor_cost(targets, measure)
     lines = [f"model: {type(task.encoder).__name__}, {total:,} parameters"]
     if targets:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.allocation.uniform import check_share
+from lowrank_pl.checkpoint import CHECKPOINT_NAME
 from lowrank_pl.errors.run import (
     CalibrationError,
     MissingArgumentError,
@@ -19,7 +19,7 @@ from lowrank_pl.errors.run import (
     NothingToScoreError,
     OutputNotWritableError,
 )
-from lowrank_pl.files import all_or_nothing, check_output
+from lowrank_pl.files import OutputFolder
 from lowrank_pl.monitoring.diagnosis_report import diagnosis_table, write_diagnosis
 from lowrank_pl.monitoring.rank_dashboard import RankDashboard
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
@@ -29,7 +29,6 @@ from lowrank_pl.strategies.processes import Agreement
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.before_data import check_plan
-from lowrank_pl.tasks.saved import CHECKPOINT_NAME
 from lowrank_pl.trainer.compressor import Compressor
 from lowrank_pl.trainer.diagnoser import Diagnoser
 from lowrank_pl.trainer.inspection import inspect_model
@@ -84,7 +83,7 @@ class LowRankTrainer(pl.Trainer):
         # validate() leaves the trainer without a verb, and a checkpoint wants one.
         self.state.fn = TrainerFn.VALIDATING
         if not self.is_global_zero:
-            self.save_checkpoint(folder / CHECKPOINT_NAME, weights_only=True)  # takes part, and writes nothing
+            self.save_checkpoint(folder.path / CHECKPOINT_NAME, weights_only=True)  # takes part, and writes nothing
             return
         extra = {"score_dense": dense.get("val/score"), "metrics_dense": dense, "checkpoint": CHECKPOINT_NAME}
         report = build_report(model, "compress", "val", scores, time.monotonic() - started, **extra)
@@ -94,14 +93,14 @@ class LowRankTrainer(pl.Trainer):
         print(
             f"{report['task']} {report['metric']}: {dense.get('val/score', float('nan')):.4f} before, "
             f"{scores.get('val/score', float('nan')):.4f} after {report['method']}; "
-            f"{kept:,} of {total:,} parameters; written to {folder}"
+            f"{kept:,} of {total:,} parameters; written to {folder.path}"
         )
 
-    def _write_compressed(self, model: EncoderTask, report: dict[str, Any], folder: Path) -> None:
+    def _write_compressed(self, model: EncoderTask, report: dict[str, Any], folder: OutputFolder) -> None:
         """What `compress` leaves, by the first process; where it cannot write, the others do not wait for it."""
         saved = False
         try:
-            with all_or_nothing(folder, overwrite=False) as part:
+            with folder.written_whole() as part:
                 self.save_checkpoint(part / CHECKPOINT_NAME, weights_only=True)
                 saved = True
                 write_report(report, part)
@@ -122,13 +121,13 @@ class LowRankTrainer(pl.Trainer):
         finally:
             model.expect_checkpoint(None)
 
-    def _new_folder(self, output: str | None) -> Path:
+    def _new_folder(self, output: str | None) -> OutputFolder:
         """The folder to write, which the first process looks at before any work is done."""
         if output is None:
             raise MissingArgumentError("--output", "Name a new folder for what the run leaves.")
-        folder = Path(output).expanduser()
+        folder = OutputFolder(output)
         if self.is_global_zero:
-            check_output(folder, overwrite=False)
+            folder.check()
         return folder
 
     def diagnose(
@@ -169,10 +168,10 @@ class LowRankTrainer(pl.Trainer):
         with Agreement(self):
             if self.is_global_zero:
                 told = {"keep_ratio": ratio, "keep_ratio_from": source, "calibration_samples": diagnoser.samples}
-                with all_or_nothing(folder, overwrite=False) as part:
+                with folder.written_whole() as part:
                     write_diagnosis(diagnoser.found, diagnoser.ranks, part, **told, metrics=dense)
                 print(diagnosis_table(diagnoser.found, diagnoser.ranks))
-                print(f"methods compared at keep_ratio {ratio:g} ({source}); written to {folder}")
+                print(f"methods compared at keep_ratio {ratio:g} ({source}); written to {folder.path}")
 
     def _validate_with(
         self, callback: pl.Callback, model: EncoderTask, datamodule: pl.LightningDataModule, ckpt_path: str | None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lowrank_pl.allocation import (
+    Allocation,
     Budget,
     Cost,
     Flops,
@@ -56,6 +57,15 @@ def test_break_even_and_largest_rank_say_what_a_search_through_all_ranks_says(
     assert measure.break_even(shape) == min(dearer) == shape.break_even_rank
     for budget in (0, costs[1] - 1, costs[1], measure.dense(shape) / 2, 10 * measure.dense(shape)):
         assert measure.largest_rank(shape, budget) == max([0, *(r for r, cost in costs.items() if cost <= budget)])
+
+
+def test_a_layer_costs_what_its_state_costs(latency: Latency) -> None:
+    for measure, dense, at_two in ((Parameters(), 64, 40), (Flops(), 128, 80), (latency, 100, 60)):
+        assert (measure.of(UP, None), measure.of(UP, 2)) == (dense, at_two)
+        assert measure.total_dense(SHAPES) == dense + measure.dense(SQUARE)
+        allocation = Allocation(SHAPES, {"up": 2, "square": None})
+        assert allocation.total_cost(measure) == at_two + measure.dense(SQUARE)
+    assert (allocation.parameters("up"), allocation.kept, allocation.dense) == (40, 104, 128)
 
 
 def test_flops_choose_what_parameters_choose() -> None:

@@ -18,7 +18,7 @@ from lowrank_pl.benchmark.layers import (
     number_of_measurements,
     ranks_to_measure,
 )
-from lowrank_pl.benchmark.models import load_model
+from lowrank_pl.checkpoint import load_model
 from lowrank_pl.core import LinearShape
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.surgery import TargetSelector, replace_module_

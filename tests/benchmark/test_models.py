@@ -7,39 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_pl.benchmark.models import count_flops, inputs_for, load_model, peak_memory, weight_bytes
-from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError
+from lowrank_pl.benchmark.models import count_flops, inputs_for, peak_memory, weight_bytes
+from lowrank_pl.checkpoint import load_model
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.export import export
 from lowrank_pl.hub import longest_input
-from tests.export.test_export import checkpoint, logits
 from tests.support.tiny import save_tiny_model
-
-
-def test_a_checkpoint_and_its_exports_are_the_same_model(tiny_bert: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.ckpt"
-    task = checkpoint(tiny_bert, path)
-    expected = logits(task.encoder)
-    factored, dense = tmp_path / "factored", tmp_path / "dense"
-    export(str(path), str(factored))
-    export(str(path), str(dense), format="dense")
-    for place in (path, factored, tmp_path):  # a folder that holds model.ckpt is what compress writes
-        model = load_model(str(place))
-        assert not model.training
-        assert torch.equal(logits(model), expected)
-    torch.testing.assert_close(logits(load_model(str(dense))), expected)
-
-
-def test_a_pre_trained_folder_loads_as_the_class_that_it_names(tiny_bert: str) -> None:
-    assert type(load_model(tiny_bert)).__name__ == "BertForMaskedLM"
-
-
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "text.ckpt").write_text("no checkpoint", encoding="utf-8")
-    with pytest.raises(NotACheckpointError):
-        load_model(str(tmp_path / "text.ckpt"))
-    with pytest.raises(ModelFolderError):
-        load_model(str(tmp_path))
 
 
 def test_flops_are_those_of_the_matrix_products(tiny_bert: str) -> None:

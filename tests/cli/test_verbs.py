@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from lowrank_pl.cli import main
@@ -27,7 +29,12 @@ def test_only_the_verb_that_was_typed_gets_its_options(
 ) -> None:
     calls = []
     add = LowRankCLI._add_arguments
-    monkeypatch.setattr(LowRankCLI, "_add_arguments", lambda cli, parser: (calls.append(1), add(cli, parser)))
+
+    def counted(cli: LowRankCLI, parser: Any) -> None:
+        calls.append(1)
+        add(cli, parser)
+
+    monkeypatch.setattr(LowRankCLI, "_add_arguments", counted)
     with pytest.raises(SystemExit):
         main(words)
     assert len(calls) == verbs

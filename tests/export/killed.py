@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import PreTrainedTokenizerBase, modeling_utils
 
-from lowrank_pl.export import export, folder, loading
+from lowrank_pl.checkpoint import factorised
+from lowrank_pl.export import export, folder
 from lowrank_pl.files import atomic
 
 
@@ -76,8 +77,8 @@ def limit(size: int) -> None:
 
 ALWAYS: dict[str, Callable[[], None]] = {
     "first-shard": lambda: after(modeling_utils, "safe_save_file"),
-    "weights": lambda: before(loading, "write_checksums"),
-    "checksums": lambda: after(loading, "write_checksums"),
+    "weights": lambda: before(factorised, "write_checksums"),
+    "checksums": lambda: after(factorised, "write_checksums"),
     "tokenizer": lambda: after(PreTrainedTokenizerBase, "save_pretrained"),
     "card": lambda: after(folder, "model_card"),
 }
@@ -95,7 +96,7 @@ OVER: dict[str, Callable[[], None]] = {
 }
 FULL: dict[str, Callable[[], None]] = {
     "full-for-weights": lambda: limit(8000),
-    "full-for-tokenizer": lambda: after(loading, "write_checksums", then=lambda: limit(500)),
+    "full-for-tokenizer": lambda: after(factorised, "write_checksums", then=lambda: limit(500)),
 }
 
 

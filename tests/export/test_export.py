@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from lowrank_pl.checkpoint import describe
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.core import truncated_svd
 from lowrank_pl.errors.model import (
@@ -28,7 +29,6 @@ from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies import RankDyna
 from lowrank_pl.surgery import TargetSelector, read_layout, replace_module_
 from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
-from lowrank_pl.tasks.saved import describe
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 from tests.support.tiny import FAMILIES, save_tiny_model, tiny_tokenizer

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowrank_pl.checkpoint import describe
 from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError, OnnxExportError, OnnxMismatchError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.export import export, from_pretrained, onnx_file
@@ -26,7 +27,6 @@ from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import RankDyna
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import SequenceClassification
-from lowrank_pl.tasks.saved import describe
 from tests.export.test_export import CLASSES, checkpoint
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData

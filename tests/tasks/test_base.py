@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
+from lowrank_pl.checkpoint import LAYOUT_KEY
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError, NotACheckpointError
 from lowrank_pl.errors.numerics import RangeError
@@ -19,7 +20,6 @@ from lowrank_pl.strategies import SVD
 from lowrank_pl.surgery import ModelLayout, conform_, read_layout
 from lowrank_pl.tasks import MaskedLM, SequenceClassification
 from lowrank_pl.tasks.optimization import decay_groups, linear_warmup_decay
-from lowrank_pl.tasks.saved import LAYOUT_KEY
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 from tests.support.tiny import save_tiny_model

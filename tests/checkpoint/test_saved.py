@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank_pl.checkpoint import SavedModel
 from lowrank_pl.errors.model import CheckpointMismatchError
 from lowrank_pl.nn import Spec
 from lowrank_pl.surgery import (
@@ -19,7 +20,6 @@ from lowrank_pl.surgery import (
     read_layout,
     svd_layers,
 )
-from lowrank_pl.tasks.saved import SavedModel
 from tests.surgery.encoders import in_groups_, logits, padded_batch, tiny_model
 from tests.surgery.test_layout import factorise_
 

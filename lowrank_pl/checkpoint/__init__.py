@@ -1,0 +1,37 @@
+"""Models on disk: what is written beside the weights, reading it back, and rebuilding a model from it."""
+
+from lowrank_pl.checkpoint.building import auto_class_of, build, name_in_transformers, outline
+from lowrank_pl.checkpoint.entries import LAYOUT_KEY, describe, from_checkpoint
+from lowrank_pl.checkpoint.factorised import factorised_class
+from lowrank_pl.checkpoint.folders import CHECKPOINT_NAME, ONNX_NAME
+from lowrank_pl.checkpoint.loading import from_pretrained, load_model
+from lowrank_pl.checkpoint.reading import (
+    check_loadable,
+    check_resumable,
+    read_saved_model,
+    saved_at_budget,
+    saved_layout,
+)
+from lowrank_pl.checkpoint.saved import SavedModel, check_state
+
+__all__ = [
+    "CHECKPOINT_NAME",
+    "LAYOUT_KEY",
+    "ONNX_NAME",
+    "SavedModel",
+    "auto_class_of",
+    "build",
+    "check_loadable",
+    "check_resumable",
+    "check_state",
+    "describe",
+    "factorised_class",
+    "from_checkpoint",
+    "from_pretrained",
+    "load_model",
+    "name_in_transformers",
+    "outline",
+    "read_saved_model",
+    "saved_at_budget",
+    "saved_layout",
+]

@@ -1,0 +1,62 @@
+"""Factorised models as classes of transformers, which write what `from_pretrained` and transformers load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from lowrank_pl.checkpoint.entries import BASE_KEY, LAYOUT_KEY
+from lowrank_pl.checkpoint.module_file import MODULE, class_name, module_text
+from lowrank_pl.files.checksums import write_checksums
+from lowrank_pl.files.weight_files import remove_superseded
+from lowrank_pl.surgery import read_layout
+
+
+class _Factorised:
+    """What a factorised model can do beyond its parent: write itself so that it loads again."""
+
+    made_by: ClassVar[str | None] = None
+    """Name of the Auto class by which its folder loads where this package is not installed."""
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As transformers', with the layout in config.json, the module file beside it, and checksums of the weights."""
+        self.config.update(config_fields(self))  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
+        if is_main_process:
+            self._complete(Path(save_directory))
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """Completes a folder before transformers uploads it, which `save_pretrained(push_to_hub=True)` does itself."""
+        self._complete(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]
+
+    def _complete(self, folder: Path) -> None:
+        """Adds what transformers does not write."""
+        (folder / f"{MODULE}.py").write_text(module_text(_base_of(self)), encoding="utf-8")
+        remove_superseded(folder)
+        write_checksums(folder)
+
+
+def config_fields(model: Any) -> dict[str, Any]:
+    """What the config.json of a factorised model needs beyond the architecture's own fields."""
+    base = _base_of(model)
+    fields = {BASE_KEY: base, LAYOUT_KEY: read_layout(model).to_dict()}
+    return fields if model.made_by is None else {**fields, "auto_map": {model.made_by: f"{MODULE}.{class_name(base)}"}}
+
+
+def _base_of(model: Any) -> str:
+    return next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.models."))
+
+
+def factorised_class(base: type[PreTrainedModel], made_by: str | None) -> type[PreTrainedModel]:
+    """A subclass of an architecture whose `save_pretrained` keeps the factors.
+
+    Args:
+        base: The architecture's class.
+        made_by: Name of the Auto class that makes it, for config.json.
+    """
+    fields = {"__module__": __name__, "made_by": made_by}
+    made: type[PreTrainedModel] = type(class_name(base.__name__), (_Factorised, base), fields)
+    return made

@@ -1,0 +1,100 @@
+"""A model as it lies on disk: its configuration, the shapes of its layers, its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lowrank_pl.contract import TargetSpec
+from lowrank_pl.errors.model import CheckpointMismatchError
+from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, conform_
+
+ENCODER_PREFIX = "encoder."
+"""What a task's state dict puts before the names of the model in it."""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A model as it lies on disk.
+
+    Attributes:
+        source: Where it came from, for messages.
+        config: The Hugging Face configuration, head included.
+        layout: Which layers are factorised.
+        state: Parameters and buffers of the encoder with its head.
+        target: What it predicts, where the file tells.
+        compression: How it was compressed, where it was and the file tells.
+        tokenizer: Where its tokenizer is, as in `resolve_pretrained`, where the file tells.
+        auto_class: Name of the class of transformers that makes it, such as `"AutoModelForMaskedLM"`; `None` where the
+            file does not tell, as a dense folder.
+        dense_folder: A Hugging Face folder whose weights are still to be read, by its own loader; `state` is empty.
+    """
+
+    source: str
+    config: PreTrainedConfig
+    layout: ModelLayout
+    state: dict[str, Tensor]
+    target: TargetSpec | None = None
+    compression: CompressionRecord | None = None
+    dense_folder: str | None = None
+    tokenizer: str | None = None
+    auto_class: str | None = None
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes that the head tells apart, in its order; empty for a single output."""
+        if self.target is not None:
+            return self.target.label_names
+        labels = {int(index): name for index, name in (self.config.id2label or {}).items()}
+        return tuple(labels[index] for index in sorted(labels)) if len(labels) > 1 else ()
+
+    def compacted(self) -> SavedModel:
+        """The same with layers in a form of training brought to the form that is deployed."""
+        records = self.compression.layers if self.compression is not None else ()
+        dense = [layer.name for layer in records if layer.kind == "dense"]
+        state, layout = compact_state(self.state, self.layout, dense, self.source)
+        return self if layout == self.layout else replace(self, layout=layout, state=state)
+
+    def replace_in(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A task's state dict with these entries as those of its encoder."""
+        others = {name: tensor for name, tensor in state.items() if not name.startswith(ENCODER_PREFIX)}
+        return others | {f"{ENCODER_PREFIX}{name}": tensor for name, tensor in self.state.items()}
+
+    def load_into_(self, encoder: nn.Module) -> None:
+        """Gives an encoder this model's shapes and values.
+
+        Raises:
+            CheckpointMismatchError: any key is missing or unexpected or has another shape; the encoder's values
+                are then untouched.
+        """
+        conform_(encoder, self.layout, self.source)
+        state = {**self.state, **_tied(encoder, self.state)}
+        check_state(encoder.state_dict(), state, self.source)
+        encoder.load_state_dict(state)
+
+
+def _tied(encoder: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values for names that a file leaves out because the model ties them to a name that it has."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in encoder.state_dict(keep_vars=True).items():
+        names.setdefault(id(parameter), []).append(name)
+    found = {}
+    for group in names.values():
+        present = [name for name in group if name in state]
+        if present:
+            found.update({name: state[present[0]] for name in group if name not in state})
+    return found
+
+
+def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raises `CheckpointMismatchError` unless keys and shapes agree exactly."""
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointMismatchError.keys(source, missing, unexpected)
+    for name, tensor in own.items():
+        if tensor.shape != given[name].shape:
+            problem = f"{name!r} is {list(given[name].shape)} there and {list(tensor.shape)} here"
+            raise CheckpointMismatchError(source, problem)

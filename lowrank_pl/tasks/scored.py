@@ -1,0 +1,133 @@
+"""Scores of a validation or test epoch: the official metrics of the data, and the score of a model at its budget."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+
+from lowrank_pl.contract import TargetSpec
+from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.tasks import budget_score
+from lowrank_pl.tasks.metrics import build_metrics, score
+from lowrank_pl.tasks.scheduled import ScheduledModule
+
+
+class ScoredModule(ScheduledModule, ABC):
+    """A module that is scored by the metrics of its target; see `ScheduledModule` for the arguments.
+
+    Attributes:
+        target: What it predicts; `None` until it is known.
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None, warmup: float) -> None:
+        super().__init__(optimizer, scheduler, warmup)
+        self.target: TargetSpec | None = None
+        self._metrics: dict[str, MetricCollection] = {}
+        self._losses: dict[str, MeanMetric] = {}
+
+    # What a subclass says.
+
+    @abstractmethod
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Losses `[b]` of a batch's samples, each as if it were alone."""
+
+    def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The scalar that training minimises: the mean of `losses`."""
+        return self.losses(logits, labels).mean()
+
+    def metric_inputs(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the metrics compare."""
+        return logits, labels
+
+    @property
+    @abstractmethod
+    def at_budget(self) -> bool:
+        """Whether the model has the size that was asked for."""
+
+    # Steps and epochs.
+
+    # It looks at signatures, which `torch.compile(task)` cannot follow.
+    log = torch.compiler.disable(pl.LightningModule.log)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds a batch to `val/loss` and the metrics."""
+        del batch_idx
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds a batch to `test/loss` and the metrics."""
+        del batch_idx
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts fresh metrics."""
+        self._start_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Starts fresh metrics."""
+        self._start_metrics("test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/score` and every metric."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/score` and every metric."""
+        self._log_metrics("test")
+
+    def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
+        logits, labels = self(batch).float(), batch["labels"]
+        loss = self.training_loss(logits, labels)
+        self._losses[stage].update(loss, len(labels))
+        self._metrics[stage].update(*self.metric_inputs(logits, labels))
+
+    def _start_metrics(self, stage: str) -> None:
+        if self.target is None:
+            raise MissingArgumentError(
+                "what the labels mean", "Pass a datamodule that has a `target`, such as every class of lowrank_pl.data."
+            )
+        self._metrics[stage] = build_metrics(self.target).to(self.device)
+        # Not self.log with sync_dist: it averages the counts of unequal shards as integers.
+        self._losses[stage] = MeanMetric().to(self.device)
+
+    def _log_metrics(self, stage: str) -> None:
+        assert self.target is not None
+        self._log_computed(f"{stage}/loss", self._losses[stage].compute(), prog_bar=True)
+        values = self._metrics[stage].compute()
+        for name, value in values.items():
+            self._log_computed(f"{stage}/{name}", value)
+        found = score(self.target, values)
+        self._log_computed(f"{stage}/score", found, prog_bar=True)
+        if stage == "val":
+            self._log_score_at_budget(found)
+
+    def _log_computed(self, name: str, value: Tensor | float, prog_bar: bool = False, logger: bool = True) -> None:
+        """Logs what torchmetrics has reduced over processes already: the same number on each of them."""
+        # Lightning warns of values that it does not reduce. The maximum of equal numbers is that number exactly.
+        self.log(name, value, prog_bar=prog_bar, logger=logger, sync_dist=True, reduce_fx="max")
+
+    def _log_score_at_budget(self, found: Tensor) -> None:
+        """Under a shrinking budget the best score is always an early, large model's: this is one to select by."""
+        assert self.target is not None
+        if not self.is_fitting:
+            none = torch.full_like(found, budget_score.no_score(self.target))
+            self._log_computed(budget_score.KEY, found if self.at_budget else none)
+            return
+        if self.at_budget and not self.trainer.sanity_checking:
+            for writer in self.loggers:
+                writer.log_metrics({budget_score.KEY: float(found)}, self.trainer.global_step)
+        left = self.trainer.estimated_stepping_batches - self.trainer.global_step
+        before = torch.full_like(found, budget_score.stand_in(self.target, left))
+        # What stands for a score before there is one is for callbacks: in a logger's chart it would hide the scores.
+        self._log_computed(budget_score.KEY, found if self.at_budget else before, logger=False)
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether the verb under way is `fit`, its validation included."""
+        return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
