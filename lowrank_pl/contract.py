@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
-
 TargetKind = Literal["classification", "regression", "token_classification", "masked_lm"]
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "entity_f1", "perplexity"]
 
@@ -52,7 +50,8 @@ class CalibrationBatches(Protocol):
 
     Attributes:
         num_samples: Samples over all processes together.
-        fingerprint: Identifies the samples, their tokenisation and their order: equal means equal batches.
+        fingerprint: Identifies the samples, what was made of them (tokens, say) and their order: equal means equal
+            batches.
     """
 
     num_samples: int
@@ -62,8 +61,11 @@ class CalibrationBatches(Protocol):
         """Number of batches of this process."""
         ...
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yields model inputs and `labels` on the CPU, each sample exactly once over all processes."""
+    def __iter__(self) -> Iterator[Any]:
+        """Yields batches on the CPU, as the module's `per_sample_losses` takes them, samples along the first dimension.
+
+        Each sample comes exactly once over all processes. Tasks of this package take model inputs and `labels`.
+        """
         ...
 
 

@@ -166,7 +166,7 @@ class EncoderTask(ScheduledModule, ABC):
 
     def check_run(self, stage: str) -> None:
         """Refuses data, parallelism and callbacks that do not fit, before any long work."""
-        self.strategy.setup(self.trainer, self, stage)
+        self.strategy.check_run(self.trainer, self)
         target = self._target_of_data()
         if stage == "fit":
             check_callbacks(self.trainer, self.strategy, target)
