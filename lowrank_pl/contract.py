@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
+
 TargetKind = Literal["classification", "regression", "token_classification", "masked_lm"]
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "entity_f1", "perplexity"]
 
@@ -143,3 +145,20 @@ class DescribesData(Protocol):
     def describe(self) -> dict[str, Any]:
         """Returns `fingerprint` and, by split, `samples`; JSON-ready."""
         ...
+
+
+def choose(size: int, at_most: int | None, seed: int) -> list[int]:
+    """Chooses samples at random, without moving the global random state.
+
+    Args:
+        size: Samples there are.
+        at_most: Samples to choose, or `None` for all.
+        seed: Decides the choice.
+
+    Returns:
+        Indices in ascending order.
+    """
+    if at_most is None or at_most >= size:
+        return list(range(size))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:at_most].tolist())

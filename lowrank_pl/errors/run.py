@@ -99,7 +99,8 @@ class CalibrationError(LowRankError):
     def __init__(self, strategy: str, problem: str) -> None:
         super().__init__(
             f"{strategy} needs calibration batches: {problem}. Allowed is a datamodule with "
-            "calibration_batches(), such as every class of lowrank_pl.data; pass it as datamodule=."
+            "calibration_batches(), such as every class of lowrank_pl.data; pass it as datamodule=, or batches to "
+            "lowrank_pl.compress."
         )
 
 

@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
+from lowrank_pl.export.as_saved import take_dtypes_, take_generation_config_
 from lowrank_pl.export.module_file import MODULE, class_name, module_text
 from lowrank_pl.files.checksums import write_checksums
 from lowrank_pl.files.weight_files import remove_superseded
@@ -26,6 +27,8 @@ class _Factorised:
         """As transformers', with the layout in config.json, the module file beside it, and checksums of the weights."""
         base = next(c for c in type(self).__mro__ if c.__module__.startswith("transformers.models."))
         self.config.update(config_fields(self, base.__name__))  # type: ignore[attr-defined]
+        # Names of today, those of the layout: transformers would write some families' weights under names of the past.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
         if is_main_process:
             self._complete(Path(save_directory))
@@ -53,7 +56,11 @@ def config_fields(model: Any, base: str) -> dict[str, Any]:
     }
 
 
-AUTO_CLASSES = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForMaskedLM")
+AUTO_CLASSES = (
+    *("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForMaskedLM"),
+    *("AutoModelForQuestionAnswering", "AutoModelForMultipleChoice", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
+    *("AutoModelForImageClassification", "AutoModelForAudioClassification", "AutoModel"),
+)
 
 
 def _classes_of(auto_class: str, config_class: type) -> tuple[type, ...]:
@@ -70,7 +77,7 @@ def factorised_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def from_pretrained(folder: str) -> PreTrainedModel:
-    """Loads a model that `lowrank-pl export` has written, in eval mode; no code of the folder is run.
+    """Loads a model that `export` or `save_pretrained` has written, in eval mode; no code of the folder is run.
 
     Args:
         folder: With config.json and safetensors.
@@ -95,7 +102,9 @@ def from_pretrained(folder: str) -> PreTrainedModel:
     with uninitialised():
         model = factorised_class(base)(saved.config)
     model.tie_weights()
+    take_dtypes_(model, saved)
     saved.load_into_(model)
+    take_generation_config_(model, folder)
     model.config.update(config_fields(model, str(name)))
     loaded: PreTrainedModel = model.eval()
     return loaded
