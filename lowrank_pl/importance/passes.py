@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.errors.numerics import LossShapeError, NonFiniteError
-from lowrank_pl.importance.batches import Batch, batch_size, first, split
+from lowrank_pl.importance.batches import Batch as Batch
+from lowrank_pl.importance.batches import batch_size as batch_size
+from lowrank_pl.importance.batches import first
+from lowrank_pl.importance.batches import split as split
 from lowrank_pl.importance.memory import is_out_of_memory, release_memory
 from lowrank_pl.importance.tape import LinearTape, SampleMixingError
 from lowrank_pl.importance.vectorise import vectorised
