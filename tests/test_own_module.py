@@ -104,7 +104,9 @@ def test_shrinking_ranks_work_without_tokens_and_masks(page: dict[str, Any], mak
 
 
 def test_a_module_may_own_its_strategy(page: dict[str, Any], tmp_path: Path) -> None:
-    class Owner(page["ImageClassifier"]):  # type: ignore[misc]
+    base: Any = page["ImageClassifier"]
+
+    class Owner(base):  # type: ignore[misc]
         def configure_callbacks(self) -> list[pl.Callback]:
             return [self.strategy]
 
@@ -135,7 +137,9 @@ def test_a_stopped_run_goes_on(page: dict[str, Any], make: Any, tmp_path: Path) 
 
 
 def test_an_encoder_that_configure_model_makes(page: dict[str, Any], tmp_path: Path) -> None:
-    class Late(page["ImageClassifier"]):  # type: ignore[misc]
+    base: Any = page["ImageClassifier"]
+
+    class Late(base):  # type: ignore[misc]
         def __init__(self, **config: Any) -> None:
             super().__init__(**config)
             del self.encoder
@@ -202,7 +206,9 @@ def test_what_a_module_lacks_is_told(page: dict[str, Any], make: Any, tmp_path: 
 
 
 def test_a_mean_over_the_batch_is_refused(page: dict[str, Any], make: Any) -> None:
-    class Mean(page["ImageClassifier"]):  # type: ignore[misc]
+    base: Any = page["ImageClassifier"]
+
+    class Mean(base):  # type: ignore[misc]
         def per_sample_losses(self, batch: Any) -> torch.Tensor:
             losses: torch.Tensor = super().per_sample_losses(batch)
             return losses.mean()

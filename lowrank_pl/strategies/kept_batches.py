@@ -9,7 +9,7 @@ import torch
 
 from lowrank_pl.contract import choose
 from lowrank_pl.importance import identity
-from lowrank_pl.importance.batches import Batch, batch_size, selected, split
+from lowrank_pl.importance.batches import Batch, batch_size, mapped, selected, split
 
 
 class KeptBatches:
@@ -26,7 +26,8 @@ class KeptBatches:
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = list(batches)
+        # No graph can be built on tensors of inference mode.
+        self._batches = [mapped(batch, lambda t: t.clone() if t.is_inference() else t) for batch in batches]
         self._sizes = [batch_size(batch) for batch in self._batches]
         self.batch_size = max(self._sizes, default=1)
 
