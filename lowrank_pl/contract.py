@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
 
 TargetKind = Literal["classification", "regression", "token_classification", "masked_lm"]
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "entity_f1", "perplexity"]
@@ -52,7 +52,8 @@ class CalibrationBatches(Protocol):
 
     Attributes:
         num_samples: Samples over all processes together.
-        fingerprint: Identifies the samples, their tokenisation and their order: equal means equal batches.
+        fingerprint: Identifies the samples, what was made of them (tokens, say) and their order: equal means equal
+            batches.
     """
 
     num_samples: int
@@ -62,8 +63,11 @@ class CalibrationBatches(Protocol):
         """Number of batches of this process."""
         ...
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yields model inputs and `labels` on the CPU, each sample exactly once over all processes."""
+    def __iter__(self) -> Iterator[Any]:
+        """Yields batches on the CPU, as the module's `per_sample_losses` takes them, samples along the first dimension.
+
+        Each sample comes exactly once over all processes. Tasks of this package take model inputs and `labels`.
+        """
         ...
 
 
@@ -141,3 +145,20 @@ class DescribesData(Protocol):
     def describe(self) -> dict[str, Any]:
         """Returns `fingerprint` and, by split, `samples`; JSON-ready."""
         ...
+
+
+def choose(size: int, at_most: int | None, seed: int) -> list[int]:
+    """Chooses samples at random, without moving the global random state.
+
+    Args:
+        size: Samples there are.
+        at_most: Samples to choose, or `None` for all.
+        seed: Decides the choice.
+
+    Returns:
+        Indices in ascending order.
+    """
+    if at_most is None or at_most >= size:
+        return list(range(size))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:at_most].tolist())

@@ -143,7 +143,8 @@ def test_one_process_of_ddp(tiny_bert: str, tmp_path: Path) -> None:
 def test_a_compiled_model_computes_the_same(tiny_bert: str, tmp_path: Path) -> None:
     checkpoint(tiny_bert, tmp_path / "small.ckpt")
     check_engines(["compile"], DEVICE, "float32")
-    model: Any = load_model(str(tmp_path / "small.ckpt")).to(DEVICE)
+    loaded: Any = load_model(str(tmp_path / "small.ckpt"))
+    model = loaded.to(DEVICE)
     ready = prepare(model, "compile", 1, tmp_path)
     for batch, length in ((2, 4), (3, 9)):
         inputs = {name: value.to(DEVICE) for name, value in inputs_for(model, batch, length).items()}

@@ -100,7 +100,7 @@ def objection(importer: str, imported: str) -> str | None:
         other = room_of(imported)
         if other in ("", "__version__", room):
             return None
-        if room == "" and other == "checkpoint":
+        if room == "" and other in ("checkpoint", "export", "strategies"):
             return None  # the front door, opened by its first use: see the test of light imports
         if room == "":
             return "the package itself imports nothing, so that importing it stays light"
@@ -223,10 +223,13 @@ def test_importing_the_low_rooms_loads_no_heavy_package() -> None:
 
 
 def test_the_front_door() -> None:
-    from lowrank_pl.export import from_pretrained
+    from lowrank_pl.export import from_pretrained, save_pretrained
+    from lowrank_pl.strategies import compress
 
     assert lowrank_pl.from_pretrained is from_pretrained
-    assert "from_pretrained" in dir(lowrank_pl)
+    assert lowrank_pl.save_pretrained is save_pretrained
+    assert lowrank_pl.compress is compress
+    assert {"compress", "from_pretrained", "save_pretrained"} < set(dir(lowrank_pl))
     with pytest.raises(AttributeError, match="'lowrank_pl' has no attribute 'nothing'"):
         lowrank_pl.nothing  # noqa: B018
 

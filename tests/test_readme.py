@@ -67,7 +67,9 @@ def test_commands_and_python_run_as_they_stand(
     for path in ("compressed/model.ckpt", "logs/runs/tuned/report.json", "small/model.safetensors"):
         assert (folder / path).exists()
     python = blocks("python")
-    assert len(python) == 3
+    assert len(python) == 4
     for code in python:
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert list(folder.glob("lightning_logs/version_0/report.json"))
+    assert re.search(r"^0\.3\d of [\d,]+ weights kept$", capsys.readouterr().out, re.MULTILINE)
+    assert (folder / "factorised" / "SHA256SUMS").exists()

@@ -1,6 +1,6 @@
 """Models on disk: what is written beside the weights, reading it back, and rebuilding a model from it."""
 
-from lowrank_pl.checkpoint.building import auto_class_of, build, name_in_transformers, outline
+from lowrank_pl.checkpoint.building import auto_class_making, auto_class_of, build, name_in_transformers, outline
 from lowrank_pl.checkpoint.entries import LAYOUT_KEY, describe, from_checkpoint
 from lowrank_pl.checkpoint.factorised import factorised_class
 from lowrank_pl.checkpoint.folders import CHECKPOINT_NAME, ONNX_NAME
@@ -19,6 +19,7 @@ __all__ = [
     "LAYOUT_KEY",
     "ONNX_NAME",
     "SavedModel",
+    "auto_class_making",
     "auto_class_of",
     "build",
     "check_loadable",

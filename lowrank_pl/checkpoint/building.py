@@ -9,13 +9,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank_pl.checkpoint.as_saved import take_dtypes_
 from lowrank_pl.checkpoint.saved import SavedModel
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.hub import load_exactly, uninitialised
 from lowrank_pl.surgery import conform_
 
 
-def build(saved: SavedModel, made_by: Any = None) -> PreTrainedModel:
+def build(saved: SavedModel, made_by: Any = None, as_saved: bool = False) -> PreTrainedModel:
     """The Hugging Face model of a checkpoint or folder, head and factorised layers included, in eval mode.
 
     No weight is drawn: each has to be in the file.
@@ -23,6 +24,7 @@ def build(saved: SavedModel, made_by: Any = None) -> PreTrainedModel:
     Args:
         saved: As it was read.
         made_by: An Auto class, or a class of one architecture; by default what the file tells.
+        as_saved: Whether parameters get the dtypes of the file, which may be several, instead of torch's default.
 
     Raises:
         NotACheckpointError: nothing is given, and the file does not tell.
@@ -37,6 +39,8 @@ def build(saved: SavedModel, made_by: Any = None) -> PreTrainedModel:
         # Not the configuration's dtype: the trainer's precision, which sets the default, decides.
         model: PreTrainedModel = _make(kind, saved.config)
     model.tie_weights()
+    if as_saved:
+        take_dtypes_(model, saved)
     saved.load_into_(model)
     model.eval()
     return model
@@ -78,6 +82,17 @@ def name_in_transformers(kind: Any) -> str | None:
     """What a checkpoint tells of the class that makes its model: its name, if transformers has it under that name."""
     name = str(kind.__name__)
     return name if name.startswith("AutoModel") and getattr(transformers, name, None) is kind else None
+
+
+def auto_class_making(kind: type[PreTrainedModel], config_class: type) -> str | None:
+    """Name of the Auto class that makes a class of one architecture from its configuration; `None` without one."""
+    from transformers.models.auto import modeling_auto  # what it holds is imported one configuration at a time
+
+    for name in sorted(name for name in vars(modeling_auto) if name.startswith("AutoModel")):
+        found = getattr(getattr(modeling_auto, name), "_model_mapping", {}).get(config_class, ())
+        if kind in (found if isinstance(found, tuple) else (found,)):
+            return name
+    return None
 
 
 def _make(kind: Any, config: Any) -> PreTrainedModel:

@@ -23,6 +23,8 @@ class _Factorised:
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """As transformers', with the layout in config.json, the module file beside it, and checksums of the weights."""
         self.config.update(config_fields(self))  # type: ignore[attr-defined]
+        # Names of today, those of the layout: transformers would write some families' weights under names of the past.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
         if is_main_process:
             self._complete(Path(save_directory))

@@ -7,6 +7,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoModel, PreTrainedModel
 
+from lowrank_pl.checkpoint.as_saved import take_generation_config_
 from lowrank_pl.checkpoint.building import build
 from lowrank_pl.checkpoint.entries import BASE_KEY, LAYOUT_KEY
 from lowrank_pl.checkpoint.factorised import config_fields, factorised_class
@@ -17,7 +18,7 @@ from lowrank_pl.hub import load_config, load_pretrained, resolve_pretrained
 
 
 def from_pretrained(folder: str) -> PreTrainedModel:
-    """Loads a model that `lowrank-pl export` has written, in eval mode; no code of the folder is run.
+    """Loads a model that `export` or `save_pretrained` has written, in eval mode; no code of the folder is run.
 
     Args:
         folder: With config.json and safetensors.
@@ -39,7 +40,8 @@ def from_pretrained(folder: str) -> PreTrainedModel:
     base = getattr(transformers, str(name), None)
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise CheckpointMismatchError(folder, f"transformers {transformers.__version__} has no class {name!r}")
-    model = build(saved, factorised_class(base, saved.auto_class))
+    model = build(saved, factorised_class(base, saved.auto_class), as_saved=True)
+    take_generation_config_(model, folder)
     model.config.update(config_fields(model))
     return model
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, get_args
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_pl.contract import CalibrationBatches, TargetSpec
+from lowrank_pl.contract import CalibrationBatches, TargetSpec, choose
 from lowrank_pl.data.cache import cache_root, digest, tokenizer_digest
-from lowrank_pl.data.calibration import SortedBatches, choose
+from lowrank_pl.data.calibration import SortedBatches
 from lowrank_pl.data.collate import Collator, PadCollator
 from lowrank_pl.data.loaders import BatchLoaders
 from lowrank_pl.data.prepared import Prepared, tell_truncation

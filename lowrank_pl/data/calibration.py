@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import default_collate
 
+from lowrank_pl.contract import choose
 from lowrank_pl.data.collate import Collator
-
-
-def choose(size: int, at_most: int | None, seed: int) -> list[int]:
-    """Chooses samples at random, without moving the global random state.
-
-    Args:
-        size: Samples there are.
-        at_most: Samples to choose, or `None` for all.
-        seed: Decides the choice.
-
-    Returns:
-        Indices in ascending order.
-    """
-    if at_most is None or at_most >= size:
-        return list(range(size))
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    return sorted(order[:at_most].tolist())
+from lowrank_pl.importance import identity
 
 
 class SortedBatches:
@@ -72,3 +59,51 @@ class SortedBatches:
         """Yields model inputs and `labels` on the CPU."""
         for indices in self._batches:
             yield self._collate(self._dataset.__getitems__(indices))
+
+
+class DatasetBatches:
+    """A `CalibrationBatches` over a map-style dataset of anybody's, for `calibration_batches` of their datamodule.
+
+    Args:
+        dataset: The training split: has a length, and gives the same sample for an index every time.
+        batch_size: Samples per batch and process.
+        max_samples: Take a seeded random choice of so many samples; `None` for all.
+        seed: Of that choice.
+        rank: This process.
+        world_size: Processes.
+        collate: Makes a batch of a list of samples, by default that of `DataLoader`; must not be random.
+
+    Attributes:
+        num_samples: Samples over all processes together.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        max_samples: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ) -> None:
+        self._dataset = dataset
+        self._chosen = choose(len(dataset), max_samples, seed)
+        self._collate = collate
+        self.num_samples = len(self._chosen)
+        mine = self._chosen[rank::world_size]
+        self._batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the samples themselves, of all processes; reads each of them."""
+        return identity(*(identity(self._dataset[index]) for index in self._chosen), self._collate)
+
+    def __len__(self) -> int:
+        """Number of batches of this process."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields what `collate` makes of the samples."""
+        for indices in self._batches:
+            yield self._collate([self._dataset[index] for index in indices])

@@ -105,6 +105,16 @@ class UnsupportedModelError(LowRankError):
         )
 
 
+class SeveralDevicesError(LowRankError):
+    """The parameters of one model lie on several devices."""
+
+    def __init__(self, model: str, devices: Sequence[str]) -> None:
+        super().__init__(
+            f"{model} cannot be factorised as it is: its parameters lie on {', '.join(devices)}. Allowed is one "
+            "device. Move it there with model.to(…), or load it without a device map."
+        )
+
+
 class CheckpointMismatchError(LowRankError):
     """Weights and module tree do not belong together."""
 
@@ -186,6 +196,19 @@ class NotACheckpointError(LowRankError):
         *first, last = _ALLOWED[argument]
         allowed = f"{', '.join(first)} or {last}" if first else last
         super().__init__(f"{argument}={path!r} cannot be read: {problem}. Allowed is {allowed}.")
+
+
+class NotSavableError(LowRankError):
+    """A model cannot be written as a Hugging Face folder."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(
+            f"{model} cannot be written as a Hugging Face folder: {problem}. Allowed are models of a class of "
+            "transformers, such as BertForSequenceClassification, whose training with shrinking ranks has ended. Save "
+            "the model inside a module of your own, bring layers to their final form with "
+            "lowrank_pl.surgery.compact_(model), or save the state dict beside "
+            "lowrank_pl.surgery.read_layout(model).to_dict()."
+        )
 
 
 class NonFiniteWeightsError(LowRankError):

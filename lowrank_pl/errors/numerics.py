@@ -120,3 +120,26 @@ class MemoryBoundError(LowRankError):
             f"calibration.max_memory={bound!r} GiB is too little: measuring the layer {layer!r} alone takes "
             f"{needed / 2**30:.3g} GiB. Allowed is that or more, or null for no bound; or exclude the layer."
         )
+
+
+class BatchShapeError(LowRankError):
+    """A calibration batch does not tell its samples apart."""
+
+    def __init__(self, kind: str, problem: str) -> None:
+        super().__init__(
+            f"a calibration batch ({kind}) {problem}; the first dimension of every tensor has to be the samples. "
+            "Allowed are tensors, and mappings, tuples and lists of them; what belongs to the whole batch may have no "
+            "dimension, or be no tensor. Bring batches into that form where they are collated."
+        )
+
+
+class LossShapeError(LowRankError):
+    """A loss for calibration is not one number per sample."""
+
+    def __init__(self, given: tuple[int, ...] | str, samples: int) -> None:
+        what = given if isinstance(given, str) else f"shape {list(given)}"
+        super().__init__(
+            f"the loss of a calibration batch of {samples} samples has {what}, where it has to be a tensor of shape "
+            f"[{samples}]: one loss per sample, each as if the sample were alone. A mean over the batch would weigh "
+            "the weights otherwise. Take reduction='none', and sum or average what belongs to one sample."
+        )

@@ -34,7 +34,19 @@ class StrategyPlacementError(LowRankError):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"{name} stands under trainer.callbacks, where it would run without having prepared the model's "
-            "shapes. A compression strategy belongs to the model: move it to model.init_args.strategy."
+            "shapes, and the model has another. A compression strategy belongs to a model that takes one: move it to "
+            "model.init_args.strategy."
+        )
+
+
+class NotCompressibleError(LowRankError):
+    """A LightningModule lacks what a strategy has to touch."""
+
+    def __init__(self, module: str, asked_by: str, missing: str) -> None:
+        super().__init__(
+            f"{asked_by} cannot work on {module}: it has no {missing!r}. A LightningModule has to offer `encoder`, the "
+            "model to compress, made in __init__ or configure_model, and, for methods that measure, "
+            "`per_sample_losses(batch)`, one loss per sample. Add what is missing; docs/own_module.md has an example."
         )
 
 
@@ -88,7 +100,8 @@ class CalibrationError(LowRankError):
     def __init__(self, strategy: str, problem: str) -> None:
         super().__init__(
             f"{strategy} needs calibration batches: {problem}. Allowed is a datamodule with "
-            "calibration_batches(), such as every class of lowrank_pl.data; pass it as datamodule=."
+            "calibration_batches(), such as every class of lowrank_pl.data; pass it as datamodule=, or batches to "
+            "lowrank_pl.compress."
         )
 
 

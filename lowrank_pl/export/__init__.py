@@ -2,5 +2,6 @@
 
 from lowrank_pl.checkpoint import from_pretrained
 from lowrank_pl.export.folder import export
+from lowrank_pl.export.saving import save_pretrained
 
-__all__ = ["export", "from_pretrained"]
+__all__ = ["export", "from_pretrained", "save_pretrained"]

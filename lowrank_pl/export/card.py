@@ -54,15 +54,39 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
     if form == "onnx":
         lines += _onnx_lines(report["onnx"])
     if form == "factorised":
-        lines += ["", "```python", f"from transformers import {_auto_class(model)}", ""]
-        lines += [f'model = {_auto_class(model)}.from_pretrained("…", trust_remote_code=True)', "```", ""]
-        lines += ["or, without running code of this folder,", "", "```python"]
-        lines += ["from lowrank_pl import from_pretrained", "", 'model = from_pretrained("…")', "```"]
-    if layers:
-        lines += ["", "| layer | rank |", "|---|---|"]
-        lines += [f"| {name} | {layer.rank} |" for name, layer in layers.items()]
-    lines += ["", f"`sha256sum -c {CHECKSUMS}` tells whether the weights are those that were exported."]
+        lines += _loading_lines(model)
+    lines += _closing_lines(model)
     return "\n".join([*lines, ""])
+
+
+def plain_card(model: PreTrainedModel) -> str:
+    """Composes the card of a model of which nothing is known but itself.
+
+    Args:
+        model: As it is written, in the factorised form.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines = ["---", "library_name: transformers", "tags:", "- low-rank", "---", ""]
+    lines += [f"# {model.config.model_type}, low-rank", ""]
+    lines += [f"* parameters: {total:,}", f"* written by lowrank_pl {__version__}"]
+    return "\n".join([*lines, *_loading_lines(model), *_closing_lines(model), ""])
+
+
+def _loading_lines(model: PreTrainedModel) -> list[str]:
+    auto = _auto_class(model)
+    return [
+        *("", "```python", f"from transformers import {auto}", ""),
+        *(f'model = {auto}.from_pretrained("…", trust_remote_code=True)', "```", ""),
+        *("or, without running code of this folder,", "", "```python"),
+        *("from lowrank_pl import from_pretrained", "", 'model = from_pretrained("…")', "```"),
+    ]
+
+
+def _closing_lines(model: PreTrainedModel) -> list[str]:
+    layers = forms_in(model)
+    rows = [f"| {name} | {layer.rank} |" for name, layer in layers.items()]
+    table = ["", "| layer | rank |", "|---|---|", *rows] if layers else []
+    return [*table, "", f"`sha256sum -c {CHECKSUMS}` tells whether the weights are those that were exported."]
 
 
 def _score_line(saved: SavedModel, report: Mapping[str, Any]) -> str:

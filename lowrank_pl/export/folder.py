@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.checkpoint import SavedModel, build, factorised_class, read_saved_model
 from lowrank_pl.errors.model import CheckpointMismatchError, NonFiniteWeightsError, NotACheckpointError
@@ -73,7 +73,7 @@ def export(
         check_packages("export --format onnx")
     form = "factorised" if format == "factored" else format
     source, folder = Path(ckpt_path).expanduser(), OutputFolder(output, overwrite)
-    sharding = _sharding(max_shard_size)
+    sharding = sharding_of(max_shard_size)
     folder.check()
     _check_apart(source, folder.path)
     saved = read_saved_model(ckpt_path, "export --ckpt_path")
@@ -81,9 +81,9 @@ def export(
         raise NotACheckpointError(saved.source, "it does not tell what it predicts", "export --ckpt_path")
     told = _report_of(source, report)
     encoder = build(saved)
-    _check_finite(encoder, ckpt_path)
+    check_finite_weights(encoder, ckpt_path)
     words = load_tokenizer(_tokenizer_of(saved, tokenizer))
-    _check_tokenizer(words, saved)
+    check_tokenizer(words, saved.config, saved.source)
     if format == "dense":
         densify_(encoder)
     kind = factorised_class(type(encoder), saved.auto_class) if form == "factorised" else type(encoder)
@@ -149,19 +149,28 @@ def _read_report(place: Path) -> dict[str, Any]:
     return found
 
 
-def _check_tokenizer(words: PreTrainedTokenizerBase, saved: SavedModel) -> None:
-    """Raises an error for a tokenizer with more tokens than embeddings, and warns of one that pads otherwise."""
-    size = getattr(saved.config, "vocab_size", None)
+def check_tokenizer(words: PreTrainedTokenizerBase, config: PreTrainedConfig, source: str) -> None:
+    """Raises an error for a tokenizer with more tokens than embeddings, and warns of one that pads otherwise.
+
+    Args:
+        words: The tokenizer.
+        config: Of the model.
+        source: Where the model comes from, for messages.
+
+    Raises:
+        CheckpointMismatchError: it has too many tokens.
+    """
+    size = getattr(config, "vocab_size", None)
     if size is not None and len(words) > size:
         problem = f"the tokenizer {words.name_or_path!r} has {len(words)} tokens and the model embeddings for {size}"
-        raise CheckpointMismatchError(saved.source, f"{problem}; give its own with --tokenizer")
-    own, theirs = getattr(saved.config, "pad_token_id", None), words.pad_token_id
+        raise CheckpointMismatchError(source, f"{problem}; give its own with --tokenizer")
+    own, theirs = getattr(config, "pad_token_id", None), words.pad_token_id
     if own is not None and theirs is not None and own != theirs:
         told = (words.name_or_path, theirs, own)
         logger.warning("the tokenizer %r pads with token %d, the model with %d: is it the model's own?", *told)
 
 
-def _check_finite(model: PreTrainedModel, source: str) -> None:
+def check_finite_weights(model: PreTrainedModel, source: str) -> None:
     """Raises an error for writing a model that computes nothing: its training has diverged.
 
     Raises:
@@ -172,7 +181,12 @@ def _check_finite(model: PreTrainedModel, source: str) -> None:
             raise NonFiniteWeightsError(source, name)
 
 
-def _sharding(size: str | None) -> dict[str, Any]:
+def sharding_of(size: str | None) -> dict[str, Any]:
+    """The argument of transformers' `save_pretrained`.
+
+    Raises:
+        RangeError: it is no size.
+    """
     if size is not None and not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", size):
         raise RangeError("max_shard_size", size, "a number and KB, MB, GB or TB, such as '5GB'")
     return {} if size is None else {"max_shard_size": size}

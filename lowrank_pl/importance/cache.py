@@ -49,8 +49,9 @@ class ImportanceCache:
             loss: Identifies the loss, its settings and its code; see `identity`.
         """
         digest = hashlib.blake2b(digest_size=16)
-        config = getattr(model, "config", None)
-        configuration = str(config.to_json_string()) if config is not None else ""
+        # Others have a `config` of their own, which counts among a module's settings.
+        to_json = getattr(getattr(model, "config", None), "to_json_string", None)
+        configuration = str(to_json()) if to_json is not None else ""
         of_model = (type(model).__qualname__, identity(own_code(model)), configuration)
         for part in (_FORMAT, *of_model, kind, data_fingerprint, loss, *names):
             digest.update(part.encode() + b"\0")

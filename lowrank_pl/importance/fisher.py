@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lowrank_pl.core.checks import check_importance
 from lowrank_pl.errors.numerics import NonFiniteError
+from lowrank_pl.importance.batches import Batch as Batch
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.importance.importance import LayerImportance, Measured
-from lowrank_pl.importance.passes import Batch as Batch
 from lowrank_pl.importance.passes import Passes
 from lowrank_pl.importance.passes import PerSampleLoss as PerSampleLoss
 from lowrank_pl.importance.passes import Reduce as Reduce

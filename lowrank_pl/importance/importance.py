@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import MemoryBoundError
-from lowrank_pl.importance.passes import Batch, PerSampleLoss, Reduce
+from lowrank_pl.importance.batches import Batch
+from lowrank_pl.importance.passes import PerSampleLoss, Reduce
 
 
 class LayerImportance(ABC):

@@ -8,9 +8,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lowrank_pl.core import LinearShape
+from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.fisher import FisherKind, LayerFisher, empirical_fisher
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
-from lowrank_pl.importance.passes import Batch, PerSampleLoss, Reduce
+from lowrank_pl.importance.passes import PerSampleLoss, Reduce
 
 
 class Nothing(Importance[LayerImportance]):

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.errors.numerics import NonFiniteError
+from lowrank_pl.errors.numerics import LossShapeError, NonFiniteError
+from lowrank_pl.importance.batches import Batch as Batch
+from lowrank_pl.importance.batches import batch_size as batch_size
+from lowrank_pl.importance.batches import first
+from lowrank_pl.importance.batches import split as split
 from lowrank_pl.importance.memory import is_out_of_memory, release_memory
 from lowrank_pl.importance.tape import LinearTape, SampleMixingError
 from lowrank_pl.importance.vectorise import vectorised
 
 logger = logging.getLogger(__name__)
 
-Batch = Mapping[str, Tensor]
 PerSampleLoss = Callable[[Batch], Tensor]
 Reduce = Callable[[Tensor], Tensor]
 
@@ -47,7 +50,7 @@ class Passes:
 
     Args:
         layers: The layers to measure, by name.
-        loss: Maps a batch to the losses of its samples, each as if it were alone.
+        loss: Maps a batch to the losses `[b]` of its samples, each as if it were alone.
         accumulators: Where each layer's gradients go.
         expected: How many samples there will be, for what is told of the time, or `None`.
     """
@@ -59,7 +62,7 @@ class Passes:
         accumulators: Mapping[str, AddsTokens],
         expected: int | None = None,
     ) -> None:
-        self._loss = loss
+        self._given_loss = loss
         self._accumulators = accumulators
         self._expected = expected
         self._way: Way | None = None
@@ -79,6 +82,7 @@ class Passes:
         """Adds one batch; returns its number of samples.
 
         Raises:
+            BatchShapeError, LossShapeError: the batch's tensors, or its losses, are not one per sample.
             NonFiniteError: a loss is NaN or Inf.
             torch.OutOfMemoryError, RuntimeError: memory is too short for a single sample.
         """
@@ -94,7 +98,7 @@ class Passes:
         size = batch_size(batch)
         limit = 1 if self._way is Way.SINGLY else self._limit
         if limit is not None and size > limit:
-            for part in _parts(batch, limit):
+            for part in split(batch, limit):
                 self._add(part, done)
             return
         self._done = set(done)
@@ -139,6 +143,14 @@ class Passes:
             self._tell_time(time.perf_counter() - began)
         return None
 
+    def _loss(self, batch: Batch) -> Tensor:
+        """Losses `[b]`: a mean over samples would pass for a loss, and give another quantity."""
+        losses = self._given_loss(batch)
+        size = batch_size(batch)
+        if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):
+            raise LossShapeError(losses.shape if isinstance(losses, Tensor) else type(losses).__name__, size)
+        return losses
+
     def _losses(self, batch: Batch) -> Tensor:
         size = batch_size(batch)
         if self._way is Way.VECTORISED:
@@ -156,7 +168,7 @@ class Passes:
         failed = None
         try:
             with torch.enable_grad():
-                if self._tape.rehearse(lambda size: self._loss(_take(batch, size))):
+                if self._tape.rehearse(lambda size: self._loss(first(batch, size))):
                     return Way.TOGETHER
         except Exception as error:
             if not is_out_of_memory(error):
@@ -169,11 +181,11 @@ class Passes:
 
     def _slower_way(self, batch: Batch) -> Way:
         """The vectorised way if it works for the model and gives its losses, on copies of a batch's first samples."""
-        two = _take(batch, 2)
+        two = first(batch, 2)
         try:
             with torch.enable_grad():
                 given = vectorised(self._loss, two, lambda marker: self._tape.start(2, marker))
-                expected = torch.cat([self._alone(sample) for sample in _parts(two, 1)])
+                expected = torch.cat([self._alone(sample) for sample in split(two, 1)])
         except Exception as error:
             return self._singly(f"it cannot be vectorised ({_first_line(error)})")
         # A loss that is NaN is for the pass itself to refuse.
@@ -213,23 +225,6 @@ class _Failure(Enum):
     MIXING = "samples share a tensor"
     MEMORY = "memory is too short"
     VECTORISING = "an operation cannot be vectorised"
-
-
-def batch_size(batch: Batch) -> int:
-    """Number of samples."""
-    return int(next(iter(batch.values())).shape[0])
-
-
-def _parts(batch: Batch, size: int) -> Iterator[Batch]:
-    """Batches of at most a size."""
-    for start in range(0, batch_size(batch), size):
-        yield {key: value[start : start + size] for key, value in batch.items()}
-
-
-def _take(batch: Batch, size: int) -> Batch:
-    """The first samples of a batch, again from the start where there are too few."""
-    first = torch.arange(size) % batch_size(batch)
-    return {key: value[first.to(value.device)] for key, value in batch.items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lowrank_pl.core import LinearShape
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
+from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.importance.gram import GramSum
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
-from lowrank_pl.importance.passes import Batch, Passes, PerSampleLoss, Reduce
+from lowrank_pl.importance.passes import Passes, PerSampleLoss, Reduce
 from lowrank_pl.nn import dense_shape
 
 logger = logging.getLogger(__name__)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_pl.importance.batches import Batch, rebuilt, tensors_of
+
 Record = Callable[[Tensor, Tensor], Tensor]
 
 
-def vectorised(loss: Callable[[Mapping[str, Tensor]], Tensor], batch: Mapping[str, Tensor], start: Any) -> Tensor:
+def vectorised(loss: Callable[[Batch], Tensor], batch: Batch, start: Any) -> Tensor:
     """The losses `[b]` of a batch as if each sample went through the model alone, in one pass.
 
     The model sees batches of one; `torch.vmap` carries out its operations for all samples together. What samples share
@@ -27,16 +29,16 @@ def vectorised(loss: Callable[[Mapping[str, Tensor]], Tensor], batch: Mapping[st
         RuntimeError: the model does something that cannot be vectorised, such as branching on values.
     """
 
-    def one(sample: dict[str, Tensor], marker: Tensor) -> Tensor:
+    def one(sample: list[Tensor], marker: Tensor) -> Tensor:
         start(marker)
-        return loss({name: value.unsqueeze(0) for name, value in sample.items()}).squeeze(0)
+        return loss(rebuilt(batch, [value.unsqueeze(0) for value in sample])).squeeze(0)
 
-    size = next(iter(batch.values())).shape[0]
-    marker = torch.zeros(size, device=next(iter(batch.values())).device)
+    tensors = tensors_of(batch)
+    marker = torch.zeros(len(tensors[0]), device=tensors[0].device)
     with warnings.catch_warnings():
         # An operation without a rule of its own is carried out sample by sample: slower, and as right.
         warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented.*")
-        losses: Tensor = torch.vmap(one)(dict(batch), marker)
+        losses: Tensor = torch.vmap(one)(tensors, marker)
     return losses
 
 

@@ -7,7 +7,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lowrank_pl.monitoring.rank_picture import rank_heatmap
 from lowrank_pl.monitoring.report import layer_records, parameter_counts
-from lowrank_pl.tasks import EncoderTask
 
 
 class RankDashboard(pl.Callback):
@@ -21,7 +20,7 @@ class RankDashboard(pl.Callback):
     @staticmethod
     def log_ranks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs to every TensorBoard logger of the trainer; silent for a model without factorised layers."""
-        if not isinstance(pl_module, EncoderTask) or not trainer.is_global_zero:
+        if not hasattr(pl_module, "encoder") or not trainer.is_global_zero:
             return
         layers = layer_records(pl_module)
         if all(layer.kind == "dense" for layer in layers):

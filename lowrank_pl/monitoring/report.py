@@ -12,48 +12,52 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+
 from lowrank_pl import __version__
-from lowrank_pl.contract import DescribesData
+from lowrank_pl.contract import DescribesData, TargetSpec
 from lowrank_pl.files import replace_text
 from lowrank_pl.nn import dense_shape, forms_in
-from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord
-from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.strategies.base import as_compressible
+from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord, TargetSelector
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics")
 
 
-def parameter_counts(task: EncoderTask) -> dict[str, int]:
+def parameter_counts(task: pl.LightningModule) -> dict[str, int]:
     """Parameters of the model now and dense, and of the targeted weights now and dense.
 
     A model without a record of what was targeted counts its factorised layers as the targeted ones, and a model
     without any counts what the strategy would target.
     """
     layers = layer_records(task)
-    total = sum(parameter.numel() for parameter in task.encoder.parameters())
+    total = sum(parameter.numel() for parameter in as_compressible(task).encoder.parameters())
     dense = sum(layer.out_features * layer.in_features for layer in layers)
     kept = sum(layer.parameters for layer in layers)
     return {"total": total, "total_dense": total + dense - kept, "targeted_dense": dense, "targeted_kept": kept}
 
 
-def layer_records(task: EncoderTask) -> tuple[LayerRecord, ...]:
+def layer_records(task: pl.LightningModule) -> tuple[LayerRecord, ...]:
     """The targeted layers as they are."""
-    if task.compression is not None:
-        return task.compression.layers
-    factored = {name: form for name, form in forms_in(task.encoder).items() if form.is_final}
+    module = as_compressible(task)
+    if module.compression is not None:
+        return module.compression.layers
+    factored = {name: form for name, form in forms_in(module.encoder).items() if form.is_final}
     if factored:
         return tuple(LayerRecord.of(name, m.shape, m.spec(), type(m)) for name, m in factored.items())
-    reasons = task.strategy.targets.explain(task.encoder)
+    strategy = getattr(task, "strategy", None)
+    reasons = (strategy.targets if strategy is not None else TargetSelector()).explain(module.encoder)
     targets = [name for name, reason in reasons.items() if reason == "targeted"]
-    return tuple(LayerRecord.of(name, dense_shape(task.encoder.get_submodule(name)), None) for name in targets)
+    return tuple(LayerRecord.of(name, dense_shape(module.encoder.get_submodule(name)), None) for name in targets)
 
 
 def build_report(
-    task: EncoderTask, verb: str, split: str, metrics: Mapping[str, float], seconds: float, **extra: Any
+    task: pl.LightningModule, verb: str, split: str, metrics: Mapping[str, float], seconds: float, **extra: Any
 ) -> dict[str, Any]:
     """Assembles a report.
 
     Args:
-        task: The module that was run.
+        task: The module that was run, with what `Compressible` says.
         verb: `"fit"`, `"test"` or `"compress"`.
         split: What the score was measured on: `"val"` or `"test"`.
         metrics: Logged values; those under `split/` are reported, without the prefix.
@@ -65,14 +69,15 @@ def build_report(
         `cost` the same in the unit of the strategy's budget: `{unit, kept, dense, ratio}`.
     """
     values = {name.removeprefix(f"{split}/"): v for name, v in metrics.items() if name.startswith(f"{split}/")}
-    record = task.compression or CompressionRecord("NoCompression")
-    target = task.target
+    module = as_compressible(task)
+    record = module.compression or CompressionRecord("NoCompression")
+    target = module.target
     parameters = parameter_counts(task)
     dense = parameters["targeted_dense"]
     report = {
         "verb": verb,
-        "task": target.name if target else None,
-        "metric": _metric_name(task),
+        "task": target.name if target else type(task).__name__,
+        "metric": _metric_name(target),
         "score": values.get("score"),
         "split": split,
         "metrics": values,
@@ -96,8 +101,8 @@ def build_report(
             for layer in layer_records(task)
         ],
         "notes": list(record.notes),
-        "pretrained": task.pretrained,
-        "init_from": task.init_from,
+        "pretrained": getattr(task, "pretrained", None),
+        "init_from": getattr(task, "init_from", None),
         "data": _data(task),
         **extra,
         "seconds": round(seconds, 3),
@@ -121,17 +126,15 @@ def _cost(record: CompressionRecord, parameters: Mapping[str, int]) -> dict[str,
     return CostRecord("parameters", parameters["targeted_kept"], parameters["targeted_dense"]).to_dict()
 
 
-def _data(task: EncoderTask) -> dict[str, Any] | None:
+def _data(task: pl.LightningModule) -> dict[str, Any] | None:
     """Samples by split and a fingerprint; `None` where the data do not provide them."""
     trainer = getattr(task, "_trainer", None)  # the property raises where there is none
     datamodule = getattr(trainer, "datamodule", None)
     return datamodule.describe() if isinstance(datamodule, DescribesData) else None
 
 
-def _metric_name(task: EncoderTask) -> str | None:
-    if task.target is None:
-        return None
-    return task.target.score or " + ".join(task.target.metrics)
+def _metric_name(target: TargetSpec | None) -> str | None:
+    return None if target is None else target.score or " + ".join(target.metrics)
 
 
 def _finite(value: Any) -> Any:
@@ -163,8 +166,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"# {report['verb']}: {report['task']} with {report['method']}",
         "",
-        f"* score ({report['metric']}, {report['split']}): **{_number(report['score'])}**",
-        *([f"* score before compression: {_number(report['score_dense'])}"] if "score_dense" in report else []),
+        *_score_lines(report),
         *_checkpoint_lines(report),
         *_data_lines(report),
         f"* parameters: {p['total']:,} of {p['total_dense']:,}",
@@ -187,6 +189,16 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         )
     lines += ["", f"`{report['command']}`", "", *[f"* {name} {v}" for name, v in report["versions"].items()], ""]
     return "\n".join(lines)
+
+
+def _score_lines(report: Mapping[str, Any]) -> list[str]:
+    """A module that is no task need not say what its score is."""
+    if report["metric"] is None and report["score"] is None:
+        return []
+    lines = [f"* score ({report['metric']}, {report['split']}): **{_number(report['score'])}**"]
+    if "score_dense" in report:
+        lines.append(f"* score before compression: {_number(report['score_dense'])}")
+    return lines
 
 
 def _checkpoint_lines(report: Mapping[str, Any]) -> list[str]:

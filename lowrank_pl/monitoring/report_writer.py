@@ -61,7 +61,7 @@ class ReportWriter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, verb: str, split: str, extra: dict[str, Any]
     ) -> None:
         folder = run_folder(trainer)
-        if not isinstance(pl_module, EncoderTask) or folder is None:
+        if not hasattr(pl_module, "encoder") or folder is None:
             return
         if trainer.is_global_zero:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -1,5 +1,6 @@
 """Compression strategies: Lightning callbacks that a task owns. A plug-in is a subclass and a `class_path`."""
 
+from lowrank_pl.strategies.any_module import compress
 from lowrank_pl.strategies.base import CompressionStrategy
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByGroups, ByRank, Decomposition, Factorised
@@ -31,4 +32,5 @@ __all__ = [
     "Reallocation",
     "Recalibration",
     "StaticStrategy",
+    "compress",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 from uuid import uuid4
 
 import lightning.pytorch as pl
@@ -12,18 +12,32 @@ from torch import Tensor, nn
 from lowrank_pl.allocation import Allocation, Measure, Parameters
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.run import (
+    NotCompressibleError,
     NothingToCompressError,
     NoTrainingStepError,
     OptimizerCoverageError,
     StrategyPlacementError,
 )
-from lowrank_pl.importance.fisher import Batch
+from lowrank_pl.importance.batches import Batch
+from lowrank_pl.strategies.placing import build, check_nothing_comes_before
 from lowrank_pl.strategies.processes import check_parallelism
 from lowrank_pl.surgery import CompressionRecord, ModelLayout, TargetSelector
 
 
 class Compressible(Protocol):
-    """What a strategy may touch of the LightningModule that owns it."""
+    """What a strategy may touch of the LightningModule that it compresses.
+
+    A module brings `encoder` and, for methods that measure, `per_sample_losses`; the rest has the default that
+    `as_compressible` gives it.
+
+    Attributes:
+        encoder: What is compressed, head included; in place before `setup` of the callbacks, or made by the module's
+            `configure_model`.
+        compression: What was done to the encoder; strategies write it. `None` by default.
+        target: What is predicted, if somebody is to know; `None` by default.
+        freshly_initialised_head: Whether the encoder has not learned its task yet; `False` by default.
+        prepared_by: Which strategy has prepared the encoder; strategies write it. `None` by default.
+    """
 
     encoder: nn.Module
     compression: CompressionRecord | None
@@ -33,7 +47,7 @@ class Compressible(Protocol):
 
     @property
     def layout_to_resume(self) -> ModelLayout | None:
-        """The layout of the checkpoint that the coming `fit` resumes; `None` for a new run."""
+        """The layout of the checkpoint that the coming `fit` resumes; `None`, the default, for a new run."""
         ...
 
     def per_sample_losses(self, batch: Batch) -> Tensor:
@@ -41,9 +55,43 @@ class Compressible(Protocol):
         ...
 
 
-def as_compressible(pl_module: pl.LightningModule) -> Compressible:
-    """The same module, typed by what strategies may touch."""
+_DEFAULTS: dict[str, Any] = {
+    "compression": None,
+    "target": None,
+    "freshly_initialised_head": False,
+    "prepared_by": None,
+    "layout_to_resume": None,
+}
+ABOUT_COMPRESSION = ("strategy", *_DEFAULTS)
+"""Attributes of a `Compressible` that are about its compression: no loss depends on them."""
+
+
+def as_compressible(pl_module: pl.LightningModule, asked_by: str = "", needs: str = "") -> Compressible:
+    """The same module, typed by what strategies may touch; attributes that it lacks are set to their defaults.
+
+    Args:
+        pl_module: The module.
+        asked_by: Who needs the attribute, for the message.
+        needs: An attribute without default, `encoder` or `per_sample_losses`, that has to be there.
+
+    Raises:
+        NotCompressibleError: the module does not have it.
+    """
+    for name, value in _DEFAULTS.items():
+        # Not hasattr, which would compute properties.
+        if name not in vars(pl_module) and not hasattr(type(pl_module), name):
+            setattr(pl_module, name, value)
+    if needs and not hasattr(pl_module, needs):
+        raise NotCompressibleError(type(pl_module).__name__, asked_by, needs)
     return cast(Compressible, pl_module)
+
+
+def strategy_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> CompressionStrategy | None:
+    """The strategy that a module owns or, where it owns none, that the trainer has among its callbacks."""
+    callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009, set without a type
+    own = getattr(pl_module, "strategy", None)
+    candidates = [own] if own is not None else callbacks
+    return next((found for found in candidates if isinstance(found, CompressionStrategy)), None)
 
 
 class CompressionStrategy(pl.Callback, ABC):
@@ -53,6 +101,9 @@ class CompressionStrategy(pl.Callback, ABC):
     are written. Shapes change only in `prepare` (before an optimizer exists), values in `on_train_start`, ranks
     during training in `on_train_batch_end` without touching a parameter's shape. A strategy never keeps the
     module it is given.
+
+    A LightningModule that is no task of this package offers what `Compressible` says and keeps the strategy in the same
+    way as its attribute `strategy`, or owns none: the strategy then stands among the trainer's callbacks.
 
     Args:
         targets: Which layers to factorise; all linears inside transformer blocks by default.
@@ -121,18 +172,34 @@ class CompressionStrategy(pl.Callback, ABC):
         del trainer, pl_module
         raise NothingToCompressError(type(self).__name__)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises an error for a wrong place in the configuration and parallelism that is not tested.
 
         Raises:
-            StrategyPlacementError: it stands under `trainer.callbacks`.
+            StrategyPlacementError: it stands under `trainer.callbacks`, and the module has a strategy of its own.
             UnsupportedParallelismError: the trainer uses neither a single device nor DDP.
             StartMethodError: DDP in forked or spawned processes.
         """
-        del stage
-        if getattr(pl_module, "strategy", None) is not self:
+        if getattr(pl_module, "strategy", self) is not self:
             raise StrategyPlacementError(type(self).__name__)
         check_parallelism(trainer.strategy, type(self).__name__)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Calls `check_run`, and prepares the encoder of a module that has not done so itself.
+
+        Raises:
+            NotCompressibleError: there is no encoder.
+            UnsupportedCallbackError: a callback ahead of this one looks at the model before it is prepared.
+        """
+        self.check_run(trainer, pl_module)
+        if stage != "fit" or self.has_prepared(pl_module):
+            return
+        if not hasattr(pl_module, "encoder"):
+            build(trainer, pl_module)
+        as_compressible(pl_module, type(self).__name__, "encoder")
+        check_nothing_comes_before(self, trainer)
+        self.prepare(trainer, pl_module)
+        self.mark_prepared(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises an error for a run without any step, where the method needs one.

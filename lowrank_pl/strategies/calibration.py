@@ -19,8 +19,8 @@ from lowrank_pl.contract import CalibrationBatches, CalibrationSource
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import CalibrationError
 from lowrank_pl.importance import Importance, ImportanceCache, LayerImportance, Measured, identity, settings
-from lowrank_pl.importance.fisher import Batch
-from lowrank_pl.strategies.base import as_compressible
+from lowrank_pl.importance.batches import Batch
+from lowrank_pl.strategies.base import ABOUT_COMPRESSION, as_compressible
 from lowrank_pl.strategies.processes import Agreement, progress, send_
 
 logger = logging.getLogger(__name__)
@@ -90,9 +90,11 @@ def measure_importance(
 
     Raises:
         CalibrationError: there is no datamodule that hands out calibration batches, or no sample in it.
+        NotCompressibleError: the module has no `per_sample_losses`.
+        BatchShapeError, LossShapeError: batches, or losses, are not one per sample.
         NonFiniteError: a loss or gradient is NaN or Inf.
     """
-    module = as_compressible(pl_module)
+    module = as_compressible(pl_module, asked_by, "per_sample_losses")
     batches = calibration_batches(trainer, options, asked_by)
     cache = ImportanceCache(options.folder()) if options.cache else None
     device = trainer.strategy.root_device
@@ -144,7 +146,7 @@ class BatchesOnDevice:
         self._description = description
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields model inputs and labels."""
+        """Yields what the module's `per_sample_losses` takes."""
         parallelism = self._trainer.strategy
         for batch in progress(self._trainer, self._batches, self._description, len(self._batches)):
             yield parallelism.batch_to_device(batch, parallelism.root_device)
@@ -153,11 +155,11 @@ class BatchesOnDevice:
 def loss_identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
     """Identifies what the losses depend on besides the encoder: code and settings of the module, and the precision.
 
-    What is known not to matter is left out: what every LightningModule has, and what the module's class names in
-    `apart_from_losses`.
+    What is known not to matter is left out: what every LightningModule has, what is about compression, and what the
+    module's class names in `apart_from_losses`.
     """
     module = as_compressible(pl_module)
-    apart = {*vars(pl.LightningModule()), *getattr(module, "apart_from_losses", ())}
+    apart = {*vars(pl.LightningModule()), *ABOUT_COMPRESSION, *getattr(module, "apart_from_losses", ())}
     own = {name: value for name, value in settings(pl_module).items() if name not in apart}
     parts = {name: part for name, part in pl_module.named_children() if part is not module.encoder}
     precision = (trainer.precision, torch.get_float32_matmul_precision())

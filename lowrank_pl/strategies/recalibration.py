@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,19 +14,22 @@ from torch import Tensor
 from lowrank_pl.core.recalibration import match_distributions, match_values
 from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
+from lowrank_pl.strategies.outputs import outputs_of
 from lowrank_pl.strategies.processes import Agreement, gathered
 from lowrank_pl.surgery.head import find_head, scale_outputs_
 
 logger = logging.getLogger(__name__)
 
+_NAME = "recalibration"
 _MOST_OUTPUTS = 1000
 """More is a vocabulary: its outputs on thousands of tokens would not fit into memory."""
 
 
 class Recalibration:
-    """One scale and one bias per output of the head, fitted so that outputs are close to the dense model's.
+    """One scale and one bias per output of the encoder's head, fitted so that outputs are close to the dense model's.
 
     Factorised models grow too sure of themselves or not sure enough: their scores stay where their losses rise. For
     classes the divergence of the predicted distributions is minimised, for values the squared difference, on (some of)
@@ -45,31 +49,25 @@ class Recalibration:
         return {"max_samples": self.max_samples}
 
     def outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> Tensor:
-        """The module's outputs `[d, k]` on this process's samples, tokens that are padding left out; on the CPU.
+        """The encoder's outputs `[d, k]` on this process's samples, tokens that are padding left out; on the CPU.
 
         Raises:
-            HeadError: the module's outputs are not those of one linear layer.
+            HeadError: see `outputs_of`; or there are more outputs than a head for classes has.
             CalibrationError: there are no calibration batches.
         """
         module = as_compressible(pl_module)
-        batches = calibration_batches(trainer, calibration, "recalibration", self.max_samples)
+        batches = calibration_batches(trainer, calibration, _NAME, self.max_samples)
         found = []
-        training = module.encoder.training
-        module.encoder.eval()
-        try:
-            with isolate_rng(), torch.no_grad():
-                for batch in batches:
-                    outputs: Tensor = pl_module(
-                        trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
-                    ).float()
-                    mask = batch.get("attention_mask")
-                    outputs = outputs[mask.bool()] if outputs.ndim == 3 and mask is not None else outputs.flatten(0, -2)
-                    if outputs.shape[-1] > _MOST_OUTPUTS:
-                        problem = f"it has {outputs.shape[-1]:,} outputs, more than {_MOST_OUTPUTS:,}"
-                        raise HeadError(type(module.encoder).__name__, problem)
-                    found.append(outputs.cpu())
-        finally:
-            module.encoder.train(training)
+        with isolate_rng(), torch.no_grad(), frozen_eval(module.encoder):
+            for batch in batches:
+                there = trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
+                outputs = outputs_of(pl_module, there, _NAME).float()
+                mask = there.get("attention_mask") if isinstance(there, Mapping) else None
+                outputs = outputs[mask.bool()] if outputs.ndim == 3 and mask is not None else outputs.flatten(0, -2)
+                if outputs.shape[-1] > _MOST_OUTPUTS:
+                    problem = f"it has {outputs.shape[-1]:,} outputs, more than {_MOST_OUTPUTS:,}"
+                    raise HeadError(type(module.encoder).__name__, problem)
+                found.append(outputs.cpu())
         return torch.cat(found)
 
     def fit_(
@@ -87,10 +85,10 @@ class Recalibration:
             What was done, for the report.
         """
         module = as_compressible(pl_module)
-        batches = calibration_batches(trainer, calibration, "recalibration", self.max_samples)
+        batches = calibration_batches(trainer, calibration, _NAME, self.max_samples)
         sample = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
-        with isolate_rng(), torch.no_grad():
-            head = find_head(module.encoder, lambda: pl_module(sample))
+        with isolate_rng(), torch.no_grad(), frozen_eval(module.encoder):
+            head = find_head(module.encoder, lambda: outputs_of(pl_module, sample, _NAME))
         own = self.outputs(trainer, pl_module, calibration)
         outputs, wanted = (torch.cat(gathered(trainer, part)) for part in (own, reference))
         values = outputs.shape[1] == 1

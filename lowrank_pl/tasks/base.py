@@ -115,7 +115,7 @@ class EncoderTask(CheckpointedModule, ABC):
 
     def check_run(self, stage: str) -> None:
         """Raises an error for data, parallelism and callbacks that do not fit, before any long work."""
-        self.strategy.setup(self.trainer, self, stage)
+        self.strategy.check_run(self.trainer, self)
         target = self._target_of_data()
         if stage == "fit":
             check_callbacks(self.trainer, self.strategy, target)

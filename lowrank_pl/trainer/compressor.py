@@ -5,23 +5,29 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 
-from lowrank_pl.tasks import EncoderTask
+from lowrank_pl.strategies import CompressionStrategy
+from lowrank_pl.strategies.base import as_compressible
 
 
 class Compressor(pl.Callback):
-    """First checks that the strategy's plan is possible; once `armed`, compresses before scores are taken."""
+    """First checks that the strategy's plan is possible; once `armed`, compresses before scores are taken.
 
-    def __init__(self) -> None:
+    Args:
+        strategy: The module's.
+    """
+
+    def __init__(self, strategy: CompressionStrategy) -> None:
+        self.strategy = strategy
         self.armed = False
         self.done = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Plans, or compresses."""
-        assert isinstance(pl_module, EncoderTask)
         # Validation runs in inference mode, whose tensors could never be trained afterwards.
         with torch.inference_mode(False), torch.enable_grad():
             if self.armed:
-                pl_module.strategy.compress(trainer, pl_module)
+                self.strategy.compress(trainer, pl_module)
                 self.done = True
             else:
-                pl_module.strategy.check(pl_module.encoder)
+                encoder = as_compressible(pl_module, type(self.strategy).__name__, "encoder").encoder
+                self.strategy.check(encoder)

@@ -9,25 +9,25 @@ from lowrank_pl.allocation.uniform import floor_cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.nn import dense_shape, forms_in
+from lowrank_pl.strategies import CompressionStrategy
 from lowrank_pl.surgery.targets import TARGETED
-from lowrank_pl.tasks import EncoderTask
 
 
-def inspect_model(task: EncoderTask) -> str:
+def inspect_model(encoder: nn.Module, strategy: CompressionStrategy) -> str:
     """A table of every linear layer and a summary.
 
     Args:
-        task: With its encoder built.
+        encoder: What would be compressed.
+        strategy: Whose targets and plan are shown.
 
     Returns:
         Text with one line per layer: shape, dense parameters, cost of one rank, break-even rank, planned rank and
         parameters, or why the layer stays dense; then the floor of the whole model and the plan's totals.
     """
-    encoder = task.encoder
-    reasons = task.strategy.targets.explain(encoder)
+    reasons = strategy.targets.explain(encoder)
     shapes = {name: _shape(encoder, name) for name in reasons}
     targets = {name: shapes[name] for name, reason in reasons.items() if reason == TARGETED}
-    plan = _plan(task)
+    plan = _plan(encoder, strategy)
     header = ("layer", "out", "in", "dense", "per rank", "break-even", "rank", "kept", "status")
     rows: list[tuple[str, ...]] = [header]
     for name, shape in shapes.items():
@@ -42,13 +42,13 @@ def inspect_model(task: EncoderTask) -> str:
         kept = f"{form.parameters_of(form.spec(), s):,}"
         numbers = [f"{size:,}" for size in (s.out_features, s.in_features, s.dense_params, s.params_per_rank)]
         rows.append((name, *numbers, str(s.break_even_rank), str(form.rank), kept, "factorised already"))
-    return "\n".join([_table(rows), "", *_summary(task, targets, plan)])
+    return "\n".join([_table(rows), "", *_summary(encoder, strategy, targets, plan)])
 
 
-def _plan(task: EncoderTask) -> Allocation | None:
+def _plan(encoder: nn.Module, strategy: CompressionStrategy) -> Allocation | None:
     """The plan; `None` where there is none before training, and where none is possible."""
     try:
-        return task.strategy.plan(task.encoder)
+        return strategy.plan(encoder)
     except LowRankError:
         return None
 
@@ -60,13 +60,15 @@ def _planned(plan: Allocation | None, name: str) -> tuple[str, str]:
     return "dense" if rank is None else str(rank), f"{plan.parameters(name):,}"
 
 
-def _summary(task: EncoderTask, targets: dict[str, LinearShape], plan: Allocation | None) -> list[str]:
-    total = sum(parameter.numel() for parameter in task.encoder.parameters())
+def _summary(
+    encoder: nn.Module, strategy: CompressionStrategy, targets: dict[str, LinearShape], plan: Allocation | None
+) -> list[str]:
+    total = sum(parameter.numel() for parameter in encoder.parameters())
     dense = sum(shape.dense_params for shape in targets.values())
-    measure = task.strategy.measure
+    measure = strategy.measure
     whole = measure.total_dense(targets)
     floor = floor_cost(targets, measure)
-    lines = [f"model: {type(task.encoder).__name__}, {total:,} parameters"]
+    lines = [f"model: {type(encoder).__name__}, {total:,} parameters"]
     if targets:
         lines += [
             f"targeted: {len(targets)} layers, {dense:,} parameters ({dense / total:.1%} of the model)",
@@ -77,14 +79,14 @@ def _summary(task: EncoderTask, targets: dict[str, LinearShape], plan: Allocatio
         after = total - plan.dense + plan.kept
         low = sum(rank is not None for rank in plan.ranks.values())
         lines.append(
-            f"{type(task.strategy).__name__}: {low} layers factorised, {len(plan.ranks) - low} dense; keeps "
+            f"{type(strategy).__name__}: {low} layers factorised, {len(plan.ranks) - low} dense; keeps "
             f"{plan.kept:,} of {plan.dense:,} parameters ({_share(plan.kept, plan.dense, measure)}), "
             f"{after:,} parameters in all"
         )
         if not isinstance(measure, Parameters):
             spent = plan.total_cost(measure)
             lines.append(f"cost: {spent:,} of {whole:,} {measure.unit} (keep_ratio {spent / whole:.4f})")
-    if plan is not None and task.strategy.plan_depends_on_data:
+    if plan is not None and strategy.plan_depends_on_data:
         lines.append("ranks follow from the calibration data; those above are uniform ones of the same budget")
     return lines
 

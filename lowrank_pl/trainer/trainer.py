@@ -14,7 +14,6 @@ from lowrank_pl.checkpoint import CHECKPOINT_NAME
 from lowrank_pl.errors.run import (
     CalibrationError,
     MissingArgumentError,
-    NotFactorisedError,
     NothingToCompressError,
     NothingToScoreError,
     OutputNotWritableError,
@@ -25,8 +24,9 @@ from lowrank_pl.monitoring.rank_dashboard import RankDashboard
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
 from lowrank_pl.strategies import CompressionStrategy, NoCompression, StaticStrategy
+from lowrank_pl.strategies.any_module import check_factorised
+from lowrank_pl.strategies.base import as_compressible, strategy_of
 from lowrank_pl.strategies.processes import Agreement
-from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.before_data import check_plan
 from lowrank_pl.trainer.compressor import Compressor
@@ -45,7 +45,7 @@ class LowRankTrainer(pl.Trainer):
 
     def compress(
         self,
-        model: EncoderTask,
+        model: pl.LightningModule,
         datamodule: pl.LightningDataModule | None = None,
         output: str | None = None,
         ckpt_path: str | None = None,
@@ -56,30 +56,37 @@ class LowRankTrainer(pl.Trainer):
         again. The original stays untouched.
 
         Args:
-            model: The task, with a static strategy; its weights come from `init_from` (or `pretrained`).
+            model: The task, with a static strategy; its weights come from `init_from` (or `pretrained`). Or any
+                LightningModule with what `Compressible` says, whose strategy may stand among the trainer's callbacks.
             datamodule: Data for calibration and the scores (validation split).
             output: Folder for `model.ckpt`, `report.json`, `report.md` and `ranks.png`; must be new or empty.
             ckpt_path: Take the weights from this Lightning checkpoint instead of `init_from`.
 
         Raises:
             OutputExistsError: the folder holds something already.
+            NotCompressibleError: a module that is no task has no encoder.
         """
         if datamodule is None:
             raise CalibrationError("compress", "no datamodule was given")
-        if isinstance(model.strategy, NoCompression):
-            raise NothingToCompressError(type(model.strategy).__name__)
+        strategy = strategy_of(self, model)
+        if strategy is None:
+            raise MissingArgumentError("a strategy", "Give the module one, or name it in Trainer(callbacks=[…]).")
+        if isinstance(strategy, NoCompression):
+            raise NothingToCompressError(type(strategy).__name__)
         if getattr(self, "limit_val_batches", 1) == 0:
             raise NothingToScoreError
         folder = self._new_folder(output)
-        check_plan(model, model.strategy.check, ckpt_path)
+        if isinstance(model, EncoderTask):
+            check_plan(model, strategy.check, ckpt_path)
         started = time.monotonic()
-        compressor = Compressor()
+        compressor = Compressor(strategy)
         dense = self._validate_with(compressor, model, datamodule, ckpt_path)
         compressor.armed = True
         scores = self._validate_with(compressor, model, datamodule, None)
         if not compressor.done:
             raise NothingToScoreError
-        _check_factorised(model)
+        module = as_compressible(model)
+        check_factorised(module.encoder, module.compression)
         # validate() leaves the trainer without a verb, and a checkpoint wants one.
         self.state.fn = TrainerFn.VALIDATING
         if not self.is_global_zero:
@@ -90,13 +97,17 @@ class LowRankTrainer(pl.Trainer):
         self._write_compressed(model, report, folder)
         RankDashboard.log_ranks(self, model)
         kept, total = report["parameters"]["total"], report["parameters"]["total_dense"]
+        score = (
+            "val/score" if "val/score" in scores else next(iter(scores), "val/score")
+        )  # a module may log what it likes
+        name = score if report["metric"] is None else report["metric"]
         print(
-            f"{report['task']} {report['metric']}: {dense.get('val/score', float('nan')):.4f} before, "
-            f"{scores.get('val/score', float('nan')):.4f} after {report['method']}; "
+            f"{report['task']} {name}: {dense.get(score, float('nan')):.4f} before, "
+            f"{scores.get(score, float('nan')):.4f} after {report['method']}; "
             f"{kept:,} of {total:,} parameters; written to {folder.path}"
         )
 
-    def _write_compressed(self, model: EncoderTask, report: dict[str, Any], folder: OutputFolder) -> None:
+    def _write_compressed(self, model: pl.LightningModule, report: dict[str, Any], folder: OutputFolder) -> None:
         """What `compress` leaves, by the first process; where it cannot write, the others do not wait for it."""
         saved = False
         try:
@@ -174,7 +185,11 @@ class LowRankTrainer(pl.Trainer):
                 print(f"methods compared at keep_ratio {ratio:g} ({source}); written to {folder.path}")
 
     def _validate_with(
-        self, callback: pl.Callback, model: EncoderTask, datamodule: pl.LightningDataModule, ckpt_path: str | None
+        self,
+        callback: pl.Callback,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule,
+        ckpt_path: str | None,
     ) -> dict[str, float]:
         """One validation run with a further callback; returns its scores."""
         self.callbacks = [*self.callbacks, callback]
@@ -197,7 +212,7 @@ class LowRankTrainer(pl.Trainer):
         del datamodule
         if not model.is_built:
             model.build()
-        print(inspect_model(model))
+        print(inspect_model(model.encoder, model.strategy))
         model.strategy.plan(model.encoder)
 
 
@@ -211,11 +226,3 @@ def _ratio_to_diagnose(strategy: CompressionStrategy, asked: float | None) -> tu
 
 def _scores(results: object) -> dict[str, float]:
     return {k: float(v) for result in results for k, v in result.items()} if isinstance(results, list) else {}
-
-
-def _check_factorised(model: EncoderTask) -> None:
-    """Raises `NotFactorisedError` if a layer that the record calls factorised is not."""
-    layout = read_layout(model.encoder).modules
-    layers = model.compression.layers if model.compression is not None else ()
-    if missing := [layer.name for layer in layers if layer.kind == "low_rank" and layer.name not in layout]:
-        raise NotFactorisedError(type(model.strategy).__name__, missing)

@@ -19,19 +19,23 @@ from lowrank_pl.errors.model import (
     NonFiniteWeightsError,
     NotACheckpointError,
     NoTargetError,
+    NotSavableError,
     OnnxExportError,
     OnnxMismatchError,
     OverrideError,
     PackageModelError,
+    SeveralDevicesError,
     TiedWeightError,
     UnknownFormError,
     UnsupportedModelError,
 )
 from lowrank_pl.errors.numerics import (
+    BatchShapeError,
     BudgetError,
     BudgetUnitError,
     ImportanceError,
     LatencyTableError,
+    LossShapeError,
     MemoryBoundError,
     NonFiniteError,
     RangeError,
@@ -54,6 +58,7 @@ from lowrank_pl.errors.run import (
     MissingArgumentError,
     MissingPackagesError,
     MonitorModeError,
+    NotCompressibleError,
     NotFactorisedError,
     NothingToCompressError,
     NothingToScoreError,
@@ -76,6 +81,11 @@ from lowrank_pl.errors.run import (
 
 # The error, what was given (quoted in the message), and where to turn.
 CASES: list[tuple[LowRankError, list[str], str]] = [
+    (BatchShapeError("dict", "holds tensors of shapes [2], [3]"), ["dict", "[2], [3]"], "where they are collated"),
+    (LossShapeError((), 4), ["4 samples", "shape []"], "reduction='none'"),
+    (NotCompressibleError("Net", "SVD", "encoder"), ["Net", "SVD", "'encoder'"], "docs/own_module.md"),
+    (NotSavableError("Net", "its class is none"), ["Net", "its class is none"], "compact_(model)"),
+    (SeveralDevicesError("Net", ["cpu", "cuda:0"]), ["Net", "cpu, cuda:0"], "model.to("),
     (ShapeError("weight", (3,), "[out, in]"), ["weight", "(3,)"], "[out, in]"),
     (RankError(9, 4), ["9", "4"], "smaller rank"),
     (RankError(9, 4, "a.b"), ["9", "'a.b'", "4"], "smaller rank"),

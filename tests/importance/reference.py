@@ -27,7 +27,8 @@ def token_loss(model: nn.Module) -> PerSampleLoss:
     def losses(batch: Batch) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         each = F.cross_entropy(model(**inputs).logits.mT, batch["labels"], reduction="none")
-        return each.sum(1) / (batch["labels"] != -100).sum(1)
+        means: Tensor = each.sum(1) / (batch["labels"] != -100).sum(1)
+        return means
 
     return losses
 

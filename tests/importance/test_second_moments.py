@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import MemoryBoundError, NonFiniteError, RangeError
-from lowrank_pl.importance.passes import Batch
+from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.second_moments import LayerMoments, SecondMoments
 from lowrank_pl.surgery import TargetSelector
 from tests.importance.reference import assert_same, classification_loss, single_samples

@@ -1,0 +1,27 @@
+"""What transformers' own loader takes over from a folder besides the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from lowrank_pl.checkpoint.saved import SavedModel
+from lowrank_pl.surgery import conform_
+
+_GENERATION = "generation_config.json"
+
+
+def take_dtypes_(model: nn.Module, saved: SavedModel) -> None:
+    """Gives a model the shapes of a saved one, and every parameter and buffer the dtype that its file has."""
+    conform_(model, saved.layout, saved.source)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in saved.state and tensor.dtype != saved.state[name].dtype:
+            tensor.data = tensor.data.to(saved.state[name].dtype)
+
+
+def take_generation_config_(model: PreTrainedModel, folder: str) -> None:
+    """Lets a model generate as the saved one did, where the folder tells."""
+    if model.can_generate() and (Path(folder).expanduser() / _GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(Path(folder).expanduser()))
