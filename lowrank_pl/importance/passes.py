@@ -94,7 +94,7 @@ class Passes:
         size = batch_size(batch)
         limit = 1 if self._way is Way.SINGLY else self._limit
         if limit is not None and size > limit:
-            for part in _parts(batch, limit):
+            for part in split(batch, limit):
                 self._add(part, done)
             return
         self._done = set(done)
@@ -173,7 +173,7 @@ class Passes:
         try:
             with torch.enable_grad():
                 given = vectorised(self._loss, two, lambda marker: self._tape.start(2, marker))
-                expected = torch.cat([self._alone(sample) for sample in _parts(two, 1)])
+                expected = torch.cat([self._alone(sample) for sample in split(two, 1)])
         except Exception as error:
             return self._singly(f"it cannot be vectorised ({_first_line(error)})")
         # A loss that is NaN is for the pass itself to refuse.
@@ -220,7 +220,7 @@ def batch_size(batch: Batch) -> int:
     return int(next(iter(batch.values())).shape[0])
 
 
-def _parts(batch: Batch, size: int) -> Iterator[Batch]:
+def split(batch: Batch, size: int) -> Iterator[Batch]:
     """Batches of at most a size."""
     for start in range(0, batch_size(batch), size):
         yield {key: value[start : start + size] for key, value in batch.items()}

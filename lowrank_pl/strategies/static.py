@@ -112,6 +112,7 @@ class StaticStrategy(CompressionStrategy):
             "overrides": [vars(override) for override in self.overrides],
             "cost": self.cost.options(),
             "allocation": self.allocation.options(),
+            **({"labels": self.calibration.labels} if self.importance.needs_data else {}),
             **({} if self.recalibration is None else {"recalibration": self.recalibration.options()}),
         }
 
