@@ -16,7 +16,8 @@ def drawn_classes(logits: Tensor, uniform: Tensor) -> Tensor:
         uniform: `[…]`, between 0 and 1; the label is where it lies among the summed probabilities.
     """
     bounds = logits.cpu().double().softmax(-1).cumsum(-1)[..., :-1].contiguous()
-    return torch.searchsorted(bounds, uniform[..., None].contiguous(), right=True).squeeze(-1).to(logits.device)
+    classes: Tensor = torch.searchsorted(bounds, uniform[..., None].contiguous(), right=True).squeeze(-1)
+    return classes.to(logits.device)
 
 
 def drawn_values(values: Tensor, uniform: Tensor) -> Tensor:
