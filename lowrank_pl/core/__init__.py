@@ -4,7 +4,7 @@ Shapes throughout: `weight` is `[out, in] = [m, n]`, `r` is the rank.
 """
 
 from lowrank_pl.core.axis_weighted import axis_weighted_svd
-from lowrank_pl.core.diagnosis import Diagnosis, diagnose
+from lowrank_pl.core.diagnosis import Diagnosis, compare_methods, diagnose
 from lowrank_pl.core.diagnostics import relative_error
 from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
@@ -18,6 +18,7 @@ __all__ = [
     "KroneckerGroups",
     "LinearShape",
     "axis_weighted_svd",
+    "compare_methods",
     "diagnose",
     "kronecker_groups",
     "kronecker_regroup",
