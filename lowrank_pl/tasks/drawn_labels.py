@@ -31,5 +31,5 @@ def drawn_values(values: Tensor, uniform: Tensor) -> Tensor:
         uniform: `[b]`, between 0 and 1.
     """
     # The quantile of 0 is not finite.
-    normal = torch.special.ndtri(uniform.clamp(min=1e-12))
+    normal: Tensor = torch.special.ndtri(uniform.clamp(min=1e-12))
     return values + math.sqrt(0.5) * normal.to(values)
