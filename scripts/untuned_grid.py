@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 
 from lowrank_pl.allocation import Uniform
 from lowrank_pl.data import GLUE, Docstrings, TextDataModule
-from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, Calibration, KroneckerSVD, Recalibration, StaticStrategy
+from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, Calibration, KroneckerSVD, Recalibration, Refit, StaticStrategy
 from lowrank_pl.tasks import SequenceClassification
 from lowrank_pl.trainer import LowRankTrainer
 
@@ -37,6 +37,7 @@ METHODS: dict[str, Make] = {
     "KroneckerSVD recalibrated": lambda ratio, few: KroneckerSVD(
         keep_ratio=ratio, calibration=few, recalibration=Recalibration()
     ),
+    "KroneckerSVD refit": lambda ratio, few: KroneckerSVD(keep_ratio=ratio, calibration=few, refit=Refit()),
 }
 
 

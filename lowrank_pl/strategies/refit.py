@@ -121,7 +121,7 @@ def _write_(weight: Tensor, form: LowRankLinear, cross: Tensor, gram: Tensor) ->
     found = refit_left(weight, start, cross, gram)
     form.assign_(Factors.from_product(found[:, : form.rank], double(right)).like(left))
     if bias is not None:
-        bias += found[:, -1].to(bias)
+        bias.add_(found[:, -1].to(bias))
 
 
 def _stages(pl_module: pl.LightningModule, forms: Mapping[str, nn.Module], batch: Batch) -> list[list[str]]:
