@@ -23,7 +23,7 @@ from tables import describe, header, line, write
 
 from lowrank_pl.allocation import Uniform
 from lowrank_pl.data import Docstrings, TextDataModule
-from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, Calibration, KroneckerSVD, Recalibration, StaticStrategy
+from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, Calibration, KroneckerSVD, Recalibration, Refit, StaticStrategy
 from lowrank_pl.tasks import SequenceClassification
 from lowrank_pl.trainer import LowRankTrainer
 
@@ -39,6 +39,7 @@ METHODS: dict[str, Make] = {
     "KroneckerSVD recalibrated": lambda ratio, few: KroneckerSVD(
         keep_ratio=ratio, calibration=few, recalibration=Recalibration()
     ),
+    "KroneckerSVD refit": lambda ratio, few: KroneckerSVD(keep_ratio=ratio, calibration=few, refit=Refit()),
 }
 
 

@@ -4,11 +4,12 @@ Shapes throughout: `weight` is `[out, in] = [m, n]`, `r` is the rank.
 """
 
 from lowrank_pl.core.axis_weighted import axis_weighted_svd
-from lowrank_pl.core.diagnosis import Diagnosis, diagnose
+from lowrank_pl.core.diagnosis import Diagnosis, compare_methods, diagnose
 from lowrank_pl.core.diagnostics import relative_error
 from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.kronecker import KroneckerGroups, kronecker_groups, kronecker_regroup, kronecker_svd
+from lowrank_pl.core.refit import refit_left
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
 
@@ -18,10 +19,12 @@ __all__ = [
     "KroneckerGroups",
     "LinearShape",
     "axis_weighted_svd",
+    "compare_methods",
     "diagnose",
     "kronecker_groups",
     "kronecker_regroup",
     "kronecker_svd",
+    "refit_left",
     "relative_error",
     "singular_values",
     "truncated_svd",

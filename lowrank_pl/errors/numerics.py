@@ -43,13 +43,21 @@ class RatioError(LowRankError):
 
 
 class NonFiniteError(LowRankError):
-    """NaN or Inf where a factorisation or an importance needs numbers."""
+    """NaN or Inf where a factorisation or an importance needs numbers.
 
-    def __init__(self, what: str, count: int | None = None, layer: str | None = None) -> None:
+    Args:
+        what: Where they are.
+        count: How many.
+        layer: Of which layer.
+        first: Where they come from, as far as that was looked for.
+    """
+
+    def __init__(self, what: str, count: int | None = None, layer: str | None = None, first: str = "") -> None:
         number = "NaN or Inf" if count is None else f"{count} NaN or Inf entries"
         where = f" of layer {layer!r}" if layer else ""
+        origin = f" (first seen in {first})" if first else ""
         super().__init__(
-            f"{what}{where} contains {number}; only finite numbers can be factorised or weighed. "
+            f"{what}{where} contains {number}{origin}; only finite numbers can be factorised or weighed. "
             "Start from a checkpoint whose training did not diverge, or exclude the layer through "
             "model.init_args.strategy.init_args.targets.exclude."
         )

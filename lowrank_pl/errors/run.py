@@ -105,6 +105,24 @@ class CalibrationError(LowRankError):
         )
 
 
+class LabelsError(LowRankError):
+    """The samples that a method calibrates on have no labels, and none can be drawn.
+
+    Args:
+        task: The class of the task.
+        problem: What is missing.
+        instead: The value of `calibration.labels` that would do; empty if none would.
+    """
+
+    def __init__(self, task: str, problem: str, instead: str = "") -> None:
+        key = "model.init_args.strategy.init_args.calibration.labels"
+        meaning = {"observed": "take those of the data", "sampled": "draw them from what the model predicts"}
+        remedy = f"Set {key} to {instead!r} to {meaning[instead]}" if instead else "Give data that have labels"
+        super().__init__(
+            f"{task} cannot be calibrated: {problem}. {remedy}, or use a method that measures nothing, such as SVD."
+        )
+
+
 class ResumeMismatchError(LowRankError):
     """A checkpoint to resume from was written with other ranks or targets."""
 

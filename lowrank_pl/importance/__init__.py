@@ -6,6 +6,7 @@ from lowrank_pl.importance.identity import identity, settings
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
 from lowrank_pl.importance.kinds import FisherSums, FullFisher, Nothing
 from lowrank_pl.importance.kronecker_sensitivity import KroneckerSensitivity
+from lowrank_pl.importance.rises import LayerRises, SecondOrderRise
 from lowrank_pl.importance.second_moments import LayerMoments, SecondMoments
 from lowrank_pl.importance.sensitivity import FirstOrder, Groups, GroupSensitivity, Sensitivity, Squared, Triplet
 
@@ -23,9 +24,11 @@ __all__ = [
     "LayerFisher",
     "LayerImportance",
     "LayerMoments",
+    "LayerRises",
     "Measured",
     "Nothing",
     "SecondMoments",
+    "SecondOrderRise",
     "Sensitivity",
     "Squared",
     "Triplet",

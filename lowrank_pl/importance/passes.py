@@ -62,6 +62,7 @@ class Passes:
         accumulators: Mapping[str, AddsTokens],
         expected: int | None = None,
     ) -> None:
+        self._layers = layers
         self._given_loss = loss
         self._accumulators = accumulators
         self._expected = expected
@@ -123,7 +124,8 @@ class Passes:
             with torch.enable_grad():
                 losses = self._losses(batch)
                 if not bool(torch.isfinite(losses.detach()).all()):
-                    raise NonFiniteError("the loss of a calibration batch", int((~torch.isfinite(losses)).sum()))
+                    count = int((~torch.isfinite(losses)).sum())
+                    raise NonFiniteError("the loss of a calibration batch", count, first=self._first_seen(batch))
                 losses.sum().backward()
             self._tape.finish()
         except SampleMixingError:
@@ -150,6 +152,28 @@ class Passes:
         if not isinstance(losses, Tensor) or tuple(losses.shape) != (size,):
             raise LossShapeError(losses.shape if isinstance(losses, Tensor) else type(losses).__name__, size)
         return losses
+
+    def _first_seen(self, batch: Batch) -> str:
+        """Where in a batch's forward pass NaN or Inf first come up. Ends the recording."""
+        self._tape.__exit__(None, None, None)
+        seen: list[str] = []
+
+        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                for part, tensor in (("input", args[0]), ("output", output)):
+                    if not bool(torch.isfinite(tensor).all()):
+                        seen.append(f"the {part} of layer {name!r}")
+
+            return hook
+
+        handles = [layer.register_forward_hook(watch(name)) for name, layer in self._layers.items()]
+        try:
+            with torch.no_grad():
+                self._loss(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[0] if seen else "what follows the layers to factorise"
 
     def _losses(self, batch: Batch) -> Tensor:
         size = batch_size(batch)

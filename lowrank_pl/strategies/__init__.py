@@ -11,6 +11,7 @@ from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import Reallocation
 from lowrank_pl.strategies.rankdyna import RankDyna
 from lowrank_pl.strategies.recalibration import Recalibration
+from lowrank_pl.strategies.refit import Refit
 from lowrank_pl.strategies.static import StaticStrategy
 from lowrank_pl.strategies.svd import SVD
 from lowrank_pl.strategies.tfwsvd import TFWSVD
@@ -31,6 +32,7 @@ __all__ = [
     "RankPlan",
     "Reallocation",
     "Recalibration",
+    "Refit",
     "StaticStrategy",
     "compress",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from lowrank_pl.errors.run import CalibrationError
 from lowrank_pl.importance import Importance, ImportanceCache, LayerImportance, Measured, identity, settings
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.strategies.base import ABOUT_COMPRESSION, as_compressible
+from lowrank_pl.strategies.labels import LABELS, Labels, ObservedLabels, SampledLabels, check_labels
 from lowrank_pl.strategies.processes import Agreement, progress, send_
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,9 @@ class Calibration:
         cache_dir: Where; by default `importance` below `$LOWRANK_PL_CACHE`, or below `~/.cache/lowrank_pl`.
         max_memory: What the measured tensors of the layers may take at once, in GiB; layers are then measured in
             groups, with passes over the data for each. `null`: all together.
+        labels: At which labels gradients are measured: the `observed` ones of the data, which give the empirical Fisher
+            information, or labels `sampled` from what the model predicts, which give the true one and need none in the
+            data, at one more forward pass per batch. A metric without gradients is KroneckerSVD's side `input`.
     """
 
     batch_size: int | None = None
@@ -57,9 +61,13 @@ class Calibration:
     cache: bool = True
     cache_dir: str | None = None
     max_memory: float | None = None
+    labels: Labels = "observed"
 
     def __post_init__(self) -> None:
-        """Raises an error for numbers below 1."""
+        """Raises an error for numbers below 1, and labels that are no choice."""
+        if self.labels not in LABELS:
+            hint = "; for no gradients, and so no labels, use KroneckerSVD with side 'input'"
+            raise RangeError("calibration.labels", self.labels, f"'observed' or 'sampled'{hint}")
         for name in ("batch_size", "max_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -92,9 +100,11 @@ def measure_importance(
         CalibrationError: there is no datamodule that hands out calibration batches, or no sample in it.
         NotCompressibleError: the module has no `per_sample_losses`.
         BatchShapeError, LossShapeError: batches, or losses, are not one per sample.
+        LabelsError: the samples have no labels, or labels were to be drawn for a task that cannot.
         NonFiniteError: a loss or gradient is NaN or Inf.
     """
     module = as_compressible(pl_module, asked_by, "per_sample_losses")
+    check_labels(pl_module, options.labels)
     batches = calibration_batches(trainer, options, asked_by)
     cache = ImportanceCache(options.folder()) if options.cache else None
     device = trainer.strategy.root_device
@@ -103,7 +113,8 @@ def measure_importance(
         key, cached = "", None
         if cache is not None and trainer.is_global_zero:
             loss = loss_identity(trainer, pl_module)
-            key = ImportanceCache.key(module.encoder, list(layers), importance.key(), batches.fingerprint, loss)
+            kind = importance.key() + _key_of_labels(trainer, options)
+            key = ImportanceCache.key(module.encoder, list(layers), kind, batches.fingerprint, loss)
             cached = cache.load(key, device, importance)
         # The first process's cache counts: another machine may have none.
         if trainer.strategy.broadcast(cached is not None):
@@ -124,7 +135,7 @@ def measure_importance(
                 measured = importance.measure(
                     module.encoder,
                     layers,
-                    BatchesOnDevice(trainer, batches, what),
+                    _labelled(trainer, pl_module, batches, options, what),
                     module.per_sample_losses,
                     reduce_sum if trainer.world_size > 1 else None,
                     math.ceil(batches.num_samples / trainer.world_size),
@@ -135,6 +146,21 @@ def measure_importance(
         except OSError as error:
             logger.warning("%s is not kept: %s cannot be written (%s)", what, cache.folder, error)
     return measured
+
+
+def _key_of_labels(trainer: pl.Trainer, options: Calibration) -> str:
+    """What the labels depend on: nothing but the data, unless they are drawn, by each process for its own samples."""
+    return "" if options.labels == "observed" else f" labels {options.labels} {options.seed} {trainer.world_size}"
+
+
+def _labelled(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batches: CalibrationBatches, options: Calibration, what: str
+) -> Iterable[Batch]:
+    """The batches on the device of the run, with the labels that were asked for."""
+    on_device = BatchesOnDevice(trainer, batches, what)
+    if options.labels == "observed":
+        return ObservedLabels(pl_module, on_device)
+    return SampledLabels(pl_module, on_device, options.seed, trainer.global_rank)
 
 
 class BatchesOnDevice:

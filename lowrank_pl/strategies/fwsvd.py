@@ -16,6 +16,7 @@ from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByRank, Decomposition, Factorised
 from lowrank_pl.strategies.fisher_energies import fisher_energies
 from lowrank_pl.strategies.recalibration import Recalibration
+from lowrank_pl.strategies.refit import Refit
 from lowrank_pl.strategies.static import StaticStrategy
 from lowrank_pl.surgery import TargetSelector
 
@@ -40,6 +41,7 @@ class FWSVD(StaticStrategy):
         cost: What keep_ratio is a share of; see `StaticStrategy`.
         allocation: Which layer gets which rank; see `StaticStrategy`. `Global` needs side `output` or `both`.
         recalibration: See `StaticStrategy`.
+        refit: See `StaticStrategy`.
     """
 
     def __init__(
@@ -55,12 +57,13 @@ class FWSVD(StaticStrategy):
         cost: Measure | None = None,
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
+        refit: Refit | None = None,
     ) -> None:
         if side not in ("input", "output", "both"):
             raise RangeError("side", side, "'input', 'output' or 'both'")
         self.side = side
         super().__init__(
-            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration
+            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration, refit
         )
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean importance")

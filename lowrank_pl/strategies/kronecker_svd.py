@@ -15,6 +15,7 @@ from lowrank_pl.importance import Importance, LayerImportance, LayerMoments, Sec
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByGroups, Decomposition
 from lowrank_pl.strategies.recalibration import Recalibration
+from lowrank_pl.strategies.refit import Refit
 from lowrank_pl.strategies.static import StaticStrategy
 from lowrank_pl.surgery import TargetSelector
 
@@ -43,6 +44,7 @@ class KroneckerSVD(StaticStrategy):
         allocation: Which layer gets which rank: by default `Global`, and `Uniform` for side `input`, whose energies say
             nothing of the loss.
         recalibration: See `StaticStrategy`.
+        refit: See `StaticStrategy`.
         diagonal: Take only the diagonals of the moments: less memory, and close to FWSVD.
     """
 
@@ -60,6 +62,7 @@ class KroneckerSVD(StaticStrategy):
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
         diagonal: bool = False,
+        refit: Refit | None = None,
     ) -> None:
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean of the diagonal")
@@ -70,7 +73,7 @@ class KroneckerSVD(StaticStrategy):
         self.diagonal = diagonal
         allocation = allocation or (Uniform() if side == "input" else Global())
         super().__init__(
-            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration
+            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration, refit
         )
 
     @property

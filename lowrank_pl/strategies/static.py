@@ -23,6 +23,7 @@ from lowrank_pl.strategies.calibration import Calibration, measure_importance
 from lowrank_pl.strategies.decomposition import Decomposition, Factorised
 from lowrank_pl.strategies.processes import assign, gathered, send_, work_shared
 from lowrank_pl.strategies.recalibration import Recalibration
+from lowrank_pl.strategies.refit import Refit, refitted_errors
 from lowrank_pl.surgery import (
     CompressionRecord,
     CostRecord,
@@ -54,6 +55,8 @@ class StaticStrategy(CompressionStrategy):
             the loss.
         recalibration: Fit one scale and one bias per output of the head, so that the outputs on the calibration samples
             are close to the dense model's; none by default.
+        refit: Fit left factors and biases anew to the outputs of the dense layers, on inputs as the factorised model
+            gives them; none by default.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class StaticStrategy(CompressionStrategy):
         cost: Measure | None = None,
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
+        refit: Refit | None = None,
     ) -> None:
         super().__init__(targets)
         check_share(keep_ratio, rank_ratio, multiple_of)
@@ -78,6 +82,7 @@ class StaticStrategy(CompressionStrategy):
         self.cost = cost or Parameters()
         self.allocation = allocation or Uniform()
         self.recalibration = recalibration
+        self.refit = refit
         if self.allocation.needs_energies and (reason := self.why_no_energies()):
             raise AllocationError(type(self.allocation).__name__, type(self).__name__, reason)
         self._written = False
@@ -112,7 +117,9 @@ class StaticStrategy(CompressionStrategy):
             "overrides": [vars(override) for override in self.overrides],
             "cost": self.cost.options(),
             "allocation": self.allocation.options(),
+            **({"labels": self.calibration.labels} if self.importance.needs_data else {}),
             **({} if self.recalibration is None else {"recalibration": self.recalibration.options()}),
+            **({} if self.refit is None else {"refit": self.refit.options()}),
         }
 
     # Planning.
@@ -183,6 +190,9 @@ class StaticStrategy(CompressionStrategy):
         allocation = self.allocation.allocate(request, energies)
         told = self._exchange(trainer, encoder, layers, allocation, decompositions, notes)
         options = self.options() | ({} if samples is None else {"calibration_samples": samples})
+        if self.refit is not None and told:
+            notes |= {"refit": self.refit.fit_(trainer, pl_module, self.calibration, {n: layers[n] for n in told})}
+            told = {n: one | refitted_errors(layers[n], encoder.get_submodule(n)) for n, one in told.items()}
         if self.recalibration is not None and before is not None:
             notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
         self._written = True

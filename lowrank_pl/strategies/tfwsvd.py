@@ -16,6 +16,7 @@ from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByRank, Decomposition, Factorised
 from lowrank_pl.strategies.fisher_energies import fisher_energies
 from lowrank_pl.strategies.recalibration import Recalibration
+from lowrank_pl.strategies.refit import Refit
 from lowrank_pl.strategies.static import StaticStrategy
 from lowrank_pl.surgery import TargetSelector
 
@@ -46,6 +47,7 @@ class TFWSVD(StaticStrategy):
         allocation: Which layer gets which rank; see `StaticStrategy`. `Global` takes the energies of the closed form
             with both sides.
         recalibration: See `StaticStrategy`.
+        refit: See `StaticStrategy`.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class TFWSVD(StaticStrategy):
         cost: Measure | None = None,
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
+        refit: Refit | None = None,
     ) -> None:
         super().__init__(
-            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration
+            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration, refit
         )
         if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise RangeError("shrinkage", shrinkage, "0 <= shrinkage <= 1, the share that is replaced")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank_pl.strategies.labels import Uniform
 from lowrank_pl.tasks.base import EncoderTask
+from lowrank_pl.tasks.drawn_labels import drawn_classes
 
 IGNORED = -100
 
@@ -39,6 +44,19 @@ class PerTokenTask(EncoderTask):
     def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy over the batch's labelled tokens."""
         return mean_per_token(token_losses(logits, labels), labels)
+
+    def drawn_labels(self, outputs: Tensor, batch: Mapping[str, Tensor], uniform: Uniform) -> Tensor:
+        """Classes drawn from the softmax of logits `[b, t, c]` for `labelled_tokens`, else -100; see `DrawsLabels`."""
+        labelled = self.labelled_tokens(batch)
+        labels = torch.full(outputs.shape[:2], IGNORED, device=outputs.device)
+        labels[labelled] = drawn_classes(outputs[labelled], uniform(int(labelled.sum())))
+        return labels
+
+    def labelled_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Which tokens `[b, t]` get a label: those that have one, or, without any labels, all that are no padding."""
+        if "labels" in batch:
+            return batch["labels"] != IGNORED
+        return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Class ids `[b, t]`."""

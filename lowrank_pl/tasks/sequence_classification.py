@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from lowrank_pl.contract import TargetKind
+from lowrank_pl.strategies.labels import Uniform
 from lowrank_pl.tasks.base import EncoderTask
+from lowrank_pl.tasks.drawn_labels import drawn_classes, drawn_values
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,12 @@ class SequenceClassification(EncoderTask):
         if self._regression:
             return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="none")
         return F.cross_entropy(logits, labels, reduction="none")
+
+    def drawn_labels(self, outputs: Tensor, batch: Mapping[str, Tensor], uniform: Uniform) -> Tensor:
+        """Classes drawn from the softmax of logits `[b, c]`, or values from N(predicted, ½); see `DrawsLabels`."""
+        del batch
+        draws = uniform(len(outputs))
+        return drawn_values(outputs.squeeze(-1), draws) if self._regression else drawn_classes(outputs, draws)
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Class ids `[b]`, or values `[b]`."""

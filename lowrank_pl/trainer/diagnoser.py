@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lowrank_pl.allocation import uniform_ranks
-from lowrank_pl.core.diagnosis import Diagnosis, diagnose
+from lowrank_pl.allocation import Allocator, Global, RankRequest, uniform_ranks
+from lowrank_pl.core import Factors, compare_methods, kronecker_groups
+from lowrank_pl.core.diagnosis import Diagnosis
 from lowrank_pl.core.elementwise import ElementwiseSolver
-from lowrank_pl.importance import Fisher, FullFisher
+from lowrank_pl.importance import Fisher, FullFisher, LayerMoments, Measured, SecondMoments, SecondOrderRise
 from lowrank_pl.nn import dense_weight
-from lowrank_pl.strategies import Calibration, StaticStrategy
+from lowrank_pl.strategies import Calibration, CompressionStrategy, StaticStrategy
 from lowrank_pl.strategies.calibration import measure_importance
 from lowrank_pl.strategies.processes import assign, work_shared
 from lowrank_pl.surgery import TargetSelector
@@ -19,11 +23,18 @@ from lowrank_pl.tasks import EncoderTask
 
 
 class Diagnoser(pl.Callback):
-    """Measures the full Fisher information and diagnoses every targeted layer; the model is left as it is.
+    """Measures the Fisher information in several forms and diagnoses every targeted layer; the model is left as it is.
 
     Args:
         keep_ratio: The budget at which the methods are compared.
         solver: For the element-wise method.
+
+    Attributes:
+        found: Diagnoses by layer.
+        ranks: At which the methods were compared, by layer.
+        global_ranks: What `Global` ranks would be in the same budget, `None` for dense.
+        energy_lost: Share of the energy of all layers in the Kronecker metric that `uniform` and `global` ranks lose.
+        samples: How many everything was measured on.
     """
 
     def __init__(self, keep_ratio: float, solver: ElementwiseSolver | None = None) -> None:
@@ -31,6 +42,8 @@ class Diagnoser(pl.Callback):
         self.solver = solver
         self.found: dict[str, Diagnosis] = {}
         self.ranks: dict[str, int] = {}
+        self.global_ranks: dict[str, int | None] = {}
+        self.energy_lost: dict[str, float] = {}
         self.samples = 0
 
     def allocate(self, encoder: nn.Module, targets: TargetSelector) -> dict[str, int]:
@@ -54,12 +67,55 @@ class Diagnoser(pl.Callback):
             targets = strategy.targets.select(pl_module.encoder)
             self.ranks = self.allocate(pl_module.encoder, strategy.targets)
             fisher = measure_importance(trainer, pl_module, targets, FullFisher(), calibration, "diagnose")
+            moments = measure_importance(trainer, pl_module, targets, SecondMoments(), calibration, "diagnose")
             self.samples = fisher.num_samples
             # The element-wise method's cost: elements, times the rank.
             owners = assign({n: dense_weight(targets[n]).numel() * self.ranks[n] for n in targets}, trainer.world_size)
-            self.found = work_shared(trainer, owners, lambda name: self._one(name, targets[name], fisher), "Diagnosis")
+            tried = work_shared(
+                trainer, owners, lambda name: self._try(name, targets[name], fisher, moments), "Diagnosis"
+            )
+            # What factors do depends on all of them; to keep that would not pay.
+            uncached = replace(calibration, cache=False)
+            rises = SecondOrderRise({name: one.factors for name, one in tried.items()})
+            risen = measure_importance(trainer, pl_module, targets, rises, uncached, "diagnose").layers
+        for name, one in tried.items():
+            values = risen[name].values.tolist()
+            self.found[name] = one.diagnosis.judged(dict(zip(one.factors, values, strict=True)))
+        self._weigh_energies(strategy, targets, {name: one.energies for name, one in tried.items()})
 
-    def _one(self, name: str, linear: nn.Module, fisher: Fisher) -> Diagnosis:
+    def _try(self, name: str, linear: nn.Module, fisher: Fisher, moments: Measured[LayerMoments]) -> _Tried:
         importance = fisher.layers[name].full
         assert importance is not None
-        return diagnose(dense_weight(linear).detach(), importance, self.ranks[name], self.solver)
+        weight, layer = dense_weight(linear).detach(), moments.layers[name]
+        groups = kronecker_groups(weight, layer.inputs, layer.outputs)
+        diagnosis, factors = compare_methods(weight, importance, self.ranks[name], self.solver, groups=groups)
+        cpu = torch.device("cpu")
+        return _Tried(diagnosis, {m: f.to(torch.float32, cpu) for m, f in factors.items()}, groups.energies.cpu())
+
+    def _weigh_energies(
+        self, strategy: CompressionStrategy, layers: Mapping[str, nn.Module], energies: Mapping[str, Tensor]
+    ) -> None:
+        configured = strategy.allocation if isinstance(strategy, StaticStrategy) else None
+        allocator: Allocator = configured if isinstance(configured, Global) else Global()
+        request = RankRequest(TargetSelector.shapes(layers), self.keep_ratio)
+        self.global_ranks = allocator.allocate(request, energies).ranks
+        self.energy_lost = {
+            "uniform": _share_lost(energies, request.uniform().ranks),
+            "global": _share_lost(energies, self.global_ranks),
+        }
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What one layer gave: its diagnosis, factors by method, and energies, on the CPU."""
+
+    diagnosis: Diagnosis
+    factors: dict[str, Factors]
+    energies: Tensor
+
+
+def _share_lost(energies: Mapping[str, Tensor], ranks: Mapping[str, int | None]) -> float:
+    """Which share of the energy of all layers lies in groups beyond their ranks."""
+    total = sum(float(energy.sum()) for energy in energies.values())
+    lost = sum(float(energy[rank:].sum()) for name, energy in energies.items() if (rank := ranks[name]) is not None)
+    return lost / total if total > 0 else 0.0

@@ -151,8 +151,9 @@ class LowRankTrainer(pl.Trainer):
     ) -> None:
         """Tells per layer how its importance is spread, which method suits it, and what that gains.
 
-        Measures the full Fisher information of every targeted layer on the training split, tries every method at a
-        budget, and changes nothing.
+        Measures the Fisher information and the second moments of every targeted layer on the training split, tries
+        every method at a budget, compares them by the second-order rise of the loss, and changes nothing. It also tells
+        how much of the energy of the Kronecker metric the ranks lose, and which ranks KroneckerSVD would choose.
 
         Args:
             model: The task, fine-tuned; its weights come from `init_from` (or `pretrained`). The strategy's `targets`
@@ -180,8 +181,10 @@ class LowRankTrainer(pl.Trainer):
             if self.is_global_zero:
                 told = {"keep_ratio": ratio, "keep_ratio_from": source, "calibration_samples": diagnoser.samples}
                 with folder.written_whole() as part:
-                    write_diagnosis(diagnoser.found, diagnoser.ranks, part, **told, metrics=dense)
-                print(diagnosis_table(diagnoser.found, diagnoser.ranks))
+                    told |= {"energy_lost": diagnoser.energy_lost, "metrics": dense}
+                    write_diagnosis(diagnoser.found, diagnoser.ranks, part, diagnoser.global_ranks, **told)
+                print(diagnosis_table(diagnoser.found, diagnoser.ranks, diagnoser.global_ranks))
+                print(_told_of_energy(diagnoser.energy_lost))
                 print(f"methods compared at keep_ratio {ratio:g} ({source}); written to {folder.path}")
 
     def _validate_with(
@@ -222,6 +225,13 @@ def _ratio_to_diagnose(strategy: CompressionStrategy, asked: float | None) -> tu
         return asked, "as asked"
     configured = strategy.keep_ratio if isinstance(strategy, StaticStrategy) else None
     return (_DIAGNOSED_RATIO, "by default") if configured is None else (configured, "the strategy's")
+
+
+def _told_of_energy(lost: dict[str, float]) -> str:
+    return (
+        f"KroneckerSVD: uniform ranks lose {lost['uniform']:.1%} of the energy of all layers, "
+        f"Global ranks of the same budget {lost['global']:.1%}"
+    )
 
 
 def _scores(results: object) -> dict[str, float]:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from lowrank_pl.allocation import Allocation, Flops, Global, Latency, LayerOverride, Measure, Parameters, RankRequest
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.model import OverrideError
-from lowrank_pl.errors.numerics import BudgetError, NonFiniteError, RangeError, ShapeError
+from lowrank_pl.errors.numerics import BudgetError, LatencyTableError, NonFiniteError, RangeError, ShapeError
 
 SHAPES = {"a": LinearShape(6, 6), "b": LinearShape(12, 4), "c": LinearShape(5, 10)}
 
@@ -183,8 +184,30 @@ def test_bad_energies_and_requests_are_refused() -> None:
         Global().allocate(RankRequest(SHAPES, keep_ratio=0.5), {**energies, "b": torch.ones(3)})
     with pytest.raises(NonFiniteError, match="'c'"):
         Global().allocate(RankRequest(SHAPES, keep_ratio=0.5), {**energies, "c": torch.full((5,), math.nan)})
-    with pytest.raises(BudgetError):
-        Global().allocate(RankRequest(SHAPES, keep_ratio=0.01), energies)
     overrides = [LayerOverride("nothing*", rank=1)]
     with pytest.raises(OverrideError):
         Global().allocate(RankRequest(SHAPES, keep_ratio=0.5, overrides=overrides), energies)
+
+
+@pytest.mark.parametrize("unit", ["parameters", "latency"])
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_a_budget_that_no_ranks_meet_is_refused_with_the_least_that_some_do(
+    unit: str, floor: float, tmp_path: Path
+) -> None:
+    cost: Measure = Parameters() if unit == "parameters" else latency(tmp_path, SHAPES)
+    energies = energies_of(SHAPES)
+    with pytest.raises(BudgetError) as caught:
+        Global(floor).allocate(RankRequest(SHAPES, keep_ratio=0.01, cost=cost), energies)
+    said = re.search(r"Ask for keep_ratio=(\S+) or more", str(caught.value))
+    assert said is not None
+    least = float(said[1])
+    allocation = Global(floor).allocate(RankRequest(SHAPES, keep_ratio=least, cost=cost), energies)
+    assert cost_of(allocation, cost) <= least * sum(cost.dense(shape) for shape in SHAPES.values()) + 1e-6
+    with pytest.raises(BudgetError):
+        Global(floor).allocate(RankRequest(SHAPES, keep_ratio=least * 0.99, cost=cost), energies)
+
+
+def test_a_cost_table_without_a_shape_is_refused(tmp_path: Path) -> None:
+    cost = latency(tmp_path, {"a": SHAPES["a"], "b": SHAPES["b"]})
+    with pytest.raises(LatencyTableError, match="no times for the shape 5 x 10, only for 6 x 6, 12 x 4"):
+        Global().allocate(RankRequest(SHAPES, keep_ratio=0.5, cost=cost), energies_of(SHAPES))

@@ -199,8 +199,25 @@ def test_nan_is_refused_with_the_layer() -> None:
     name = "bert.encoder.layer.1.output.dense"
     with torch.no_grad():
         layers[name].get_parameter("weight")[0, 0] = float("inf")
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError, match=f"first seen in the output of layer '{name}'"):
         SecondMoments().measure(model, layers, batches(), classification_loss(model))
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("bert.encoder.layer.0.output.LayerNorm", "the input of layer 'bert.encoder.layer.1.attention.self.query'"),
+        ("classifier", "what follows the layers to factorise"),
+    ],
+)
+def test_activations_that_are_nan_are_refused_with_the_layer_that_gets_them(part: str, expected: str) -> None:
+    model = encoder()
+    layers = TargetSelector().select(model)
+    with torch.no_grad():
+        model.get_submodule(part).get_parameter("weight").view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=f"loss of a calibration batch .* {expected}"):
+        SecondMoments().measure(model, layers, batches(), classification_loss(model))
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowrank_pl.core import LinearShape
-from lowrank_pl.core.diagnosis import BOTH, ELEMENTWISE, INPUT, OUTPUT, SVD, Diagnosis
+from lowrank_pl.core.diagnosis import BOTH, ELEMENTWISE, INPUT, KRONECKER, OUTPUT, SVD, Diagnosis
 from lowrank_pl.monitoring import rank_heatmap
 from lowrank_pl.monitoring.diagnosis_report import diagnosis_figure
 from lowrank_pl.monitoring.rank_flow import flow_figure
@@ -26,6 +26,8 @@ def shapes(blocks: int) -> dict[str, LinearShape]:
 def test_the_diagnosis(blocks: int) -> None:
     objective = {SVD: 0.5, INPUT: 0.4, OUTPUT: 0.3, BOTH: 0.2, ELEMENTWISE: 0.1}
     found = Diagnosis(1e-9, 120.0, 30.0, 0.9, objective, objective, BOTH)
+    if blocks > 1:
+        found = found.judged({**objective, KRONECKER: 1e-6})
     assert faults(diagnosis_figure(dict.fromkeys(shapes(blocks), found))) == []
 
 

@@ -108,6 +108,13 @@ def test_groups_of_layers_give_the_same_factors(tiny_bert: str, tmp_path: Path) 
         torch.testing.assert_close(grouped[name], product, rtol=1e-4, atol=1e-5)
 
 
+def test_moments_of_a_single_sample_are_enough_for_finite_factors(tiny_bert: str, tmp_path: Path) -> None:
+    strategy = KroneckerSVD(keep_ratio=0.4, calibration=Calibration(cache=False, max_samples=1))
+    found = products(compressed(tiny_bert, tmp_path, strategy))
+    assert found
+    assert all(bool(product.isfinite().all()) for product in found.values())
+
+
 def test_memory_below_one_layer_is_refused(tiny_bert: str, tmp_path: Path) -> None:
     strategy = KroneckerSVD(keep_ratio=0.4, calibration=Calibration(max_memory=1e-6))
     with pytest.raises(MemoryBoundError, match="query"):

@@ -22,7 +22,7 @@ from lowrank_pl.errors.run import (
 )
 from lowrank_pl.monitoring import diagnosis_report
 from lowrank_pl.nn import LowRankLinear
-from lowrank_pl.strategies import FWSVD, SVD, NoCompression
+from lowrank_pl.strategies import FWSVD, SVD, KroneckerSVD, NoCompression
 from lowrank_pl.tasks import SequenceClassification
 from lowrank_pl.trainer import LowRankTrainer
 from lowrank_pl.trainer import trainer as trainer_module
@@ -134,7 +134,24 @@ def test_diagnose_tells_per_layer_and_changes_nothing(
         assert layer["rank"] in (8, 10)
         assert layer["objective"]["TFWSVD"] == min(layer["objective"].values())
         assert f"| {layer['name']} |" in (out / "diagnosis.md").read_text()
-    assert "recommended" in capsys.readouterr().out
+        rises = layer["full_rise"]
+        assert list(rises) == [
+            "SVD",
+            *(f"FWSVD {side}" for side in ("input", "output", "both")),
+            "KroneckerSVD",
+            "TFWSVD",
+        ]
+        assert rises[layer["recommendation"]] <= 1.1 * min(rises.values())
+        assert 0 < layer["energy_lost"] < 1
+    told = capsys.readouterr().out
+    assert "recommended" in told
+    assert "Global ranks of the same budget" in told
+    assert fields["energy_lost"]["global"] < fields["energy_lost"]["uniform"]
+    strategy = KroneckerSVD(keep_ratio=0.5)
+    compressed = make_task(None, strategy, init_from=tuned)
+    make_trainer(tmp_path).compress(compressed, SyntheticData(), output=str(tmp_path / "compressed"))
+    chosen = {layer.name: layer.rank if layer.kind == "low_rank" else None for layer in compressed.compression.layers}
+    assert {layer["name"]: layer["global_rank"] for layer in fields["layers"]} == chosen
     reference = make_task(None, init_from=tuned)
     reference.build()
     state = reference.encoder.state_dict()
@@ -152,7 +169,9 @@ def test_diagnose_takes_the_budget_of_the_strategy(
     ]
     for at, (strategy, asked, ratio, told) in enumerate(cases):
         out = tmp_path / str(at)
-        make_trainer(tmp_path).diagnose(make_task(None, strategy, init_from=tuned), SyntheticData(), str(out), asked)
+        make_trainer(tmp_path).diagnose(
+            make_task(None, strategy, init_from=tuned), SyntheticData(size=8), str(out), asked
+        )
         assert f"methods compared at keep_ratio {ratio:g} ({told})" in capsys.readouterr().out
         fields = json.loads((out / "diagnosis.json").read_text())
         assert (fields["keep_ratio"], fields["keep_ratio_from"]) == (ratio, told)

@@ -1,0 +1,237 @@
+"""Factors brought back to the outputs of the dense layers, on inputs that the factorised model really gives.
+
+m: out_features, n: in_features, r: rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lowrank_pl.core import Factors, refit_left, relative_error
+from lowrank_pl.core.precision import double, float64_device
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.importance.frozen import frozen_eval
+from lowrank_pl.nn import LowRankLinear, dense_weight
+from lowrank_pl.strategies.base import as_compressible
+from lowrank_pl.strategies.calibration import Calibration, calibration_batches
+from lowrank_pl.strategies.processes import Agreement, progress, send_
+from lowrank_pl.surgery.swap import swapped
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+
+
+class Refit:
+    """Fits left factors and biases anew when all layers are factorised, by least squares and without labels.
+
+    Each layer is factorised for the inputs that the dense model gives it; in the factorised model the layers before it
+    have changed them. Layer by layer, in the order in which they are called, the right factor is kept, and left factor
+    and bias are chosen so that the layer puts out, from what it gets now, what the dense layer puts out from what it
+    gets in the dense model, on the calibration samples. To fit all layers at once does not work: each changes what
+    those after it get. For the same reason layers that are called several times in a pass stay as they are.
+
+    Args:
+        max_samples: How many of the calibration samples are used at most. They go through both models once for every
+            group of layers with one input, as far as those layers.
+    """
+
+    def __init__(self, max_samples: int = 512) -> None:
+        if max_samples < 1:
+            raise RangeError("refit.max_samples", max_samples, "a whole number from 1")
+        self.max_samples = max_samples
+
+    def options(self) -> dict[str, Any]:
+        """What identifies it in reports, as primitives."""
+        return {"max_samples": self.max_samples}
+
+    def fit_(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        calibration: Calibration,
+        dense: Mapping[str, nn.Module],
+    ) -> str:
+        """Changes the factors in place; every process must call it, and all get the same.
+
+        Args:
+            trainer: Of the run.
+            pl_module: With the factorised encoder.
+            calibration: Which samples.
+            dense: The layers that the factorised ones stand for, by name.
+
+        Returns:
+            What was done, for the report.
+
+        Raises:
+            CalibrationError: there are no calibration batches.
+            NonFiniteError: an activation is NaN or Inf.
+        """
+        encoder = as_compressible(pl_module).encoder
+        forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in dense}
+        batches = calibration_batches(trainer, calibration, "refit", self.max_samples)
+        with isolate_rng(), frozen_eval(encoder), torch.no_grad():
+            stages: list[list[str]] = []
+            with Agreement(trainer):
+                if trainer.is_global_zero:
+                    device = trainer.strategy.root_device
+                    stages = _stages(pl_module, forms, trainer.strategy.batch_to_device(next(iter(batches)), device))
+            stages = trainer.strategy.broadcast(stages)
+            for names in progress(trainer, stages, "Refit", len(stages)):
+                sums = _Sums(encoder, {n: dense[n] for n in names}, {n: forms[n] for n in names}, dense)
+                with Agreement(trainer), sums:
+                    for batch in batches:
+                        sums.add(pl_module, trainer.strategy.batch_to_device(batch, trainer.strategy.root_device))
+                for name in names:
+                    cross, gram = sums.found[name]
+                    if trainer.world_size > 1:
+                        cross, gram = (trainer.strategy.reduce(part, reduce_op="sum") for part in (cross, gram))
+                    with Agreement(trainer):
+                        _write_(dense_weight(dense[name]).detach(), forms[name], cross, gram)
+                    for parameter in forms[name].parameters():
+                        send_(trainer, parameter.data, 0)
+        fitted = sum(map(len, stages))
+        told = f"left factors and biases of {fitted} layers were refitted on {batches.num_samples} samples"
+        if fitted < len(forms):
+            told += f"; {len(forms) - fitted} that are called several times, or never, were not"
+        logger.info(told)
+        return told
+
+
+def refitted_errors(dense: nn.Module, form: nn.Module) -> dict[str, Any]:
+    """What the record of a layer tells anew; its weighted norm is not what was minimised last."""
+    product = cast(LowRankLinear, form).product().detach()
+    return {"error": relative_error(dense_weight(dense).detach(), product), "weighted_error": None}
+
+
+def _write_(weight: Tensor, form: LowRankLinear, cross: Tensor, gram: Tensor) -> None:
+    left, right, bias = form.left.weight, form.right.weight, form.bias
+    start = double(left)
+    if bias is not None:
+        start = torch.cat([start, start.new_zeros(len(start), 1)], 1)
+    found = refit_left(weight, start, cross, gram)
+    form.assign_(Factors.from_product(found[:, : form.rank], double(right)).like(left))
+    if bias is not None:
+        bias.add_(found[:, -1].to(bias))
+
+
+def _stages(pl_module: pl.LightningModule, forms: Mapping[str, nn.Module], batch: Batch) -> list[list[str]]:
+    """The layers in the order in which they are called; those that get the same tensor, one after the other, together.
+
+    Layers that are called several times, or never, are left out.
+    """
+    calls: list[tuple[str, Tensor]] = []  # holds the tensors, so that none takes another's place in memory
+    with ExitStack() as hooks:
+        for name, form in forms.items():
+            hooks.callback(form.register_forward_pre_hook(_appending(calls, name)).remove)
+        pl_module(batch)
+    counts = Counter(name for name, _ in calls)
+    stages: list[list[str]] = []
+    last: Tensor | None = None
+    for name, x in calls:
+        if counts[name] > 1:
+            continue
+        if x is not last:
+            stages.append([])
+        stages[-1].append(name)
+        last = x
+    return stages
+
+
+def _appending(calls: list[tuple[str, Tensor]], name: str) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls.append((name, args[0]))
+
+    return hook
+
+
+class _SeenEnoughError(Exception):
+    """Ends a forward pass behind the layers that are looked at."""
+
+
+class _Sums:
+    """`Σ x zᵀ` and `Σ z zᵀ` of layers: `x` what each gets in the dense model, `z` what its right factor puts out now.
+
+    Where a layer has a bias, `z` has a constant 1 behind it. Tokens that are padding are left out. A context manager,
+    whose block holds the hooks in the layers.
+
+    Args:
+        encoder: With all factorised layers in place.
+        dense: The layers to look at, as they were.
+        forms: The same, factorised.
+        all_dense: What makes the encoder the dense one.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        dense: Mapping[str, nn.Module],
+        forms: Mapping[str, LowRankLinear],
+        all_dense: Mapping[str, nn.Module],
+    ) -> None:
+        self._encoder = encoder
+        self._dense = dense
+        self._forms = forms
+        self._all_dense = all_dense
+        self._seen: dict[str, Tensor] = {}
+        self._hooks = ExitStack()
+        self.found: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, form in forms.items():
+            width = form.rank + (form.bias is not None)
+            device = float64_device(form.left.weight.device)
+            sizes = ((form.in_features, width), (width, width))
+            cross, gram = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
+            self.found[name] = (cross, gram)
+
+    def __enter__(self) -> _Sums:
+        for name, form in self._forms.items():
+            for handle in (
+                self._dense[name].register_forward_hook(self._watching(name, of_output=False)),
+                form.right.register_forward_hook(self._watching(name, of_output=True)),
+            ):
+                self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.close()
+
+    def add(self, pl_module: pl.LightningModule, batch: Batch) -> None:
+        """One pass of the dense model and one of the factorised one, as far as needed."""
+        with swapped(self._encoder, self._all_dense):
+            xs = self._pass(pl_module, batch)
+        zs = self._pass(pl_module, batch)
+        for name in self._forms:
+            self._add(name, xs[name], zs[name], batch.get("attention_mask"))
+
+    def _pass(self, pl_module: pl.LightningModule, batch: Batch) -> dict[str, Tensor]:
+        self._seen = {}
+        with suppress(_SeenEnoughError):
+            pl_module(batch)
+        return self._seen
+
+    def _watching(self, name: str, of_output: bool) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._seen[name] = output if of_output else args[0]
+            if len(self._seen) == len(self._forms):
+                raise _SeenEnoughError
+
+        return hook
+
+    def _add(self, name: str, x: Tensor, z: Tensor, mask: Tensor | None) -> None:
+        if mask is not None and mask.shape == x.shape[:-1]:
+            x, z = x[mask.bool()], z[mask.bool()]
+        x, z = x.flatten(0, -2).float(), z.flatten(0, -2).float()
+        if self._forms[name].bias is not None:
+            z = torch.cat([z, z.new_ones(len(z), 1)], 1)
+        cross, gram = self.found[name]
+        cross += (x.mT @ z).to(cross)
+        gram += (z.mT @ z).to(gram)
