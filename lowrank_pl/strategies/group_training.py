@@ -32,6 +32,11 @@ class GroupTraining(ABC):
         """
         del plan
 
+    def bytes(self, plan: RankPlan) -> int:
+        """Memory that what is observed takes beside the model."""
+        del plan
+        return 0
+
     @abstractmethod
     def form_of(self, linear: nn.Module, capacity: int) -> LinearForm:
         """The layer to train in the place of a dense one, with room for so many groups."""

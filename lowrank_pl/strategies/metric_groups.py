@@ -52,6 +52,10 @@ class MetricGroups(GroupTraining):
                 allowed = f"at most {room}, from which up {name!r} costs more than when dense, or allow_dense: true"
                 raise RangeError(f"bounds[{bound.pattern!r}].low", bound.low, allowed)
 
+    def bytes(self, plan: RankPlan) -> int:
+        """The sums of moments, of all layers."""
+        return sum(self.sensitivity.bytes(shape) for shape in plan.shapes.values())
+
     def form_of(self, linear: nn.Module, capacity: int) -> ElasticLinear:
         """The dense layer, with the capacity to become two factors in place."""
         del capacity

@@ -249,6 +249,8 @@ class RankDyna(CompressionStrategy):
         elif trainer.ckpt_path is not None:
             raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
         self.state.total_steps = int(steps)
+        if (needed := self._training.bytes(self._plan)) and not self.state.reached:
+            logger.info("until the budget is reached, what is observed takes up to %.0f MiB", needed / 2**20)
         module.compression = self._record({name: layer.rank for name, layer in layers.items()})
 
     def on_train_batch_start(
