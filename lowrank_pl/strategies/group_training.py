@@ -37,6 +37,10 @@ class GroupTraining(ABC):
         del plan
         return 0
 
+    def reset(self) -> None:
+        """Forgets an earlier run."""
+        self.sensitivity.reset()
+
     @abstractmethod
     def form_of(self, linear: nn.Module, capacity: int) -> LinearForm:
         """The layer to train in the place of a dense one, with room for so many groups."""

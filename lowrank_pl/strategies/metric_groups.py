@@ -52,6 +52,11 @@ class MetricGroups(GroupTraining):
                 allowed = f"at most {room}, from which up {name!r} costs more than when dense, or allow_dense: true"
                 raise RangeError(f"bounds[{bound.pattern!r}].low", bound.low, allowed)
 
+    def reset(self) -> None:
+        """Forgets an earlier run, whose steps had the same numbers."""
+        super().reset()
+        self._observed, self._finite = 0, True
+
     def bytes(self, plan: RankPlan) -> int:
         """The sums of moments, of all layers."""
         return sum(self.sensitivity.bytes(shape) for shape in plan.shapes.values())

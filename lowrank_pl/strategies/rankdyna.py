@@ -170,7 +170,7 @@ class RankDyna(CompressionStrategy):
         )
         self._restored = None
         self.latest_scores = {}
-        self.sensitivity.reset()  # nothing of an earlier run
+        self._training.reset()
         for name, linear in self.targets.select(encoder).items():
             replace_module_(encoder, name, self._training.form_of(linear, self._plan.capacities[name]))
 

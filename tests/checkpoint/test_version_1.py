@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lowrank_pl import from_pretrained
 from lowrank_pl.export import export
+from lowrank_pl.importance import FirstOrder
 from lowrank_pl.strategies import SVD, NoCompression, RankDyna
 from lowrank_pl.surgery import read_layout, svd_layers
 from lowrank_pl.tasks import SequenceClassification
@@ -53,6 +54,11 @@ def test_as_init_from(path: str, name: str) -> None:
     assert not svd_layers(task.encoder)
 
 
+def rankdyna() -> RankDyna:
+    """What was the default then."""
+    return RankDyna(keep_ratio=0.4, sensitivity=FirstOrder(), allow_dense=False)
+
+
 @pytest.mark.parametrize("path", ["compressed/model.ckpt", "rankdyna.ckpt", "svd.ckpt"])
 def test_as_a_lightning_checkpoint(path: str) -> None:
     task = SequenceClassification.load_from_checkpoint(FILES / path, map_location="cpu")
@@ -61,7 +67,10 @@ def test_as_a_lightning_checkpoint(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["compressed/model.ckpt", "rankdyna.ckpt", "svd.ckpt"])
 def test_as_the_checkpoint_to_test(path: str, tmp_path: Path) -> None:
-    strategy = {"rankdyna.ckpt": RankDyna(keep_ratio=0.4), "svd.ckpt": SVD(keep_ratio=0.4)}.get(path, NoCompression())
+    strategy = {
+        "rankdyna.ckpt": rankdyna(),
+        "svd.ckpt": SVD(keep_ratio=0.4),
+    }.get(path, NoCompression())
     task = make_task(None, strategy, init_from=str(FILES / "compressed"))
     make_trainer(tmp_path, logger=False).test(task, SyntheticData(), ckpt_path=str(FILES / path))
     check(task.encoder, Path(path).stem if path != "compressed/model.ckpt" else "compressed")
@@ -70,7 +79,7 @@ def test_as_the_checkpoint_to_test(path: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("path", "name"), [("rankdyna.ckpt", "rankdyna"), ("svd.ckpt", "svd")])
 def test_a_run_goes_on_as_it_would_have(path: str, name: str, tmp_path: Path) -> None:
     """The optimizer's state lies beside parameters by their order, which therefore is what it was."""
-    strategy = RankDyna(keep_ratio=0.4) if name == "rankdyna" else SVD(keep_ratio=0.4)
+    strategy = rankdyna() if name == "rankdyna" else SVD(keep_ratio=0.4)
     dense = export(str(FILES / path), str(tmp_path / "dense"), "dense", tokenizer=tokenizer(tmp_path))
     task = make_task(None, strategy, init_from=str(dense))
     trainer = make_trainer(tmp_path, max_epochs=2)

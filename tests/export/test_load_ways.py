@@ -40,7 +40,7 @@ SIZES = {"one file": None, "shards": "20KB"}
 def strategy(method: str) -> CompressionStrategy:
     """Compresses to a half and leaves some layers dense."""
     if method == "RankDyna":
-        return RankDyna(keep_ratio=0.5, targets=TargetSelector(exclude=[DENSE]))
+        return RankDyna(keep_ratio=0.5, targets=TargetSelector(exclude=[DENSE]), allow_dense=False)
     kind: Any = {"SVD": SVD, "FWSVD": FWSVD, "TFWSVD": TFWSVD}[method]
     made: CompressionStrategy = kind(keep_ratio=0.5, overrides=[LayerOverride(DENSE, dense=True)])
     return made

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lowrank_pl.allocation import Cost
+from lowrank_pl.allocation import Cost, CubicSchedule
 from lowrank_pl.core import LinearShape
 from lowrank_pl.monitoring import RankHistory
 from lowrank_pl.monitoring.rank_flow import flow_figure, kept_by_kind
@@ -24,7 +24,7 @@ KINDS += ["intermediate.dense", "output.dense"]
 
 @pytest.fixture(scope="module")
 def run(tiny_bert: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    task = make_task(tiny_bert, RankDyna(keep_ratio=0.4))
+    task = make_task(tiny_bert, RankDyna(keep_ratio=0.4, schedule=CubicSchedule(0.0, 0.4, 0.1)))
     trainer = make_trainer(tmp_path_factory.mktemp("history"), max_epochs=2, callbacks=[RankHistory()])
     trainer.fit(task, datamodule=SyntheticData())
     return task, Path(str(trainer.log_dir))

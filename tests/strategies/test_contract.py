@@ -64,7 +64,7 @@ class Trace(pl.Callback):
 
     def __init__(self, strategy: CompressionStrategy) -> None:
         self.events: list[str] = []
-        for name in ("prepare", "setup", "on_train_start", "on_before_optimizer_step", "on_train_batch_end"):
+        for name in ("prepare", "check_run", "on_train_start", "on_before_optimizer_step", "on_train_batch_end"):
             setattr(strategy, name, self._traced(name, getattr(strategy, name)))
 
     def _traced(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,9 +103,9 @@ def test_hook_trace(tiny_bert: str, tmp_path: Path, make: Make) -> None:
     trainer = make_trainer(tmp_path, callbacks=[trace], limit_train_batches=2)
     trainer.fit(task, datamodule=SyntheticData())
     assert trace.events == [
-        "strategy.setup",  # checks come first
+        "strategy.check_run",  # checks come first
         "strategy.prepare",
-        "strategy.setup",
+        "strategy.check_run",
         "strategy.on_train_start",
         "epoch",
         "strategy.on_before_optimizer_step",
