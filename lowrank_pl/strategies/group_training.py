@@ -25,7 +25,7 @@ class GroupTraining(ABC):
         self.sensitivity = sensitivity
 
     def check(self, plan: RankPlan) -> None:
-        """Refuses a plan that the layers' form cannot follow, before anything is changed.
+        """Raises an error for a plan that the layers' form cannot follow, before anything is changed.
 
         Raises:
             RangeError: a bound asks for ranks that the form does not have.

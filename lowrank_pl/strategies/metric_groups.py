@@ -41,7 +41,7 @@ class MetricGroups(GroupTraining):
         self._finite = True
 
     def check(self, plan: RankPlan) -> None:
-        """Refuses a lowest rank above what two factors have room for, where the layer may not be dense either.
+        """Raises an error for a lowest rank above what two factors can hold, unless the layer may be dense.
 
         Raises:
             RangeError: such a bound.

@@ -38,7 +38,7 @@ def _with_inner(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
 
 
 def _check_shows_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Refuses state that is kept elsewhere: SGD has none at all, a wrapper hides it.
+    """Raises an error for state that is kept elsewhere: SGD has none at all, a wrapper hides it.
 
     A parameter without a gradient has had no step, hence no state.
     """
