@@ -75,7 +75,12 @@ def run(folder: Path, common: list[str], processes: int) -> None:
             main(["test", *base, version("test"), final])
             main(["predict", *base, version("predict"), final])
         if name in COMPRESSING:
-            main(["compress", *base, version("compress"), f"--output={folder / f'{name}-compressed'}"])
+            more = (
+                ["--model.init_args.strategy.init_args.refit=lowrank_pl.strategies.Refit"]
+                if name == "kronecker"
+                else []
+            )
+            main(["compress", *base, *more, version("compress"), f"--output={folder / f'{name}-compressed'}"])
     main(["diagnose", *base, version("diagnose"), f"--output={folder / 'diagnosis'}"])
 
 
