@@ -55,7 +55,7 @@ def saved_at_budget(path: str) -> bool | None:
 
 
 def check_resumable(path: str) -> None:
-    """Refuses what cannot be given as `--ckpt_path` to `fit`, before anything else is loaded.
+    """Raises an error for what cannot be given as `--ckpt_path` to `fit`, before anything else is loaded.
 
     Raises:
         NotACheckpointError: it is no checkpoint of this package, or holds weights alone.
@@ -66,7 +66,7 @@ def check_resumable(path: str) -> None:
 
 
 def check_loadable(path: str) -> None:
-    """Refuses what cannot be given as `--ckpt_path` to the other verbs; see `check_resumable`."""
+    """Raises an error for what cannot be given as `--ckpt_path` to the other verbs; see `check_resumable`."""
     _load(path, Path(path).expanduser(), "--ckpt_path")
 
 

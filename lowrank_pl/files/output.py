@@ -27,7 +27,7 @@ class OutputFolder:
         self._remedy = TO_REPLACE if remedy is None and overwrite is not None else remedy
 
     def check(self) -> None:
-        """Refuses it before any work; see `check_output`.
+        """Raises an error before any work where it cannot be written; see `check_output`.
 
         Raises:
             OutputExistsError: something is there and may not be replaced.

@@ -53,7 +53,7 @@ def compress(
         CalibrationError, MissingArgumentError: it needs batches, or a loss.
         BatchShapeError, LossShapeError: batches, or losses, are not one per sample.
         SeveralDevicesError: the model lies on several devices.
-        LowRankError: whatever else the strategy refuses; then nothing has been changed.
+        LowRankError: whatever else the strategy raises; then nothing has been changed.
     """
     devices = {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}
     if len(devices) > 1:

@@ -43,7 +43,7 @@ class DrawsLabels(Protocol):
 
 
 def check_labels(pl_module: pl.LightningModule, labels: Labels) -> None:
-    """Refuses to draw labels for a module that does not say how.
+    """Raises an error for labels to be drawn for a module that does not say how.
 
     Raises:
         LabelsError: so it is.

@@ -22,7 +22,7 @@ def build(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def check_nothing_comes_before(strategy: pl.Callback, trainer: pl.Trainer) -> None:
-    """Refuses callbacks ahead of the strategy that copy or freeze the layers which it is going to exchange.
+    """Raises an error for callbacks ahead of the strategy that copy or freeze the layers which it is going to exchange.
 
     Raises:
         UnsupportedCallbackError: naming the first.

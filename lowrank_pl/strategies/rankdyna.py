@@ -150,7 +150,7 @@ class RankDyna(CompressionStrategy):
         return self.state.reached
 
     def plan(self, encoder: nn.Module) -> None:
-        """Refuses an impossible budget; ranks are known only in the end."""
+        """Raises errors for an impossible budget; ranks are known only in the end."""
         self._plan_for(encoder)
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,7 +185,7 @@ class RankDyna(CompressionStrategy):
         return bool(self.state.capacities) and not self.state.reached and self._restored is None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses what is left of a run that ended too early, unless its checkpoint is resumed.
+        """Raises an error for what is left of a run that ended too early, unless its checkpoint is resumed.
 
         Raises:
             NoTrainingStepError: the run has no step.

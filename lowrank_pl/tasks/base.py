@@ -98,7 +98,7 @@ class EncoderTask(CheckpointedModule, ABC):
     # Building.
 
     def configure_callbacks(self) -> Sequence[pl.Callback]:
-        """The strategy: its hooks run as Lightning's. Refuses, before data are prepared, what needs none to be seen."""
+        """The strategy: its hooks run as Lightning's. What needs no data to be seen raises here."""
         tell_target(self, getattr(self.trainer, "datamodule", None), self._checkpoint_to_load)
         check_before_data(self, self.trainer)
         # Lightning leaves a module's callbacks in the trainer; one that served another module has no part in this one.
