@@ -167,6 +167,14 @@ def test_compress_scores_before_and_after(
     assert torch.equal(loaded.eval().encoder(images).logits, module.eval().encoder(images).logits)
 
 
+def test_diagnose_needs_no_strategy(page: dict[str, Any], make: Any, tmp_path: Path) -> None:
+    module, out = make(), tmp_path / "out"
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    LowRankTrainer(**QUIET, default_root_dir=tmp_path).diagnose(module, page["Images"](), str(out))
+    assert sorted(path.name for path in out.iterdir()) == ["diagnosis.json", "diagnosis.md", "diagnosis.png"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
 def test_compress_without_a_strategy_is_refused(page: dict[str, Any], make: Any, tmp_path: Path) -> None:
     with pytest.raises(MissingArgumentError, match=r"a strategy is missing.*callbacks="):
         LowRankTrainer(**QUIET).compress(make(), page["Images"](), str(tmp_path / "out"))

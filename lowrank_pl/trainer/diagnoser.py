@@ -16,10 +16,10 @@ from lowrank_pl.core.elementwise import ElementwiseSolver
 from lowrank_pl.importance import Fisher, FullFisher, LayerMoments, Measured, SecondMoments, SecondOrderRise
 from lowrank_pl.nn import dense_weight
 from lowrank_pl.strategies import Calibration, CompressionStrategy, StaticStrategy
+from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import measure_importance
 from lowrank_pl.strategies.processes import assign, work_shared
 from lowrank_pl.surgery import TargetSelector
-from lowrank_pl.tasks import EncoderTask
 
 
 class Diagnoser(pl.Callback):
@@ -27,6 +27,7 @@ class Diagnoser(pl.Callback):
 
     Args:
         keep_ratio: The budget at which the methods are compared.
+        strategy: Whose `targets` and `calibration` are used.
         solver: For the element-wise method.
 
     Attributes:
@@ -37,8 +38,11 @@ class Diagnoser(pl.Callback):
         samples: How many everything was measured on.
     """
 
-    def __init__(self, keep_ratio: float, solver: ElementwiseSolver | None = None) -> None:
+    def __init__(
+        self, keep_ratio: float, strategy: CompressionStrategy, solver: ElementwiseSolver | None = None
+    ) -> None:
         self.keep_ratio = keep_ratio
+        self.strategy = strategy
         self.solver = solver
         self.found: dict[str, Diagnosis] = {}
         self.ranks: dict[str, int] = {}
@@ -46,13 +50,13 @@ class Diagnoser(pl.Callback):
         self.energy_lost: dict[str, float] = {}
         self.samples = 0
 
-    def allocate(self, encoder: nn.Module, targets: TargetSelector) -> dict[str, int]:
+    def allocate(self, encoder: nn.Module) -> dict[str, int]:
         """The ranks at which an encoder's layers are diagnosed; changes nothing.
 
         Raises:
             NoTargetError, TiedWeightError, BudgetError: no such choice of layers, or no such budget.
         """
-        allocation = uniform_ranks(targets.shapes(targets.select(encoder)), self.keep_ratio)
+        allocation = uniform_ranks(TargetSelector.shapes(self.strategy.targets.select(encoder)), self.keep_ratio)
         # A layer that would stay dense is compared at the highest rank that is cheaper than that.
         return {
             name: rank or max(1, allocation.shapes[name].break_even_rank - 1) for name, rank in allocation.ranks.items()
@@ -60,12 +64,12 @@ class Diagnoser(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures and diagnoses."""
-        assert isinstance(pl_module, EncoderTask)
-        strategy = pl_module.strategy
+        encoder = as_compressible(pl_module, "diagnose", "per_sample_losses").encoder
+        strategy = self.strategy
         calibration = strategy.calibration if isinstance(strategy, StaticStrategy) else Calibration()
         with torch.inference_mode(False), torch.enable_grad():
-            targets = strategy.targets.select(pl_module.encoder)
-            self.ranks = self.allocate(pl_module.encoder, strategy.targets)
+            targets = strategy.targets.select(encoder)
+            self.ranks = self.allocate(encoder)
             fisher = measure_importance(trainer, pl_module, targets, FullFisher(), calibration, "diagnose")
             moments = measure_importance(trainer, pl_module, targets, SecondMoments(), calibration, "diagnose")
             self.samples = fisher.num_samples

@@ -143,7 +143,7 @@ class LowRankTrainer(pl.Trainer):
 
     def diagnose(
         self,
-        model: EncoderTask,
+        model: pl.LightningModule,
         datamodule: pl.LightningDataModule | None = None,
         output: str | None = None,
         keep_ratio: float | None = None,
@@ -156,8 +156,8 @@ class LowRankTrainer(pl.Trainer):
         how much of the energy of the Kronecker metric the ranks lose, and which ranks KroneckerSVD would choose.
 
         Args:
-            model: The task, fine-tuned; its weights come from `init_from` (or `pretrained`). The strategy's `targets`
-                and `calibration` are used.
+            model: The task, fine-tuned; its weights come from `init_from` (or `pretrained`). Or any LightningModule
+                with what `Compressible` says. The strategy's `targets` and `calibration` are used.
             datamodule: Data for calibration.
             output: Folder for `diagnosis.json`, `diagnosis.md` and `diagnosis.png`; must be new or empty.
             keep_ratio: The budget at which methods are compared, `0 < keep_ratio <= 1`; by default that of a static
@@ -169,13 +169,15 @@ class LowRankTrainer(pl.Trainer):
         """
         if datamodule is None:
             raise CalibrationError("diagnose", "no datamodule was given")
-        ratio, source = _ratio_to_diagnose(model.strategy, keep_ratio)
+        strategy = strategy_of(self, model) or NoCompression()
+        ratio, source = _ratio_to_diagnose(strategy, keep_ratio)
         check_share(ratio, None, 1)
         if getattr(self, "limit_val_batches", 1) == 0:
             raise NothingToScoreError
         folder = self._new_folder(output)
-        diagnoser = Diagnoser(ratio)
-        check_plan(model, lambda encoder: diagnoser.allocate(encoder, model.strategy.targets), ckpt_path)
+        diagnoser = Diagnoser(ratio, strategy)
+        if isinstance(model, EncoderTask):
+            check_plan(model, diagnoser.allocate, ckpt_path)
         dense = self._validate_with(diagnoser, model, datamodule, ckpt_path)
         with Agreement(self):
             if self.is_global_zero:
