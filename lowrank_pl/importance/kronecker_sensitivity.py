@@ -89,9 +89,15 @@ class KroneckerSensitivity(Sensitivity):
         return True
 
     def moments(self, name: str, shape: LinearShape, device: torch.device) -> list[Tensor]:
-        """What processes add up for one layer: the sums `[n, n]` and `[m, m]` (or diagonals) and the tokens `[1]`."""
+        """What processes add up for one layer: the sums `[n, n]` and `[m, m]` (or diagonals) and the tokens `[1]`.
+
+        They are copies: adding up over processes happens in place, and the sums of this one go on.
+        """
         sums = self._sums.get(name) or _Sums(shape.in_features, shape.out_features, device, self.diagonal)
-        return [sums.inputs.matrix(), sums.outputs.matrix(), sums.inputs.total.new_tensor([sums.tokens])]
+        inputs, outputs = (
+            gram.total.clone() if self.diagonal else gram.matrix() for gram in (sums.inputs, sums.outputs)
+        )
+        return [inputs, outputs, inputs.new_tensor([sums.tokens])]
 
     @staticmethod
     def mean(inputs: Tensor, outputs: Tensor, tokens: Tensor) -> LayerMoments:

@@ -86,6 +86,18 @@ def test_a_layer_that_was_never_called_has_moments_of_zero() -> None:
     assert not tokens.any()
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_moments_are_copies(diagonal: bool) -> None:
+    """Processes add theirs up in place; the sums of one process must not become those of all."""
+    sensitivity = KroneckerSensitivity(diagonal=diagonal)
+    sensitivity.begin_step()
+    sensitivity.add("a", rows(5, 0), rows(4, 1))
+    before = [tensor.clone() for tensor in sensitivity.moments("a", SHAPE, CPU)]
+    for tensor in sensitivity.moments("a", SHAPE, CPU):
+        tensor *= 2
+    assert all(torch.equal(a, b) for a, b in zip(before, sensitivity.moments("a", SHAPE, CPU), strict=True))
+
+
 def test_the_state_goes_through_a_checkpoint_bit_for_bit() -> None:
     first, second = KroneckerSensitivity(beta=0.7), KroneckerSensitivity(beta=0.7)
     first.begin_step()
