@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch.optim.swa_utils import AveragedModel
+
+from lowrank_pl.nn import forms_in_training
+from lowrank_pl.strategies.base import as_compressible
 
 
 def averaged_models(trainer: pl.Trainer) -> list[pl.LightningModule]:
@@ -21,6 +26,13 @@ def averaged_models(trainer: pl.Trainer) -> list[pl.LightningModule]:
             if isinstance(model, pl.LightningModule):
                 models.append(model)
     return models
+
+
+def match_ranks_(trainer: pl.Trainer, ranks: Mapping[str, int]) -> None:
+    """Gives averaged copies the ranks of the model: one that was made before a checkpoint was read has others."""
+    for model in averaged_models(trainer):
+        for name, layer in forms_in_training(as_compressible(model).encoder).items():
+            layer.read_at(ranks[name])
 
 
 def copy_buffers_instead_of_averaging_(trainer: pl.Trainer) -> None:

@@ -23,12 +23,11 @@ from lowrank_pl.errors.run import (
 )
 from lowrank_pl.importance import GroupSensitivity, KroneckerSensitivity, Sensitivity
 from lowrank_pl.nn import forms_in_training
-from lowrank_pl.strategies.averaging import averaged_models
+from lowrank_pl.strategies.averaging import averaged_models, match_ranks_
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.compiling import varying_ranks
 from lowrank_pl.strategies.group_training import GroupTraining
 from lowrank_pl.strategies.metric_groups import MetricGroups
-from lowrank_pl.strategies.rank_groups import match_ranks_
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
 from lowrank_pl.strategies.singular_groups import SingularGroups
