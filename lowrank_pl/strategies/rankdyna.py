@@ -121,11 +121,13 @@ class RankDyna(CompressionStrategy):
             self.schedule = schedule or CubicSchedule(warmup=0.3, cooldown=0.5, interval=0.05)
             self.cost = Cost(True, cost or Parameters())  # layers are dense first, whatever they are in the end
             self._training = MetricGroups(self.sensitivity, floor, multiple_of, allow_dense)
-        else:
+        elif isinstance(self.sensitivity, GroupSensitivity):
             self.schedule = schedule or CubicSchedule()
             self.cost = Cost(allow_dense, cost or Parameters())
-            assert isinstance(self.sensitivity, GroupSensitivity)
             self._training = SingularGroups(self.sensitivity, per_parameter, multiple_of)
+        else:
+            allowed = "KroneckerSensitivity, or a GroupSensitivity such as FirstOrder"
+            raise RangeError("sensitivity", type(self.sensitivity).__name__, allowed)
         self.state = RankState()
         self.latest_scores: dict[str, Tensor] = {}
         self._plan = RankPlan()

@@ -335,6 +335,7 @@ def test_any_length_of_run(tiny_bert: str, tmp_path: Path, arguments: dict[str, 
         ),
         (lambda: RankDyna(0.5, per_parameter=False), RangeError, "per_parameter=False"),
         (lambda: RankDyna(0.5, floor=1.5), RangeError, "floor=1.5"),
+        (lambda: RankDyna(0.5, sensitivity=object()), RangeError, "sensitivity='object' .* GroupSensitivity"),  # type: ignore[arg-type]
         (
             lambda: RankDyna(0.9, start_ratio=0.1, sensitivity=FirstOrder(), allow_dense=False),
             BudgetAboveStartError,
