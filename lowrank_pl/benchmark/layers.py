@@ -50,8 +50,8 @@ class LayerTimes:
     Attributes:
         shape: Of the weight.
         tokens: Rows of the input.
-        dense: Seconds of `nn.Linear`.
-        factored: Seconds of `LowRankLinear` by rank, ascending.
+        dense: Seconds of `nn.Linear`, a whole number of nanoseconds.
+        factored: Seconds of `LowRankLinear` by rank, ascending, likewise.
     """
 
     shape: LinearShape
@@ -84,9 +84,9 @@ class LayerTimes:
         return {
             "out": self.shape.out_features,
             "in": self.shape.in_features,
-            "dense_nanoseconds": max(1, round(self.dense * 1e9)),
+            "dense_nanoseconds": _nanoseconds(self.dense),
             "ranks": list(self.factored),
-            "nanoseconds": [max(1, round(seconds * 1e9)) for seconds in self.factored.values()],
+            "nanoseconds": [_nanoseconds(seconds) for seconds in self.factored.values()],
         }
 
 
@@ -124,8 +124,14 @@ def measure_layer(shape: LinearShape, work: Workload, done: Callable[[], object]
         layers[str(rank)] = layer
     runs = {name: _call(layer, x) for name, layer in layers.items()}
     times = timed_in_turn(runs, work.rounds, work.seconds, work.threads, done)
-    dense = times.pop("dense")
-    return LayerTimes(shape, work.tokens, dense.median, {int(rank): t.median for rank, t in times.items()})
+    # Rounded as they are written, so that what is derived from them is the same before and after reading.
+    medians = {name: _nanoseconds(found.median) / 1e9 for name, found in times.items()}
+    dense = medians.pop("dense")
+    return LayerTimes(shape, work.tokens, dense, {int(rank): median for rank, median in medians.items()})
+
+
+def _nanoseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1e9))
 
 
 def _call(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:

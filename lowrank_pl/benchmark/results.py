@@ -113,7 +113,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Results:
-        """Inverse of `to_dict`; layers' times are rounded to nanoseconds.
+        """Inverse of `to_dict`.
 
         Raises:
             KeyError, TypeError, ValueError: it is no such dictionary.

@@ -66,6 +66,7 @@ def test_measured_times_make_a_table_that_latency_reads(tmp_path: Path) -> None:
     path.write_text(json.dumps(latency_table(times, WORK)), encoding="utf-8")
     latency = Latency(str(path))
     for found in times:
+        assert LayerTimes.from_entry({**found.entry(), "tokens": found.tokens}) == found
         assert latency.dense(found.shape) == pytest.approx(found.dense * 1e9, abs=1)
         ranks = list(found.factored)
         costs = [latency.factored(found.shape, rank) for rank in ranks]
