@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from lowrank_pl.benchmark.engines import check_engines, prepare
 from lowrank_pl.benchmark.models import inputs_for, peak_memory, weight_bytes
 from lowrank_pl.checkpoint.loading import load_model
+from lowrank_pl.hub import load_pretrained
 from lowrank_pl.importance import SecondMoments
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import (
@@ -80,8 +82,11 @@ def test_compressing_gives_the_factors_of_the_cpu(
     tiny_bert: str, tmp_path: Path, make: Callable[[], StaticStrategy]
 ) -> None:
     products = []
+    # A head of its own: a fresh one is drawn on the device, and every device has its own random numbers.
+    model, _ = load_pretrained(AutoModelForSequenceClassification, tiny_bert, num_labels=2)
+    model.save_pretrained(tmp_path / "dense")
     for place, device in (("one", "cpu"), ("other", DEVICE)):
-        task = make_task(tiny_bert, make())
+        task = make_task(str(tmp_path / "dense"), make())
         trainer = make_trainer(tmp_path, accelerator=device, logger=False)
         trainer.compress(task, SyntheticData(), output=str(tmp_path / place))
         layers = {n: m for n, m in task.encoder.named_modules() if isinstance(m, LowRankLinear)}

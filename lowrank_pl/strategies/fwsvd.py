@@ -57,7 +57,7 @@ class FWSVD(StaticStrategy):
         cost: Measure | None = None,
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
-        refit: Refit | None = None,
+        refit: Refit | bool | None = False,
     ) -> None:
         if side not in ("input", "output", "both"):
             raise RangeError("side", side, "'input', 'output' or 'both'")

@@ -44,7 +44,7 @@ class KroneckerSVD(StaticStrategy):
         allocation: Which layer gets which rank: by default `Global`, and `Uniform` for side `input`, whose energies say
             nothing of the loss.
         recalibration: See `StaticStrategy`.
-        refit: See `StaticStrategy`.
+        refit: See `StaticStrategy`; `false` leaves the factors as they are.
         diagonal: Take only the diagonals of the moments: less memory, and close to FWSVD.
     """
 
@@ -62,7 +62,7 @@ class KroneckerSVD(StaticStrategy):
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
         diagonal: bool = False,
-        refit: Refit | None = None,
+        refit: Refit | bool | None = True,
     ) -> None:
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean of the diagonal")

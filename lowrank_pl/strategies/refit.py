@@ -6,9 +6,9 @@ m: out_features, n: in_features, r: rank.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from lowrank_pl.core import Factors, refit_left, relative_error
 from lowrank_pl.core.precision import double, float64_device
 from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
 from lowrank_pl.strategies.processes import Agreement, progress, send_
+from lowrank_pl.strategies.replay import Call, SeenEnoughError, Stage, again, call_of, stages
 from lowrank_pl.surgery.swap import swapped
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
-
 
 class Refit:
-    """Fits left factors and biases anew when all layers are factorised, by least squares and without labels.
+    """Fits left factors and biases anew when all layers are factorised, by least squares.
 
     Each layer is factorised for the inputs that the dense model gives it; in the factorised model the layers before it
     have changed them. Layer by layer, in the order in which they are called, the right factor is kept, and left factor
@@ -41,8 +41,8 @@ class Refit:
     those after it get. For the same reason layers that are called several times in a pass stay as they are.
 
     Args:
-        max_samples: How many of the calibration samples are used at most. They go through both models once for every
-            group of layers with one input, as far as those layers.
+        max_samples: How many of the calibration samples are used at most. For every block they go through both models
+            as far as that block, and what it is called with is kept while its layers are fitted.
     """
 
     def __init__(self, max_samples: int = 512) -> None:
@@ -79,18 +79,24 @@ class Refit:
         encoder = as_compressible(pl_module).encoder
         forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in dense}
         batches = calibration_batches(trainer, calibration, "refit", self.max_samples)
+        # Labels that are there have just been used; where they were drawn, there may be none for a loss.
+        module = as_compressible(pl_module, "refit", "per_sample_losses")
+        model = pl_module if calibration.labels == "sampled" else module.per_sample_losses
+        kept = _Calls(trainer, encoder, dense, model)
         with isolate_rng(), frozen_eval(encoder), torch.no_grad():
-            stages: list[list[str]] = []
+            order: list[Stage] = []
             with Agreement(trainer):
                 if trainer.is_global_zero:
-                    device = trainer.strategy.root_device
-                    stages = _stages(pl_module, forms, trainer.strategy.batch_to_device(next(iter(batches)), device))
-            stages = trainer.strategy.broadcast(stages)
-            for names in progress(trainer, stages, "Refit", len(stages)):
-                sums = _Sums(encoder, {n: dense[n] for n in names}, {n: forms[n] for n in names}, dense)
-                with Agreement(trainer), sums:
-                    for batch in batches:
-                        sums.add(pl_module, trainer.strategy.batch_to_device(batch, trainer.strategy.root_device))
+                    first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
+                    order = stages(lambda: model(first), encoder, list(forms))
+            order = trainer.strategy.broadcast(order)
+            for stage in progress(trainer, order, "Refit", len(order)):
+                names = stage.layers
+                sums = _Sums({n: dense[n] for n in names}, {n: forms[n] for n in names})
+                with Agreement(trainer):
+                    for batch, was, now in kept.of(stage.block, batches):
+                        with sums:
+                            sums.add(batch, was, now)
                 for name in names:
                     cross, gram = sums.found[name]
                     if trainer.world_size > 1:
@@ -99,7 +105,7 @@ class Refit:
                         _write_(dense_weight(dense[name]).detach(), forms[name], cross, gram)
                     for parameter in forms[name].parameters():
                         send_(trainer, parameter.data, 0)
-        fitted = sum(map(len, stages))
+        fitted = sum(len(stage.layers) for stage in order)
         told = f"left factors and biases of {fitted} layers were refitted on {batches.num_samples} samples"
         if fitted < len(forms):
             told += f"; {len(forms) - fitted} that are called several times, or never, were not"
@@ -124,38 +130,64 @@ def _write_(weight: Tensor, form: LowRankLinear, cross: Tensor, gram: Tensor) ->
         bias.add_(found[:, -1].to(bias))
 
 
-def _stages(pl_module: pl.LightningModule, forms: Mapping[str, nn.Module], batch: Batch) -> list[list[str]]:
-    """The layers in the order in which they are called; those that get the same tensor, one after the other, together.
+Pass = Callable[[], object]
 
-    Layers that are called several times, or never, are left out.
+
+class _Calls:
+    """Passes of the dense and of the factorised model for every batch: as little of them as the layers of a block need.
+
+    What a block is called with is kept while its layers are fitted, which changes nothing of what is before it; so each
+    layer takes two passes through its block, not through the model.
     """
-    calls: list[tuple[str, Tensor]] = []  # holds the tensors, so that none takes another's place in memory
-    with ExitStack() as hooks:
-        for name, form in forms.items():
-            hooks.callback(form.register_forward_pre_hook(_appending(calls, name)).remove)
-        pl_module(batch)
-    counts = Counter(name for name, _ in calls)
-    stages: list[list[str]] = []
-    last: Tensor | None = None
-    for name, x in calls:
-        if counts[name] > 1:
-            continue
-        if x is not last:
-            stages.append([])
-        stages[-1].append(name)
-        last = x
-    return stages
 
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        encoder: nn.Module,
+        dense: Mapping[str, nn.Module],
+        model: Callable[[Batch], object],
+    ) -> None:
+        self._trainer = trainer
+        self._encoder = encoder
+        self._dense = dense
+        self._model = model
+        self._block = ""
+        self._kept: list[tuple[Batch, Call, Call]] | None = None
 
-def _appending(calls: list[tuple[str, Tensor]], name: str) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls.append((name, args[0]))
+    def of(self, block: str, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Pass, Pass]]:
+        """Every batch, with a pass of the dense model and one of the factorised one, run before the next one."""
+        if block and block != self._block:
+            self._block, self._kept = block, None
+            self._kept = self._keep(self._encoder.get_submodule(block), batches)
+        if not block or self._kept is None:
+            for batch in map(self._moved, batches):
+                run = partial(self._model, batch)
+                yield batch, self._as_dense(run), run
+            return
+        module = self._encoder.get_submodule(block)
+        for batch, was, now in self._kept:
+            yield batch, self._as_dense(partial(again, module, was)), partial(again, module, now)
 
-    return hook
+    def _keep(self, module: nn.Module, batches: Iterable[Batch]) -> list[tuple[Batch, Call, Call]] | None:
+        kept = []
+        for batch in map(self._moved, batches):
+            run = partial(self._model, batch)
+            was, now = call_of(module, self._as_dense(run)), call_of(module, run)
+            if was is None or now is None:
+                return None
+            kept.append((batch, was, now))
+        return kept
 
+    def _as_dense(self, run: Pass) -> Pass:
+        def run_dense() -> object:
+            with swapped(self._encoder, self._dense):
+                return run()
 
-class _SeenEnoughError(Exception):
-    """Ends a forward pass behind the layers that are looked at."""
+        return run_dense
+
+    def _moved(self, batch: Batch) -> Batch:
+        moved: Batch = self._trainer.strategy.batch_to_device(batch, self._trainer.strategy.root_device)
+        return moved
 
 
 class _Sums:
@@ -165,23 +197,13 @@ class _Sums:
     whose block holds the hooks in the layers.
 
     Args:
-        encoder: With all factorised layers in place.
         dense: The layers to look at, as they were.
         forms: The same, factorised.
-        all_dense: What makes the encoder the dense one.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        dense: Mapping[str, nn.Module],
-        forms: Mapping[str, LowRankLinear],
-        all_dense: Mapping[str, nn.Module],
-    ) -> None:
-        self._encoder = encoder
+    def __init__(self, dense: Mapping[str, nn.Module], forms: Mapping[str, LowRankLinear]) -> None:
         self._dense = dense
         self._forms = forms
-        self._all_dense = all_dense
         self._seen: dict[str, Tensor] = {}
         self._hooks = ExitStack()
         self.found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -204,25 +226,24 @@ class _Sums:
     def __exit__(self, *exception: object) -> None:
         self._hooks.close()
 
-    def add(self, pl_module: pl.LightningModule, batch: Batch) -> None:
+    def add(self, batch: Batch, was: Pass, now: Pass) -> None:
         """One pass of the dense model and one of the factorised one, as far as needed."""
-        with swapped(self._encoder, self._all_dense):
-            xs = self._pass(pl_module, batch)
-        zs = self._pass(pl_module, batch)
+        xs, zs = self._pass(was), self._pass(now)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         for name in self._forms:
-            self._add(name, xs[name], zs[name], batch.get("attention_mask"))
+            self._add(name, xs[name], zs[name], mask)
 
-    def _pass(self, pl_module: pl.LightningModule, batch: Batch) -> dict[str, Tensor]:
+    def _pass(self, run: Pass) -> dict[str, Tensor]:
         self._seen = {}
-        with suppress(_SeenEnoughError):
-            pl_module(batch)
+        with suppress(SeenEnoughError):
+            run()
         return self._seen
 
     def _watching(self, name: str, of_output: bool) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._seen[name] = output if of_output else args[0]
             if len(self._seen) == len(self._forms):
-                raise _SeenEnoughError
+                raise SeenEnoughError
 
         return hook
 

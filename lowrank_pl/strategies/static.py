@@ -56,7 +56,7 @@ class StaticStrategy(CompressionStrategy):
         recalibration: Fit one scale and one bias per output of the head, so that the outputs on the calibration samples
             are close to the dense model's; none by default.
         refit: Fit left factors and biases anew to the outputs of the dense layers, on inputs as the factorised model
-            gives them; none by default.
+            gives them: `true` for `Refit()`, or one with other settings. Only KroneckerSVD does unless it is asked for.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class StaticStrategy(CompressionStrategy):
         cost: Measure | None = None,
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
-        refit: Refit | None = None,
+        refit: Refit | bool | None = False,
     ) -> None:
         super().__init__(targets)
         check_share(keep_ratio, rank_ratio, multiple_of)
@@ -82,7 +82,7 @@ class StaticStrategy(CompressionStrategy):
         self.cost = cost or Parameters()
         self.allocation = allocation or Uniform()
         self.recalibration = recalibration
-        self.refit = refit
+        self.refit = Refit() if refit is True else refit or None
         if self.allocation.needs_energies and (reason := self.why_no_energies()):
             raise AllocationError(type(self.allocation).__name__, type(self).__name__, reason)
         self._written = False

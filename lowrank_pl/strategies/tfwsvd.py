@@ -63,7 +63,7 @@ class TFWSVD(StaticStrategy):
         cost: Measure | None = None,
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
-        refit: Refit | None = None,
+        refit: Refit | bool | None = False,
     ) -> None:
         super().__init__(
             keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration, refit

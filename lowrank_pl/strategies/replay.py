@@ -1,0 +1,127 @@
+"""Layers in the order in which a model calls them, and blocks that are called again on inputs that were kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_pl.importance.batches import mapped
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers that get the same tensor.
+
+    Attributes:
+        layers: Their names.
+        block: Name of the block that they are in: the outermost element of a `nn.ModuleList` around them that is called
+            once in a pass. Empty where there is none, which stands for the whole model.
+    """
+
+    layers: tuple[str, ...]
+    block: str
+
+
+class SeenEnoughError(Exception):
+    """Ends a forward pass behind what is looked at."""
+
+
+def stages(run: Callable[[], object], model: nn.Module, layers: Sequence[str]) -> list[Stage]:
+    """Layers in the order of their calls; those that get the same tensor, one after the other, together.
+
+    Layers that are called several times, or never, are left out.
+
+    Args:
+        run: A forward pass.
+        model: What it runs.
+        layers: Names of modules in it.
+    """
+    calls: list[tuple[str, Tensor]] = []  # holds the tensors, so that none takes another's place in memory
+    blocks: Counter[str] = Counter()
+    candidates = {name: _elements(model, name) for name in layers}
+    with ExitStack() as hooks:
+        for name in layers:
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(_appending(calls, name)).remove)
+        for name in dict.fromkeys(block for found in candidates.values() for block in found):
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(_counting(blocks, name)).remove)
+        run()
+    counts = Counter(name for name, _ in calls)
+    found: list[Stage] = []
+    last: Tensor | None = None
+    for name, x in calls:
+        if counts[name] > 1:
+            continue
+        block = next((block for block in candidates[name] if blocks[block] == 1), "")
+        if x is last and found and found[-1].block == block:
+            found[-1] = Stage((*found[-1].layers, name), block)
+        else:
+            found.append(Stage((name,), block))
+        last = x
+    return found
+
+
+def _elements(model: nn.Module, name: str) -> list[str]:
+    """Those of a module's ancestors, and itself, that are elements of a `nn.ModuleList`; the outermost first."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return [prefix for prefix in prefixes if isinstance(model.get_submodule(_parent(prefix)), nn.ModuleList)]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _appending(calls: list[tuple[str, Tensor]], name: str) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls.append((name, args[0]))
+
+    return hook
+
+
+def _counting(counts: Counter[str], name: str) -> Any:
+    def hook(*_: object) -> None:
+        counts[name] += 1
+
+    return hook
+
+
+def call_of(block: nn.Module, run: Callable[[], object]) -> Call | None:
+    """With what a forward pass calls a block; the pass ends there.
+
+    `None` where that is more than tensors and numbers, say a cache, which another call would change.
+    """
+    seen: list[Call] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise SeenEnoughError
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with suppress(SeenEnoughError):
+            run()
+    finally:
+        handle.remove()
+    return seen[0] if seen and _plain(seen[0]) else None
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return type(value) is dict and all(map(_plain, value.values()))
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+
+
+def again(block: nn.Module, call: Call) -> None:
+    """Calls a block with copies of tensors, so that what it writes into them does not reach the next call."""
+    args, kwargs = mapped(call, torch.clone)
+    block(*args, **kwargs)

@@ -1,0 +1,84 @@
+"""The methods that grids compare, by name, as arguments of the command line."""
+
+from __future__ import annotations
+
+STRATEGY = "--model.init_args.strategy"
+
+
+def _strategy(name: str, *options: str, few: bool = True) -> list[str]:
+    """A strategy by class name with its options; measured on few samples if it measures any."""
+    made = [f"{STRATEGY}={name}"]
+    made += [f"{STRATEGY}.init_args.calibration.max_samples=2048"] if few else []
+    return made + [f"{STRATEGY}.init_args.{option}" for option in options]
+
+
+def _kronecker(*options: str) -> list[str]:
+    return _strategy("KroneckerSVD", *options)
+
+
+def _rankdyna(*options: str) -> list[str]:
+    return ["--config", "configs/recipes/glue_rankdyna.yaml"] + [f"{STRATEGY}.init_args.{option}" for option in options]
+
+
+def _metric(*options: str) -> list[str]:
+    return _rankdyna(*(f"sensitivity.init_args.{option}" for option in options))
+
+
+STATIC: dict[str, list[str]] = {
+    "SVD": _strategy("SVD", few=False),
+    "FWSVD input": _strategy("FWSVD", "side=input"),
+    "FWSVD output": _strategy("FWSVD", "side=output"),
+    "FWSVD both": _strategy("FWSVD", "side=both"),
+    "FWSVD both, global": _strategy("FWSVD", "side=both", "allocation=Global"),
+    "TFWSVD": _strategy("TFWSVD"),
+    "whitening": _kronecker("side=input"),
+    "KroneckerSVD uniform": _kronecker("allocation=Uniform"),
+    "KroneckerSVD": _kronecker(),
+    "KroneckerSVD recalibrated": _kronecker("recalibration=Recalibration"),
+    "KroneckerSVD refit": _kronecker("refit=Refit"),
+    "KroneckerSVD refit, recalibrated": _kronecker("refit=Refit", "recalibration=Recalibration"),
+    "KroneckerSVD output": _kronecker("side=output"),
+    "KroneckerSVD diagonal": _kronecker("diagonal=true"),
+    "KroneckerSVD floor 0": _kronecker("allocation=Global", "allocation.init_args.floor=0"),
+    "KroneckerSVD floor 0.5": _kronecker("allocation=Global", "allocation.init_args.floor=0.5"),
+    "KroneckerSVD damping 0.0001": _kronecker("damping=0.0001"),
+    "KroneckerSVD damping 0.01": _kronecker("damping=0.01"),
+    "KroneckerSVD damping 0.1": _kronecker("damping=0.1"),
+    **{
+        f"KroneckerSVD {samples} {labels}": _kronecker(
+            f"calibration.max_samples={samples}", f"calibration.labels={labels}"
+        )
+        for samples in (64, 256, 1024)
+        for labels in ("observed", "sampled")
+    },
+    "KroneckerSVD all observed": _kronecker("calibration.max_samples=null"),
+    "KroneckerSVD all sampled": _kronecker("calibration.max_samples=null", "calibration.labels=sampled"),
+    "KroneckerSVD 1 epoch": [*_kronecker(), "--trainer.max_epochs=1"],
+    "KroneckerSVD lr 1e-5": [*_kronecker(), "--model.init_args.optimizer.init_args.lr=1e-5"],
+    "KroneckerSVD refit, 1 epoch": [*_kronecker("refit=Refit"), "--trainer.max_epochs=1"],
+}
+
+ROUND: dict[str, list[str]] = {
+    "dense": [f"{STRATEGY}=NoCompression"],
+    "RankDyna": _rankdyna(),
+    # The score, and the schedule of many small steps, that were the default before.
+    "RankDyna FirstOrder": _rankdyna(
+        "sensitivity=lowrank_pl.importance.FirstOrder",
+        "sensitivity.init_args.beta=0.85",
+        "schedule.init_args.warmup=0.05",
+        "schedule.init_args.interval=0.02",
+    ),
+    "RankDyna 4 steps": _metric("steps=4"),
+    "RankDyna 8 steps": _metric("steps=8"),
+    "RankDyna 32 steps": _metric("steps=32"),
+    "RankDyna 1 reallocation": _rankdyna("schedule.init_args.interval=0.2"),
+    "RankDyna 2 reallocations": _rankdyna("schedule.init_args.interval=0.1"),
+    "RankDyna 8 reallocations": _rankdyna("schedule.init_args.interval=0.025"),
+    "RankDyna early": _rankdyna("schedule.init_args.warmup=0.15", "schedule.init_args.cooldown=0.65"),
+    "RankDyna late": _rankdyna("schedule.init_args.warmup=0.45", "schedule.init_args.cooldown=0.35"),
+    "RankDyna last": _rankdyna("schedule.init_args.warmup=0.6", "schedule.init_args.cooldown=0.2"),
+    "RankDyna floor 0": _rankdyna("floor=0"),
+    "RankDyna floor 0.5": _rankdyna("floor=0.5"),
+    "RankDyna damping 0.01": _metric("damping=0.01"),
+    "RankDyna lr 1e-4": [*_rankdyna(), "--model.init_args.optimizer.init_args.lr=1e-4"],
+}
