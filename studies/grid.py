@@ -13,8 +13,8 @@ What is asked for is METHOD:RATIOS or METHOD:RATIOS:SEEDS, with the names in stu
     python studies/grid.py --glue PATH/TO/glue --untuned "KroneckerSVD:0.33,0.1" "FWSVD both:0.33,0.1" \
         --tuned KroneckerSVD:0.1 --one_round RankDyna:0.33,0.1:0,1,2 --tasks MRPC STS-B
 
-Writes grid.md and grid.json. A task is one of GLUE's, or a YAML file with a `data` section. Scores are those of the
-last epoch; those of dense models are in the table for every seed that anything was asked for.
+Writes grid.md, grid.json and grid.png. A task is one of GLUE's, or a YAML file with a `data` section. Scores are those
+of the last epoch; those of dense models are in the table for every seed that anything was asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from methods import ROUND, STATIC, STRATEGY
 from options import limit_of, parser, read
 from runs import Run, run_all
@@ -38,6 +39,8 @@ STAGES: dict[str, Mapping[str, list[str]]] = {
     "one_round": {**STATIC, **ROUND},
     "long_round": {**STATIC, **ROUND},
 }
+Row = dict[str, dict[int, tuple[Report, Report]]]
+"""By task and seed: the report of a method, and that of the dense model."""
 RECIPE = ("--config", "configs/recipes/glue_finetune.yaml")
 
 
@@ -109,24 +112,50 @@ def parse(stage: str, words: Iterable[str], seeds: list[int]) -> list[Asked]:
     return asked
 
 
-def table(rows: dict[Asked, dict[str, dict[int, tuple[Report, Report]]]], tasks: list[str]) -> list[str]:
+def table(rows: dict[Asked, Row], tasks: list[str]) -> list[str]:
     """A line per row: score (loss) of each task, means over seeds, and the mean share of the dense score.
 
     Args:
-        rows: By row, task and seed: the report of the method, and that of the dense model.
+        rows: What was found.
         tasks: The columns.
     """
     lines = header("stage", "method", "keep_ratio", "seeds", *tasks, "mean share of dense")
     for asked, row in rows.items():
-        shares, cells = [], []
-        for task in tasks:
-            pairs = list(row.get(task, {}).values())
-            cells.append(cell([found for found, _ in pairs]))
-            if pairs:
-                shares.append(statistics.mean(found["score"] / dense["score"] for found, dense in pairs))
-        share = f"{statistics.mean(shares):.1%}" if len(shares) == len(tasks) else ""
-        lines.append(line(asked.stage, asked.method, asked.ratio, len(asked.seeds), *cells, share))
+        cells = [cell([found for found, _ in row.get(task, {}).values()]) for task in tasks]
+        share = share_of_dense(row, len(tasks))
+        told = "" if share is None else f"{share:.1%}"
+        lines.append(line(asked.stage, asked.method, asked.ratio, len(asked.seeds), *cells, told))
     return lines
+
+
+def share_of_dense(row: Row, tasks: int) -> float | None:
+    """Mean over tasks of the mean over seeds of score over dense score; `None` where a task is missing."""
+    shares = [
+        statistics.mean(found["score"] / dense["score"] for found, dense in each.values()) for each in row.values()
+    ]
+    return statistics.mean(shares) if len(shares) == tasks else None
+
+
+def draw(rows: dict[Asked, Row], tasks: int, path: Path) -> None:
+    """The mean share of the dense score over keep_ratio, a line per stage and method."""
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for asked, row in rows.items():
+        share = share_of_dense(row, tasks)
+        if share is not None and asked.stage:
+            lines.setdefault((asked.stage, asked.method), []).append((float(asked.ratio), share))
+    styles = dict(zip(STAGES, ("-", "--", ":", "-."), strict=True))
+    for (stage, method), points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), styles[stage], marker="o", label=f"{method}, {stage}")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="keep_ratio", ylabel="mean share of the dense score")
+    axes.set_xticks(ticks := sorted({x for points in lines.values() for x, _ in points}), [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    if lines:
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def cell(reports: list[Report]) -> str:
@@ -156,14 +185,20 @@ def main() -> None:
     for stage in STAGES:
         options.add_argument(f"--{stage}", nargs="*", default=[], metavar="METHOD:RATIOS[:SEEDS]")
     options.add_argument("--accelerator", default="cpu", help="what Lightning takes: cpu, cuda")
+    options.add_argument("--table", action="store_true", help="run nothing, write what is there")
     options.add_argument("--workers", type=int, default=1, help="runs at a time, in processes")
     arguments = read(options)
     rows = [row for stage in STAGES for row in parse(stage, getattr(arguments, stage), arguments.seeds)]
     seeds = sorted({seed for row in rows for seed in row.seeds}) or arguments.seeds
     cells = {(task, seed): Cells(arguments, task, seed) for task in arguments.tasks for seed in seeds}
     wanted = [cells[task, seed].run(row) for row in rows for seed in row.seeds for task in arguments.tasks]
-    failed = run_all([each.dense for each in cells.values()] + wanted, arguments.workers, arguments.threads)
-    found: dict[Asked, dict[str, dict[int, tuple[Report, Report]]]] = {}
+    # Dense models first: most of the others wait for one.
+    failed = (
+        []
+        if arguments.table
+        else run_all([each.dense for each in cells.values()] + wanted, arguments.workers, arguments.threads)
+    )
+    found: dict[Asked, Row] = {}
     for row in [Asked("", "dense", "1", tuple(seeds)), *rows]:
         told = found.setdefault(row, {})
         for (_, seed), each in cells.items():
@@ -173,11 +208,12 @@ def main() -> None:
                 told.setdefault(each.name, {})[seed] = report, dense
     lines = table(found, [Path(task).stem for task in arguments.tasks])
     write(arguments.output, "grid", lines, list(figures(found)))
+    draw(found, len(arguments.tasks), arguments.output / "grid.png")
     print("\n".join(lines))
     sys.exit(1 if failed else 0)
 
 
-def figures(rows: dict[Asked, dict[str, dict[int, tuple[Report, Report]]]]) -> Iterable[dict[str, Any]]:
+def figures(rows: dict[Asked, Row]) -> Iterable[dict[str, Any]]:
     """One entry per run."""
     for asked, row in rows.items():
         for task, reports in row.items():

@@ -9,11 +9,15 @@ def _strategy(name: str, *options: str, few: bool = True) -> list[str]:
     """A strategy by class name with its options; measured on few samples if it measures any."""
     made = [f"{STRATEGY}={name}"]
     made += [f"{STRATEGY}.init_args.calibration.max_samples=2048"] if few else []
-    return made + [f"{STRATEGY}.init_args.{option}" for option in options]
+    return [*made, *(f"{STRATEGY}.init_args.{option}" for option in options)]
 
 
 def _kronecker(*options: str) -> list[str]:
     return _strategy("KroneckerSVD", *options)
+
+
+def _plain(*options: str) -> list[str]:
+    return _kronecker("refit=false", *options)
 
 
 def _rankdyna(*options: str) -> list[str]:
@@ -31,19 +35,20 @@ STATIC: dict[str, list[str]] = {
     "FWSVD both": _strategy("FWSVD", "side=both"),
     "FWSVD both, global": _strategy("FWSVD", "side=both", "allocation=Global"),
     "TFWSVD": _strategy("TFWSVD"),
-    "whitening": _kronecker("side=input"),
-    "KroneckerSVD uniform": _kronecker("allocation=Uniform"),
     "KroneckerSVD": _kronecker(),
     "KroneckerSVD recalibrated": _kronecker("recalibration=Recalibration"),
-    "KroneckerSVD refit": _kronecker("refit=Refit"),
-    "KroneckerSVD refit, recalibrated": _kronecker("refit=Refit", "recalibration=Recalibration"),
-    "KroneckerSVD output": _kronecker("side=output"),
-    "KroneckerSVD diagonal": _kronecker("diagonal=true"),
-    "KroneckerSVD floor 0": _kronecker("allocation=Global", "allocation.init_args.floor=0"),
-    "KroneckerSVD floor 0.5": _kronecker("allocation=Global", "allocation.init_args.floor=0.5"),
-    "KroneckerSVD damping 0.0001": _kronecker("damping=0.0001"),
-    "KroneckerSVD damping 0.01": _kronecker("damping=0.01"),
-    "KroneckerSVD damping 0.1": _kronecker("damping=0.1"),
+    "KroneckerSVD without refit": _plain(),
+    "KroneckerSVD without refit, recalibrated": _plain("recalibration=Recalibration"),
+    # The ablation: the factors alone.
+    "KroneckerSVD uniform": _plain("allocation=Uniform"),
+    "KroneckerSVD input": _plain("side=input"),
+    "KroneckerSVD output": _plain("side=output"),
+    "KroneckerSVD diagonal": _plain("diagonal=true"),
+    "KroneckerSVD floor 0": _plain("allocation=Global", "allocation.init_args.floor=0"),
+    "KroneckerSVD floor 0.5": _plain("allocation=Global", "allocation.init_args.floor=0.5"),
+    "KroneckerSVD damping 0.0001": _plain("damping=0.0001"),
+    "KroneckerSVD damping 0.01": _plain("damping=0.01"),
+    "KroneckerSVD damping 0.1": _plain("damping=0.1"),
     **{
         f"KroneckerSVD {samples} {labels}": _kronecker(
             f"calibration.max_samples={samples}", f"calibration.labels={labels}"
@@ -51,11 +56,10 @@ STATIC: dict[str, list[str]] = {
         for samples in (64, 256, 1024)
         for labels in ("observed", "sampled")
     },
-    "KroneckerSVD all observed": _kronecker("calibration.max_samples=null"),
-    "KroneckerSVD all sampled": _kronecker("calibration.max_samples=null", "calibration.labels=sampled"),
+    "KroneckerSVD all observed": _plain("calibration.max_samples=null"),
+    "KroneckerSVD all sampled": _plain("calibration.max_samples=null", "calibration.labels=sampled"),
     "KroneckerSVD 1 epoch": [*_kronecker(), "--trainer.max_epochs=1"],
     "KroneckerSVD lr 1e-5": [*_kronecker(), "--model.init_args.optimizer.init_args.lr=1e-5"],
-    "KroneckerSVD refit, 1 epoch": [*_kronecker("refit=Refit"), "--trainer.max_epochs=1"],
 }
 
 ROUND: dict[str, list[str]] = {

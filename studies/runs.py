@@ -115,6 +115,8 @@ def _execute(run: Run) -> int:
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):  # what Python prints at the end of a process
+            print(stop.code, file=sys.stderr)
     except Exception:  # a bug in a run must not end the others; its traceback is in the log
         sys.excepthook(*sys.exc_info())
         code = 1

@@ -53,7 +53,7 @@ def report(score: float) -> dict[str, Any]:
     return {
         "score": score,
         "score_dense": 0.8,
-        "metrics": {"accuracy": score, "f1": None, "collapsed": score < 0.6},
+        "metrics": {"accuracy": score, "f1": None, "loss": 0.5, "collapsed": score < 0.6},
         "keep_ratio": 0.5,
         "parameters": {"total": 1234},
     }
@@ -64,46 +64,69 @@ def write_report(folder: Path, score: float) -> None:
     (folder / "report.json").write_text(json.dumps(report(score)))
 
 
-def test_a_static_grid_whose_runs_are_there_only_writes_its_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = tmp_path / "MRPC-seed3"
-    write_report(runs / "dense" / "version_0", 0.8)
-    write_report(runs / "compress-FWSVD-both-0.5", 0.5)
-    write_report(runs / "tuned-FWSVD-both-0.5" / "version_0", 0.75)
-    words = ["--tasks", "MRPC", "--seeds", "3", "--ratios", "0.5", "--methods", "FWSVD both", "--tune", "MRPC:0.5"]
-    run(ROOT / "studies" / "static_grid.py", monkeypatch, "--glue", "nowhere", "--output", str(tmp_path), *words)
+GRID = ROOT / "studies" / "grid.py"
+
+
+def test_a_grid_whose_runs_are_there_only_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, score in ((0, 0.8), (1, 0.9)):
+        runs = tmp_path / f"MRPC-{seed}"
+        write_report(runs / "dense", 0.9)
+        write_report(runs / "untuned-KroneckerSVD-without-refit-recalibrated-0.5", score - 0.3)
+        write_report(runs / "one_round-RankDyna-0.5", score)
+    write_report(tmp_path / "MRPC-0" / "tuned-KroneckerSVD-0.5", 0.81)
+    words = ["--tasks", "MRPC", "--untuned", "KroneckerSVD without refit, recalibrated:0.5", "--seeds", "0", "1"]
+    words += ["--one_round", "RankDyna:0.5", "--tuned", "KroneckerSVD:0.5:0", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        run(GRID, monkeypatch, "--glue", "nowhere", *words)
+    assert stop.value.code == 0
     assert (tmp_path / "grid.md").read_text().splitlines()[2:] == [
-        "| MRPC | 3 | dense | 0.500 | 1,234 | accuracy 0.800 |  |",
-        "| MRPC | 3 | FWSVD both | 0.500 | 1,234 | accuracy 0.500 (one class) | accuracy 0.750 |",
+        "|  | dense | 1 | 2 | 0.900 ± 0.000 (0.500) | 100.0% |",
+        "| untuned | KroneckerSVD without refit, recalibrated | 0.5 | 2 | 0.550 ± 0.071 (0.500)† | 61.1% |",
+        "| tuned | KroneckerSVD | 0.5 | 1 | 0.810 (0.500) | 90.0% |",
+        "| one_round | RankDyna | 0.5 | 2 | 0.850 ± 0.071 (0.500) | 94.4% |",
     ]
-    assert json.loads((tmp_path / "grid.json").read_text())[1]["after"]["score"] == 0.75
+    figures = json.loads((tmp_path / "grid.json").read_text())
+    assert {entry["score"] for entry in figures if entry["method"] == "RankDyna"} == {0.8, 0.9}
+    assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
-def test_a_rankdyna_grid_uses_the_runs_of_the_static_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seed, score in ((0, 0.7), (1, 0.8)):
-        runs = tmp_path / f"MRPC-seed{seed}"
-        write_report(runs / "dense" / "version_0", 0.8)
-        write_report(runs / "rankdyna-0.1-default" / "version_0", score)
-        write_report(runs / "compress-SVD-0.1", 0.5)
-        write_report(runs / "tuned-SVD-0.1" / "version_0", 0.75)
-    words = ["--tasks", "MRPC", "--seeds", "0", "1", "--ratios", "0.1", "--methods", "SVD"]
-    run(ROOT / "studies" / "rankdyna_grid.py", monkeypatch, "--glue", "nowhere", "--output", str(tmp_path), *words)
-    assert (tmp_path / "rankdyna.md").read_text().splitlines()[-2:] == [
-        "| MRPC | 0.1 | RankDyna default | 2 | 0.7500 ± 0.0707 |",
-        "| MRPC | 0.1 | SVD | 2 | 0.7500 ± 0.0000 |",
-    ]
+def test_a_table_is_written_of_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(tmp_path / "MRPC-0" / "dense", 0.9)
+    words = ["--tasks", "MRPC", "STS-B", "--untuned", "SVD:0.5", "--output", str(tmp_path), "--table"]
+    with pytest.raises(SystemExit):
+        run(GRID, monkeypatch, "--glue", "nowhere", *words)
+    told = (tmp_path / "grid.md").read_text().splitlines()[2:]
+    assert told == ["|  | dense | 1 | 1 | 0.900 (0.500) |  |  |", "| untuned | SVD | 0.5 | 1 |  |  |  |"]
 
 
-def test_an_untuned_grid_whose_reports_are_there_only_writes_its_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_report(tmp_path / "MRPC-0" / "whitening-0.5", 0.7)
-    words = ["--methods", "whitening", "--ratios", "0.5", "--output", str(tmp_path)]
-    run(ROOT / "studies" / "untuned_grid.py", monkeypatch, "--dense", "dense/MRPC-0:MRPC", *words)
-    assert (tmp_path / "untuned.md").read_text().splitlines()[2:] == [
-        "| MRPC-0 | whitening | 0.5 | 0.7000 | 87.5% | accuracy 0.7000 | 0.8000 |"
-    ]
+@pytest.mark.parametrize("word", ["SVD", "nothing:0.5", "SVD:0.5:0:1"])
+def test_words_that_name_no_cell_end_a_grid(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="wanted METHOD:RATIOS or METHOD:RATIOS:SEEDS"):
+        run(GRID, monkeypatch, "--glue", "nowhere", "--untuned", word, "--output", str(tmp_path))
+
+
+def test_a_grid_does_what_is_missing_and_goes_on_after_a_failure(tiny_bert: str, tmp_path: Path) -> None:
+    """As a user runs it: two processes, tasks from a file, and one run that cannot work."""
+    rows = "text,label\n" + "".join(f"the w{i % 7} is w{i % 5},{'ab'[i % 2]}\n" for i in range(32))
+    (tmp_path / "train.csv").write_text(rows)
+    data = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "train.csv"), "batch_size": 8}
+    task = tmp_path / "letters.yaml"
+    task.write_text(json.dumps({"data": {"class_path": "TextFiles", "init_args": {**data, "max_length": 16}}}))
+    command = [sys.executable, str(GRID), "--glue", "nowhere", "--tasks", str(task), "--pretrained", tiny_bert]
+    command += ["--epochs", "1", "--untuned", "KroneckerSVD:0.5,0.000001", "--tuned", "SVD:0.5", "--workers", "2"]
+    command += ["--threads", "1", "--output", str(tmp_path / "out")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    out = tmp_path / "out" / "letters-0"
+    assert ended.returncode == 1, ended.stderr
+    assert f"failed: {out / 'untuned-KroneckerSVD-0.000001'}; see" in ended.stdout
+    assert "BudgetError" in (out / "untuned-KroneckerSVD-0.000001.log").read_text()
+    reports = {path.parent.name for path in out.glob("*/report.json")}
+    assert reports == {"dense", "tuned-SVD-0.5", "untuned-KroneckerSVD-0.5"}
+    assert {path.parents[1].name for path in out.rglob("*.ckpt")} == {"dense"}
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*/report.json")}
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/report.json")} == times
 
 
 def test_the_script_for_gpus_says_at_once_that_there_is_none() -> None:
