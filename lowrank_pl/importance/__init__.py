@@ -3,7 +3,7 @@
 from lowrank_pl.importance.cache import ImportanceCache
 from lowrank_pl.importance.fisher import Fisher, FisherKind, LayerFisher, empirical_fisher
 from lowrank_pl.importance.identity import identity, settings
-from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
+from lowrank_pl.importance.importance import Importance, LayerImportance, Measured, memory_groups
 from lowrank_pl.importance.kinds import FisherSums, FullFisher, Nothing
 from lowrank_pl.importance.kronecker_sensitivity import KroneckerSensitivity
 from lowrank_pl.importance.rises import LayerRises, SecondOrderRise
@@ -34,5 +34,6 @@ __all__ = [
     "Triplet",
     "empirical_fisher",
     "identity",
+    "memory_groups",
     "settings",
 ]
