@@ -7,10 +7,11 @@ from lowrank_pl.importance.importance import Importance, LayerImportance, Measur
 from lowrank_pl.importance.kinds import FisherSums, FullFisher, Nothing
 from lowrank_pl.importance.kronecker_sensitivity import KroneckerSensitivity
 from lowrank_pl.importance.rises import LayerRises, SecondOrderRise
-from lowrank_pl.importance.second_moments import LayerMoments, SecondMoments
+from lowrank_pl.importance.second_moments import Extent, LayerMoments, SecondMoments
 from lowrank_pl.importance.sensitivity import FirstOrder, Groups, GroupSensitivity, Sensitivity, Squared, Triplet
 
 __all__ = [
+    "Extent",
     "FirstOrder",
     "Fisher",
     "FisherKind",
