@@ -17,6 +17,8 @@ class CubicSchedule:
         warmup: Share of the steps before the budget starts to fall, `0 <= warmup < 1`: scores need a few steps.
         cooldown: Share of the steps at the end that train at the target, `0 <= cooldown < 1`.
         interval: Share of the steps between two reallocations, `0 < interval <= 1`; at least one step.
+        rewarmup: Share of the steps over which learning rates rise anew, linearly, after each reallocation,
+            `0 <= rewarmup <= 1`; with 0 they are those of the optimizer and its scheduler throughout.
 
     References:
         Zhang et al., AdaLoRA, ICLR 2023, equation 12; Hua et al., Dynamic low-rank estimation for transformer-based
@@ -26,10 +28,11 @@ class CubicSchedule:
     warmup: float = 0.05
     cooldown: float = 0.5
     interval: float = 0.02
+    rewarmup: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises an error for shares that leave no time to fall."""
-        for name, low in (("warmup", 0.0), ("cooldown", 0.0), ("interval", 1e-9)):
+        for name, low in (("warmup", 0.0), ("cooldown", 0.0), ("interval", 1e-9), ("rewarmup", 0.0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= 1):
                 raise RangeError(
@@ -54,7 +57,7 @@ class CubicSchedule:
         if end < 1:
             given = f"a run of {total_steps} optimizer steps with {self}"
             raise ScheduleError(given, "has no step in which the budget could fall", "longer runs or shorter shares")
-        return CubicCurve(start, end, interval)
+        return CubicCurve(start, end, interval, round(self.rewarmup * total_steps))
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,13 @@ class CubicCurve:
         start: Steps before the budget falls.
         end: The step at which it has reached the target: the last reallocation.
         interval: Steps between reallocations.
+        rewarmup: Steps after a reallocation with lower learning rates.
     """
 
     start: int
     end: int
     interval: int
+    rewarmup: int = 0
 
     def share(self, step: int) -> float:
         """The share of the way from target to start that is still to go: 1 up to `start`, 0 from `end` on."""
@@ -98,3 +103,7 @@ class CubicCurve:
     def budget(self, step: int, first: float, last: float) -> float:
         """`last + (first − last) · share(step)`."""
         return last + (first - last) * self.share(step)
+
+    def rate(self, steps: int) -> float:
+        """What the learning rate is multiplied by in the `steps`-th step after a reallocation, counted from 1."""
+        return min(1.0, steps / (self.rewarmup + 1))

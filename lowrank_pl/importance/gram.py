@@ -12,7 +12,7 @@ _BLOCK = 384
 
 
 class GramSum:
-    """`Σ x xᵀ` over rows, `[n, n]`, or its diagonal alone.
+    """`Σ x xᵀ` over rows, `[n, n]`, or its diagonal alone, or blocks of width `s` along it.
 
     Products of one batch are taken in the rows' dtype (at least float32) and added up in float64, so the error does not
     grow with the number of batches. By symmetry only blocks on and above the diagonal are multiplied.
@@ -22,14 +22,22 @@ class GramSum:
         device: Where the rows are; Apple's mps, which has no float64, adds up in float32.
         diagonal: Keep the diagonal only.
         dtype: Of the sums; float32 is enough for sums that fade.
+        block_size: Keep only the blocks `[n / s, s, s]` along the diagonal; `s` divides `n`.
     """
 
     def __init__(
-        self, size: int, device: torch.device, diagonal: bool = False, dtype: torch.dtype = torch.float64
+        self,
+        size: int,
+        device: torch.device,
+        diagonal: bool = False,
+        dtype: torch.dtype = torch.float64,
+        block_size: int | None = None,
     ) -> None:
         if dtype == torch.float64 and float64_device(device) != device:
             dtype = torch.float32
-        shape = (size,) if diagonal else (size, size)
+        shape: tuple[int, ...] = (size,) if diagonal else (size, size)
+        if block_size is not None:
+            shape = (size // block_size, block_size, block_size)
         self.total = torch.zeros(shape, dtype=dtype, device=device)
         count = -(-size // _BLOCK)
         self._edges = [round(index * size / count) for index in range(count + 1)]
@@ -39,6 +47,10 @@ class GramSum:
         rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
         if self.total.ndim == 1:
             self.total += rows.square().sum(0)
+            return
+        if self.total.ndim == 3:
+            blocks = rows.unflatten(1, self.total.shape[:2]).transpose(0, 1)
+            self.total += blocks.mT @ blocks
             return
         for start, stop in zip(self._edges, self._edges[1:], strict=False):
             self.total[start:stop, start:] += rows[:, start:stop].mT @ rows[:, start:]
@@ -50,7 +62,7 @@ class GramSum:
         return made
 
     def matrix(self) -> Tensor:
-        """The whole symmetric matrix, or the diagonal."""
-        if self.total.ndim == 1:
+        """The whole symmetric matrix, the diagonal, or the blocks."""
+        if self.total.ndim != 2:
             return self.total
         return torch.triu(self.total) + torch.triu(self.total, 1).mT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -99,27 +99,35 @@ class Importance(ABC, Generic[T]):
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def groups(self, shapes: Mapping[str, LinearShape], max_memory: float | None) -> list[list[str]]:
-        """Divides layers into groups that are measured one after the other, in passes of their own.
+        """See `memory_groups`."""
+        return memory_groups([self], shapes, max_memory)
 
-        Args:
-            shapes: The layers.
-            max_memory: What one group may take, in GiB; `None`: all layers are one group.
 
-        Raises:
-            MemoryBoundError: one layer alone takes more.
-        """
-        if max_memory is None:
-            return [list(shapes)]
-        bound = int(max_memory * 2**30)
-        groups: list[list[str]] = []
-        taken = bound + 1
-        for name, shape in shapes.items():
-            needed = self.bytes(shape)
-            if needed > bound:
-                raise MemoryBoundError(max_memory, name, needed)
-            if taken + needed > bound:
-                groups.append([])
-                taken = 0
-            groups[-1].append(name)
-            taken += needed
-        return groups
+def memory_groups(
+    kinds: Sequence[Importance[Any]], shapes: Mapping[str, LinearShape], max_memory: float | None
+) -> list[list[str]]:
+    """Divides layers into groups that are measured one after the other, in passes of their own.
+
+    Args:
+        kinds: What is measured of a layer and in memory at the same time.
+        shapes: The layers.
+        max_memory: What one group may take, in GiB; `None`: all layers are one group.
+
+    Raises:
+        MemoryBoundError: one layer alone takes more.
+    """
+    if max_memory is None:
+        return [list(shapes)]
+    bound = int(max_memory * 2**30)
+    groups: list[list[str]] = []
+    taken = bound + 1
+    for name, shape in shapes.items():
+        needed = sum(kind.bytes(shape) for kind in kinds)
+        if needed > bound:
+            raise MemoryBoundError(max_memory, name, needed)
+        if taken + needed > bound:
+            groups.append([])
+            taken = 0
+        groups[-1].append(name)
+        taken += needed
+    return groups

@@ -25,7 +25,8 @@ from lowrank_pl.nn import dense_shape
 
 logger = logging.getLogger(__name__)
 
-Extent = Literal["full", "diagonal", "none"]
+Extent = Literal["full", "diagonal", "none"] | int
+"""How much of a moment is kept: all, the diagonal, nothing, or blocks of so many features along the diagonal."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class LayerMoments(LayerImportance):
     """Second moments of one layer.
 
     Attributes:
-        inputs: `C = (1/T) Σ x xᵀ` over the `T` tokens that a loss depends on, `[n, n]`, its diagonal `[n]`, or `None`
-            where it was not asked for. Layers with one input share one tensor.
+        inputs: `C = (1/T) Σ x xᵀ` over the `T` tokens that a loss depends on, `[n, n]`, its diagonal `[n]`, blocks
+            along it `[n / s, s, s]`, or `None` where it was not asked for. Layers with one input share one tensor.
         outputs: `G = (1/|D|) Σ g gᵀ` over the same tokens, of the gradients of the summed per-sample losses, `[m, m]`,
-            its diagonal `[m]`, or `None`.
+            its diagonal `[m]`, blocks `[m / s, s, s]`, or `None`.
     """
 
     inputs: Tensor | None
@@ -65,7 +66,8 @@ class SecondMoments(Importance[LayerMoments]):
     head never looks at, counts for neither moment. Sums are float64, the means float32.
 
     Args:
-        inputs: `full`, only the `diagonal`, or `none`.
+        inputs: `full`, only the `diagonal`, blocks of so many features along the diagonal (64 are the heads of many
+            encoders; the number divides that of every layer's features), or `none`.
         outputs: The same for the gradients at the outputs.
 
     References:
@@ -75,8 +77,8 @@ class SecondMoments(Importance[LayerMoments]):
 
     def __init__(self, inputs: Extent = "full", outputs: Extent = "full") -> None:
         for side, extent in (("inputs", inputs), ("outputs", outputs)):
-            if extent not in ("full", "diagonal", "none"):
-                raise RangeError(f"importance.{side}", extent, "'full', 'diagonal' or 'none'")
+            if extent not in ("full", "diagonal", "none") and not (isinstance(extent, int) and extent >= 1):
+                raise RangeError(f"importance.{side}", extent, "'full', 'diagonal', 'none' or a block size from 1")
         self.inputs = inputs
         self.outputs = outputs
 
@@ -91,13 +93,20 @@ class SecondMoments(Importance[LayerMoments]):
     ) -> Measured[LayerMoments]:
         """See `Importance.measure`."""
         device = next(model.parameters()).device
+        shapes = {name: dense_shape(layer) for name, layer in layers.items()}
+        self._check_blocks(shapes)
         sums = self._sums(model, layers, batches, loss, expected, share=True)
         if not _agree(list(layers), sums, device, reduce_sum):
             logger.info("layers that shared their input in the first batch do not always: measuring each apart")
             sums = self._sums(model, layers, batches, loss, expected, share=False)
         assert sums is not None
-        shapes = {name: dense_shape(layer) for name, layer in layers.items()}
         return _collect(shapes, sums, device, reduce_sum)
+
+    def _check_blocks(self, shapes: Mapping[str, LinearShape]) -> None:
+        for name, shape in shapes.items():
+            for extent, size in ((self.inputs, shape.in_features), (self.outputs, shape.out_features)):
+                if isinstance(extent, int) and size % extent:
+                    raise RangeError("block_size", extent, f"a divisor of {size}, the features of {name!r}")
 
     def _sums(
         self,
@@ -125,7 +134,16 @@ class SecondMoments(Importance[LayerMoments]):
     def bytes(self, shape: LinearShape) -> int:
         """Float64 sums of both sides, were no input shared."""
         sides = ((self.inputs, shape.in_features), (self.outputs, shape.out_features))
-        return sum(8 * {"full": size * size, "diagonal": size, "none": 0}[extent] for extent, size in sides)
+        return sum(8 * size * _width(extent, size) for extent, size in sides)
+
+
+def _width(extent: Extent, size: int) -> int:
+    """How many numbers are kept for each feature."""
+    return extent if isinstance(extent, int) else {"full": size, "diagonal": 1, "none": 0}[extent]
+
+
+def _gram(size: int, device: torch.device, extent: Extent) -> GramSum:
+    return GramSum(size, device, extent == "diagonal", block_size=extent if isinstance(extent, int) else None)
 
 
 class _InputsDifferError(Exception):
@@ -169,7 +187,7 @@ class _InputSums:
                 raise _InputsDifferError(f"{name!r} and {earlier!r} shared their input in the first pass only")
             return
         if leader not in self.sums:
-            self.sums[leader] = GramSum(x.shape[-1], x.device, self.extent == "diagonal")
+            self.sums[leader] = _gram(x.shape[-1], x.device, self.extent)
         self.sums[leader].add(rows)
         self.tokens[leader] = self.tokens.get(leader, 0) + len(rows)
 
@@ -200,7 +218,7 @@ class _MomentSum:
         self._inputs.add(self.name, x, kept)
         if self.extent != "none":
             if self.outputs is None:
-                self.outputs = GramSum(g.shape[-1], g.device, self.extent == "diagonal")
+                self.outputs = _gram(g.shape[-1], g.device, self.extent)
             self.outputs.add(g[kept])
 
 
@@ -238,7 +256,7 @@ def _collect(
     def mean_of(gram: GramSum | None, extent: Extent, size: int, count: float) -> Tensor | None:
         if extent == "none":
             return None
-        gram = gram or GramSum(size, device, extent == "diagonal")
+        gram = gram or _gram(size, device, extent)
         mean = over_processes(gram.matrix()) / max(float(over_processes(gram.total.new_tensor([count]))), 1.0)
         # A mean over samples has no more digits than this, and half the memory is enough to keep it.
         return mean.float()

@@ -11,7 +11,7 @@ from lowrank_pl.allocation import Allocator, Global, LayerOverride, Measure, Uni
 from lowrank_pl.core import LinearShape, kronecker_groups
 from lowrank_pl.core.kronecker import DEFAULT_DAMPING
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.importance import Importance, LayerImportance, LayerMoments, SecondMoments
+from lowrank_pl.importance import Extent, Importance, LayerImportance, LayerMoments, SecondMoments
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByGroups, Decomposition
 from lowrank_pl.strategies.recalibration import Recalibration
@@ -46,6 +46,8 @@ class KroneckerSVD(StaticStrategy):
         recalibration: See `StaticStrategy`.
         refit: See `StaticStrategy`; `false` leaves the factors as they are.
         diagonal: Take only the diagonals of the moments: less memory, and close to FWSVD.
+        block_size: Take only blocks of so many features along the diagonals, e.g. 64 for the heads of many encoders:
+            between the two. It divides the features of every targeted layer.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class KroneckerSVD(StaticStrategy):
         recalibration: Recalibration | None = None,
         diagonal: bool = False,
         refit: Refit | bool | None = True,
+        block_size: int | None = None,
     ) -> None:
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean of the diagonal")
@@ -70,7 +73,10 @@ class KroneckerSVD(StaticStrategy):
             raise RangeError("side", side, "'both', 'input' or 'output'")
         self.side = side
         self.damping = damping
+        if block_size is not None and (diagonal or block_size < 1):
+            raise RangeError("block_size", block_size, "a whole number from 1, without diagonal, or null")
         self.diagonal = diagonal
+        self.block_size = block_size
         allocation = allocation or (Uniform() if side == "input" else Global())
         super().__init__(
             keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration, refit
@@ -79,7 +85,7 @@ class KroneckerSVD(StaticStrategy):
     @property
     def importance(self) -> Importance[LayerMoments]:
         """Second moments of the sides that count."""
-        extent: Literal["full", "diagonal"] = "diagonal" if self.diagonal else "full"
+        extent: Extent = "diagonal" if self.diagonal else self.block_size or "full"
         return SecondMoments(extent if self.side != "output" else "none", extent if self.side != "input" else "none")
 
     def why_no_energies(self) -> str:
@@ -99,5 +105,6 @@ class KroneckerSVD(StaticStrategy):
         return ByGroups(groups.first(count), self.side != "input")
 
     def options(self) -> dict[str, Any]:
-        """Adds the side, the damping and whether moments are diagonal."""
-        return {"side": self.side, **super().options(), "damping": self.damping, "diagonal": self.diagonal}
+        """Adds the side, the damping and how much of the moments is taken."""
+        moments = {"damping": self.damping, "diagonal": self.diagonal, "block_size": self.block_size}
+        return {"side": self.side, **super().options(), **moments}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from lowrank_pl.strategies.group_training import GroupTraining
 from lowrank_pl.strategies.metric_groups import MetricGroups
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
+from lowrank_pl.strategies.rewarming import Rewarming
 from lowrank_pl.strategies.singular_groups import SingularGroups
 from lowrank_pl.surgery import (
     CompressionRecord,
@@ -134,6 +135,7 @@ class RankDyna(CompressionStrategy):
         self._curve: CubicCurve | None = None
         self._restored: RankState | None = None
         self._compiling: ExitStack | None = None
+        self._rewarming: Rewarming | None = None
 
     @property
     def measure(self) -> Measure:
@@ -202,9 +204,15 @@ class RankDyna(CompressionStrategy):
             self._compiling.enter_context(varying_ranks(pl_module, len(layers)))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Gives the compiler its settings back."""
+        """Gives the compiler its settings back, and the optimizer its steps."""
         del trainer, pl_module, exception
         self._leave_compiling()
+        self._leave_optimizers()
+
+    def _leave_optimizers(self) -> None:
+        if self._rewarming is not None:
+            self._rewarming.close()
+            self._rewarming = None
 
     def _leave_compiling(self) -> None:
         if self._compiling is not None:
@@ -250,9 +258,21 @@ class RankDyna(CompressionStrategy):
         elif trainer.ckpt_path is not None:
             raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
         self.state.total_steps = int(steps)
+        if self._curve.rewarmup:
+            self._rewarming = Rewarming(trainer.optimizers, self._rate(trainer))
         if (needed := self._training.bytes(self._plan)) and not self.state.reached:
             logger.info("until the budget is reached, what is observed takes up to %.0f MiB", needed / 2**20)
         module.compression = self._record({name: layer.rank for name, layer in layers.items()})
+
+    def _rate(self, trainer: pl.Trainer) -> Callable[[], float]:
+        curve = self._curve
+        assert curve is not None
+
+        def rate() -> float:
+            history = self.state.history
+            return curve.rate(trainer.global_step + 1 - history[-1].step) if history else 1.0
+
+        return rate
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -319,6 +339,7 @@ class RankDyna(CompressionStrategy):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compacts the model: no step follows."""
+        self._leave_optimizers()
         self._compact(trainer, pl_module)
 
     def _compact(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

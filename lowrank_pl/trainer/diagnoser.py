@@ -13,7 +13,15 @@ from lowrank_pl.allocation import Allocator, Global, RankRequest, uniform_ranks
 from lowrank_pl.core import Factors, compare_methods, kronecker_groups
 from lowrank_pl.core.diagnosis import Diagnosis
 from lowrank_pl.core.elementwise import ElementwiseSolver
-from lowrank_pl.importance import Fisher, FullFisher, LayerMoments, Measured, SecondMoments, SecondOrderRise
+from lowrank_pl.importance import (
+    Fisher,
+    FullFisher,
+    LayerMoments,
+    Measured,
+    SecondMoments,
+    SecondOrderRise,
+    memory_groups,
+)
 from lowrank_pl.nn import dense_weight
 from lowrank_pl.strategies import Calibration, CompressionStrategy, StaticStrategy
 from lowrank_pl.strategies.base import as_compressible
@@ -70,22 +78,36 @@ class Diagnoser(pl.Callback):
         with torch.inference_mode(False), torch.enable_grad():
             targets = strategy.targets.select(encoder)
             self.ranks = self.allocate(encoder)
-            fisher = measure_importance(trainer, pl_module, targets, FullFisher(), calibration, "diagnose")
-            moments = measure_importance(trainer, pl_module, targets, SecondMoments(), calibration, "diagnose")
-            self.samples = fisher.num_samples
-            # The element-wise method's cost: elements, times the rank.
-            owners = assign({n: dense_weight(targets[n]).numel() * self.ranks[n] for n in targets}, trainer.world_size)
-            tried = work_shared(
-                trainer, owners, lambda name: self._try(name, targets[name], fisher, moments), "Diagnosis"
-            )
-            # What factors do depends on all of them; to keep that would not pay.
-            uncached = replace(calibration, cache=False)
-            rises = SecondOrderRise({name: one.factors for name, one in tried.items()})
-            risen = measure_importance(trainer, pl_module, targets, rises, uncached, "diagnose").layers
+            energies: dict[str, Tensor] = {}
+            for names in memory_groups(
+                (FullFisher(), SecondMoments()), TargetSelector.shapes(targets), calibration.max_memory
+            ):
+                group = {name: targets[name] for name in names}
+                energies |= self._diagnose(trainer, pl_module, group, calibration)
+        self._weigh_energies(strategy, targets, energies)
+
+    def _diagnose(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: Mapping[str, nn.Module],
+        calibration: Calibration,
+    ) -> dict[str, Tensor]:
+        """Diagnoses some layers, and returns the energies of their groups in the Kronecker metric."""
+        fisher = measure_importance(trainer, pl_module, layers, FullFisher(), calibration, "diagnose")
+        moments = measure_importance(trainer, pl_module, layers, SecondMoments(), calibration, "diagnose")
+        self.samples = fisher.num_samples
+        # The element-wise method's cost: elements, times the rank.
+        owners = assign({n: dense_weight(layers[n]).numel() * self.ranks[n] for n in layers}, trainer.world_size)
+        tried = work_shared(trainer, owners, lambda name: self._try(name, layers[name], fisher, moments), "Diagnosis")
+        # What factors do depends on all of them; to keep that would not pay.
+        uncached = replace(calibration, cache=False)
+        rises = SecondOrderRise({name: one.factors for name, one in tried.items()})
+        risen = measure_importance(trainer, pl_module, layers, rises, uncached, "diagnose").layers
         for name, one in tried.items():
             values = risen[name].values.tolist()
             self.found[name] = one.diagnosis.judged(dict(zip(one.factors, values, strict=True)))
-        self._weigh_energies(strategy, targets, {name: one.energies for name, one in tried.items()})
+        return {name: one.energies for name, one in tried.items()}
 
     def _try(self, name: str, linear: nn.Module, fisher: Fisher, moments: Measured[LayerMoments]) -> _Tried:
         importance = fisher.layers[name].full

@@ -24,6 +24,13 @@ def test_the_diagonal_alone() -> None:
     torch.testing.assert_close(gram.matrix(), (rows.mT @ rows).diagonal())
 
 
+def test_blocks_along_the_diagonal() -> None:
+    rows, gram = random_matrix(11, 6, dtype=torch.float64), GramSum(6, CPU, block_size=3)
+    gram.add(rows)
+    whole = rows.mT @ rows
+    torch.testing.assert_close(gram.matrix(), torch.stack([whole[:3, :3], whole[3:, 3:]]))
+
+
 def test_the_error_does_not_grow_with_the_number_of_batches() -> None:
     # A large mean and thousands of batches: a sum in float32 would lose the small part.
     rows = 100 + random_matrix(4, 5)

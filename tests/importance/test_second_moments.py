@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import MemoryBoundError, NonFiniteError, RangeError
 from lowrank_pl.importance.batches import Batch
-from lowrank_pl.importance.second_moments import LayerMoments, SecondMoments
+from lowrank_pl.importance.second_moments import Extent, LayerMoments, SecondMoments
 from lowrank_pl.surgery import TargetSelector
 from tests.importance.reference import assert_same, classification_loss, single_samples
 from tests.support.tiny import FAMILIES, VOCAB, tiny_config
@@ -150,12 +150,12 @@ def test_padding_counts_for_nothing() -> None:
             assert_same(wide.layers[name].tensors()[part], tensor, 1e-5)
 
 
-@pytest.mark.parametrize("extent", ["diagonal", "none"])
-def test_parts_are_the_parts_of_the_whole(extent: str) -> None:
+@pytest.mark.parametrize("extent", ["diagonal", "none", 16])
+def test_parts_are_the_parts_of_the_whole(extent: Extent) -> None:
     model = encoder()
     layers = TargetSelector().select(model)
     whole = SecondMoments().measure(model, layers, batches(), classification_loss(model)).layers
-    for kind in (SecondMoments(inputs=extent), SecondMoments(outputs=extent)):  # type: ignore[arg-type]
+    for kind in (SecondMoments(inputs=extent), SecondMoments(outputs=extent)):
         part = kind.measure(model, layers, batches(), classification_loss(model)).layers
         for name, moments in part.items():
             for side in ("inputs", "outputs"):
@@ -163,7 +163,11 @@ def test_parts_are_the_parts_of_the_whole(extent: str) -> None:
                 if getattr(kind, side) == "none":
                     assert own is None
                 else:
-                    assert_same(own, full if own.ndim == 2 else full.diagonal(), 1e-6)
+                    if own.ndim == 1:
+                        full = full.diagonal()
+                    if own.ndim == 3:
+                        full = torch.stack([full[at : at + 16, at : at + 16] for at in range(0, len(full), 16)])
+                    assert_same(own, full, 1e-6)
 
 
 def test_two_halves_reduced_are_the_whole() -> None:
@@ -235,6 +239,7 @@ def test_bytes_and_groups() -> None:
     shape = LinearShape(30, 20)
     assert SecondMoments().bytes(shape) == 8 * (900 + 400)
     assert SecondMoments(inputs="diagonal", outputs="none").bytes(shape) == 8 * 20
+    assert SecondMoments(inputs=5, outputs=10).bytes(shape) == 8 * (4 * 25 + 3 * 100)
     shapes = dict.fromkeys("abcde", shape)
     one = SecondMoments().bytes(shape) / 2**30
     assert SecondMoments().groups(shapes, None) == [list("abcde")]
@@ -246,3 +251,12 @@ def test_bytes_and_groups() -> None:
 def test_bad_options_are_refused() -> None:
     with pytest.raises(RangeError, match=r"importance\.inputs"):
         SecondMoments(inputs="half")  # type: ignore[arg-type]
+    with pytest.raises(RangeError, match=r"importance\.outputs"):
+        SecondMoments(outputs=0)
+
+
+def test_blocks_that_do_not_divide_a_layer_are_refused_with_the_layer() -> None:
+    model = encoder()
+    layers = TargetSelector().select(model)
+    with pytest.raises(RangeError, match=r"block_size=24 is out of range.*divisor of 32.*query"):
+        SecondMoments(24, 24).measure(model, layers, batches(), classification_loss(model))

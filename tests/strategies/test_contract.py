@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lowrank_pl.allocation import Global, Uniform
+from lowrank_pl.allocation import CubicSchedule, Global, Uniform
 from lowrank_pl.data.resuming import ResumableData
 from lowrank_pl.errors.run import BudgetNotReachedError
 from lowrank_pl.importance import FirstOrder, KroneckerSensitivity, Triplet
@@ -47,7 +47,9 @@ STRATEGIES: dict[str, Make] = {
     "fwsvd_global": lambda: FWSVD(keep_ratio=0.5, allocation=Global()),
     "rankdyna": lambda: RankDyna(keep_ratio=0.5),
     "rankdyna_first_order": lambda: RankDyna(keep_ratio=0.5, sensitivity=FirstOrder()),
-    "rankdyna_triplet": lambda: RankDyna(keep_ratio=0.4, sensitivity=Triplet(), per_parameter=False),
+    "rankdyna_triplet": lambda: RankDyna(
+        keep_ratio=0.4, schedule=CubicSchedule(rewarmup=0.1), sensitivity=Triplet(), per_parameter=False
+    ),
     "rankdyna_dense": lambda: RankDyna(keep_ratio=0.8, sensitivity=FirstOrder(), multiple_of=2),
     "rankdyna_diagonal": lambda: RankDyna(keep_ratio=0.8, sensitivity=KroneckerSensitivity(diagonal=True)),
 }

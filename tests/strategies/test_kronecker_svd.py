@@ -49,7 +49,8 @@ def measured(pretrained: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("side", ["both", "input", "output"])
 def test_factors_are_those_of_the_formula(tiny_bert: str, tmp_path: Path, side: Any) -> None:
-    strategy = KroneckerSVD(side, keep_ratio=0.5, allocation=Uniform(), calibration=Calibration(cache=False))
+    calibration = Calibration(cache=False)
+    strategy = KroneckerSVD(side, keep_ratio=0.5, allocation=Uniform(), calibration=calibration, refit=False)
     found = products(compressed(tiny_bert, tmp_path, strategy))
     task, moments = measured(tiny_bert)
     assert len(found) == 12
@@ -80,6 +81,17 @@ def test_global_ranks_are_those_of_the_energies(tiny_bert: str, tmp_path: Path) 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["options"]["allocation"] == {"class": "Global", "floor": 0.25}
     assert report["options"]["calibration_samples"] == 48
+
+
+def test_blocks_of_the_moments_are_taken_where_asked(tiny_bert: str, tmp_path: Path) -> None:
+    strategy = KroneckerSVD(keep_ratio=0.5, allocation=Uniform(), block_size=16, refit=False)
+    product = products(compressed(tiny_bert, tmp_path, strategy))[QUERY]
+    task, moments = measured(tiny_bert)
+    layer = moments.layers[QUERY]
+    mask = torch.block_diag(*[torch.ones(16, 16)] * 2)
+    weight = dense_weight(task.encoder.get_submodule(QUERY)).detach()
+    expected = kronecker_svd(weight, 8, layer.inputs * mask, layer.outputs * mask).product()
+    torch.testing.assert_close(product, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_fit_starts_from_what_compress_writes(tiny_bert: str, tmp_path: Path) -> None:
@@ -172,7 +184,7 @@ def test_recalibration_brings_outputs_closer_to_the_dense_model(tiny_bert: str, 
         wanted = torch.cat([dense.eval()(batch) for batch in batches])
 
     def distance(name: str, recalibration: Recalibration | None) -> tuple[float, Any]:
-        strategy = KroneckerSVD("input", keep_ratio=0.15, recalibration=recalibration)
+        strategy = KroneckerSVD("input", keep_ratio=0.15, recalibration=recalibration, refit=False)
         task = make_task(tiny_bert, strategy, init_from=start)
         make_trainer(tmp_path).compress(task, SyntheticData(kind), output=str(tmp_path / name))
         with torch.no_grad():
@@ -199,6 +211,9 @@ def test_recalibration_of_a_vocabulary_is_refused(
 
 
 def test_bad_options_are_refused() -> None:
+    for size, diagonal in ((0, False), (8, True)):
+        with pytest.raises(RangeError, match="block_size"):
+            KroneckerSVD(keep_ratio=0.5, block_size=size, diagonal=diagonal)
     with pytest.raises(RangeError, match="damping"):
         KroneckerSVD(keep_ratio=0.5, damping=-1)
     with pytest.raises(RangeError, match="side"):

@@ -482,3 +482,51 @@ def test_a_number_of_parameters_is_no_budget_in_time(tiny_bert: str, tmp_path: P
     task = make_task(tiny_bert, RankDyna(parameters=5000, cost=Latency(str(table))))
     with pytest.raises(BudgetUnitError):
         make_trainer(tmp_path, max_epochs=1).fit(task, datamodule=SyntheticData())
+
+
+class WatchedAdamW(torch.optim.AdamW):
+    """Notes the learning rate of every step."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.rates: list[float] = []
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        self.rates.append(self.param_groups[0]["lr"])
+        return result
+
+
+@either
+def test_learning_rates_rise_anew_after_reallocations(tiny_bert: str, tmp_path: Path, score: Any) -> None:
+    def rates(rewarmup: float) -> tuple[list[float], list[int], Any]:
+        schedule = CubicSchedule(warmup=0.2, cooldown=0.4, interval=0.2, rewarmup=rewarmup)
+        strategy = RankDyna(keep_ratio=0.4, schedule=schedule, sensitivity=score())
+        made: list[WatchedAdamW] = []
+
+        def optimizer(params: Any) -> torch.optim.Optimizer:
+            made.append(WatchedAdamW(params, lr=1e-3))
+            return made[0]
+
+        task = make_task(tiny_bert, strategy, optimizer=optimizer)
+        trainer = make_trainer(tmp_path / str(rewarmup), max_epochs=3, limit_train_batches=5)
+        trainer.fit(task, datamodule=SyntheticData())
+        assert not made[0]._optimizer_step_pre_hooks
+        assert not made[0]._optimizer_step_post_hooks
+        return made[0].rates, [entry.step for entry in strategy.state.history], trainer
+
+    plain, steps, _ = rates(0.0)
+    anew, same_steps, trainer = rates(0.15)  # two of fifteen steps
+    assert steps == same_steps == [6, 9]
+    # The second and third parts: of three, of two thirds; steps are counted from 0 here.
+    factors = [found / given if given else 1.0 for found, given in zip(anew, plain, strict=True)]
+    expected = [1.0] * 15
+    for step in steps:
+        expected[step : step + 2] = [1 / 3, 2 / 3]
+    assert factors == pytest.approx(expected)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)  # where the scheduler has it
+
+
+def test_a_rise_beyond_the_run_is_refused() -> None:
+    with pytest.raises(RangeError, match=r"schedule\.rewarmup"):
+        CubicSchedule(rewarmup=1.5)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_pl.errors.numerics import BudgetError, RatioError
+from lowrank_pl.core import LinearShape
+from lowrank_pl.errors.numerics import BudgetError, MemoryBoundError, RatioError
 from lowrank_pl.errors.run import (
     CalibrationError,
     MissingArgumentError,
@@ -20,11 +21,13 @@ from lowrank_pl.errors.run import (
     OutputExistsError,
     OutputNotWritableError,
 )
+from lowrank_pl.importance import FullFisher, SecondMoments
 from lowrank_pl.monitoring import diagnosis_report
 from lowrank_pl.nn import LowRankLinear
-from lowrank_pl.strategies import FWSVD, SVD, KroneckerSVD, NoCompression
+from lowrank_pl.strategies import FWSVD, SVD, Calibration, KroneckerSVD, NoCompression
+from lowrank_pl.strategies.calibration import measure_importance
 from lowrank_pl.tasks import SequenceClassification
-from lowrank_pl.trainer import LowRankTrainer
+from lowrank_pl.trainer import LowRankTrainer, diagnoser
 from lowrank_pl.trainer import trainer as trainer_module
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
@@ -175,6 +178,38 @@ def test_diagnose_takes_the_budget_of_the_strategy(
         assert f"methods compared at keep_ratio {ratio:g} ({told})" in capsys.readouterr().out
         fields = json.loads((out / "diagnosis.json").read_text())
         assert (fields["keep_ratio"], fields["keep_ratio_from"]) == (ratio, told)
+
+
+def test_diagnose_keeps_to_its_memory_and_says_the_same(
+    tuned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = (FullFisher(), SecondMoments())
+    largest = sum(kind.bytes(LinearShape(64, 32)) for kind in kinds) / 2**30
+    measured: list[int] = []
+
+    def noting(trainer: Any, module: Any, layers: Any, *rest: Any) -> Any:
+        measured.append(len(layers))
+        return measure_importance(trainer, module, layers, *rest)
+
+    monkeypatch.setattr(diagnoser, "measure_importance", noting)
+    found = []
+    for at, bound in enumerate((None, largest)):
+        measured.clear()
+        strategy = KroneckerSVD(keep_ratio=0.5, calibration=Calibration(max_memory=bound, cache=False))
+        out = tmp_path / str(at)
+        make_trainer(tmp_path).diagnose(make_task(None, strategy, init_from=tuned), SyntheticData(), str(out))
+        assert sum(measured) == 3 * 12  # two kinds, and what factors do
+        assert (max(measured) == 12) == (bound is None)
+        found.append(json.loads((out / "diagnosis.json").read_text()))
+    for layers in zip(*(fields["layers"] for fields in found), strict=True):
+        assert layers[0]["full_rise"] == pytest.approx(layers[1]["full_rise"], rel=1e-6)
+        assert layers[0]["global_rank"] == layers[1]["global_rank"]
+    strategy = KroneckerSVD(keep_ratio=0.5, calibration=Calibration(max_memory=largest / 2, cache=False))
+    with pytest.raises(MemoryBoundError, match="dense"):
+        make_trainer(tmp_path).diagnose(
+            make_task(None, strategy, init_from=tuned), SyntheticData(), str(tmp_path / "x")
+        )
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("verb", ["compress", "diagnose"])
