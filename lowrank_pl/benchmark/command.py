@@ -65,7 +65,8 @@ def benchmark(
         dtype: Of weights and activations.
         device: `cpu`, `cuda`, `cuda:1`, …
         threads: Of the CPU; by default as many as torch uses.
-        engines: `eager`, `compile` (torch.compile) and `onnxruntime` (float32 on the CPU; needs the extra `onnx`).
+        engines: `eager`, `compile` (torch.compile), `onnxruntime` (float32 on the CPU; needs the extra `onnx`) and
+            `onnxruntime-int8` (the same file with weights and activations in eight bits).
         rounds: How often every model is timed.
         seconds: How long at least, each time.
         layers: Whether to time layers.

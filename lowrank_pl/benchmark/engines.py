@@ -1,4 +1,4 @@
-"""What runs a model: torch as it is, torch.compile, or onnxruntime."""
+"""What runs a model: torch as it is, torch.compile, or onnxruntime, in float32 or in eight bits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint import ONNX_NAME
 from lowrank_pl.errors.run import EngineError, MissingArgumentError
+from lowrank_pl.export.int8 import quantize_int8
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.hub import first_line
 
-Engine = Literal["eager", "compile", "onnxruntime"]
+Engine = Literal["eager", "compile", "onnxruntime", "onnxruntime-int8"]
+ONNXRUNTIME: tuple[Engine, ...] = ("onnxruntime", "onnxruntime-int8")
 Run = Callable[[], object]
 Prepared = Callable[[Mapping[str, Tensor]], Run]
 
@@ -32,7 +34,7 @@ def check_engines(engines: list[Engine], device: str, dtype: str) -> None:
     """
     if "compile" in engines:
         _check_compiler(device)
-    if "onnxruntime" in engines:
+    if any(engine in engines for engine in ONNXRUNTIME):
         check_packages("benchmark --engines onnxruntime")
         if device != "cpu" or dtype != "float32":
             remedy = "Use --device cpu --dtype float32, or leave onnxruntime out of --engines."
@@ -57,7 +59,7 @@ def check_runs(name: str, model: PreTrainedModel, engines: list[Engine], inputs:
     """
     with torch.inference_mode():
         output = model(**inputs)
-    if "onnxruntime" in engines and "logits" not in output:
+    if any(engine in engines for engine in ONNXRUNTIME) and "logits" not in output:
         remedy = "It is an encoder without a head: name a fine-tuned model, or leave onnxruntime out of --engines."
         raise MissingArgumentError(f"the head of {name!r}, for onnxruntime", remedy)
 
@@ -74,8 +76,8 @@ def prepare(model: PreTrainedModel, engine: Engine, threads: int, scratch: Path)
     Returns:
         A function that turns an input into a function without arguments, which runs the model on it.
     """
-    if engine == "onnxruntime":
-        return _onnxruntime(model, threads, scratch)
+    if engine in ONNXRUNTIME:
+        return _onnxruntime(model, threads, scratch, engine == "onnxruntime-int8")
     # Every length would be compiled anew otherwise.
     call: Any = _compiled(model) if engine == "compile" else model
 
@@ -97,10 +99,12 @@ def _compiled(model: PreTrainedModel) -> Any:
     return torch.compile(model, **options)
 
 
-def _onnxruntime(model: PreTrainedModel, threads: int, scratch: Path) -> Prepared:
+def _onnxruntime(model: PreTrainedModel, threads: int, scratch: Path, int8: bool) -> Prepared:
     import onnxruntime
 
     write_onnx(model, scratch)
+    if int8:
+        quantize_int8(model, scratch)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(scratch / ONNX_NAME, options, providers=["CPUExecutionProvider"])

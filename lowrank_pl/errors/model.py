@@ -256,6 +256,16 @@ class OnnxMismatchError(LowRankError):
         )
 
 
+class QuantizationError(LowRankError):
+    """An ONNX file cannot be brought to eight bits."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(
+            f"the ONNX file of {model} was not brought to int8: {problem}; nothing was written. Leave --quantize out "
+            "for the same file in float32."
+        )
+
+
 class HeadError(LowRankError):
     """The head of a model cannot be recalibrated."""
 

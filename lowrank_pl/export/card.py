@@ -107,7 +107,9 @@ def _onnx_lines(told: Mapping[str, Any]) -> list[str]:
     shapes = ", ".join(f"{batch} by {length}" for batch, length in told["shapes"])
     types = "return_token_type_ids=True, " if "token_type_ids" in told["inputs"] else ""
     return [
-        f"* logits in onnxruntime {told['onnxruntime']} and torch: at most {told['max_abs_difference']:.2g} apart",
+        *_int8_lines(told),
+        f"* logits in onnxruntime {told['onnxruntime']} and torch: at most {told['max_abs_difference']:.2g} apart"
+        + (" in float32" if "int8" in told else ""),
         f"* compared at batch by length {shapes}",
         "",
         "```python",
@@ -120,6 +122,19 @@ def _onnx_lines(told: Mapping[str, Any]) -> list[str]:
         "inputs = {value.name: batch[value.name] for value in session.get_inputs()}",
         '(logits,) = session.run(["logits"], inputs)',
         "```",
+    ]
+
+
+def _int8_lines(told: Mapping[str, Any]) -> list[str]:
+    if "int8" not in told:
+        return []
+    int8 = told["int8"]
+    before, after = (size / 1e6 for size in int8["bytes"])
+    agreement = "" if int8["agreement"] is None else f", {int8['agreement']:.1%} of the largest logits are the same"
+    bits = "seven bits, for processors without VNNI" if int8["reduce_range"] else "eight bits"
+    return [
+        f"* int8: {after:,.1f} MB instead of {before:,.1f} MB; weights in {bits}, activations as it runs",
+        f"* on random tokens logits are {int8['relative_difference']:.1%} of their size away from float32{agreement}",
     ]
 
 

@@ -16,6 +16,7 @@ from lowrank_pl.errors.model import CheckpointMismatchError, NonFiniteWeightsErr
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
 from lowrank_pl.export.card import model_card
+from lowrank_pl.export.int8 import quantize_int8
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.files import OutputFolder
 from lowrank_pl.files.checksums import write_checksums
@@ -24,6 +25,7 @@ from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.surgery import densify_
 
 Format = Literal["factorised", "factored", "dense", "onnx"]
+Quantization = Literal["int8"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ def export(
     report: str | None = None,
     overwrite: bool = False,
     max_shard_size: str | None = None,
+    quantize: Quantization | None = None,
 ) -> Path:
     """Writes a trained model as a folder that Hugging Face tools load.
 
@@ -53,6 +56,8 @@ def export(
         overwrite: Replace a folder that exists, with everything that is in it.
         max_shard_size: Split larger weights into files of at most this size, e.g. `"5GB"`, in KB, MB, GB or TB; by
             default that of transformers. A single tensor is never split.
+        quantize: `int8` brings an ONNX file to eight bits, embeddings included: a quarter of the size, and other
+            logits. How far away is measured on random tokens; score the file on your data before you use it.
 
     Returns:
         The folder.
@@ -61,14 +66,17 @@ def export(
         NotACheckpointError, LayoutVersionError: `ckpt_path` holds no model of this package.
         OutputExistsError, OutputNotWritableError: see `output` and `overwrite`.
         MissingArgumentError: the tokenizer cannot be found.
-        RangeError: `format` is none of these, or `max_shard_size` is no size.
+        RangeError: `format` or `quantize` is none of these, or `max_shard_size` is no size.
         CheckpointMismatchError: the tokenizer has tokens that the model has no embedding for.
         NonFiniteWeightsError: a weight is NaN or Inf.
         MissingPackagesError, OnnxExportError, OnnxMismatchError: see `onnx`, which is written only if onnxruntime
             computes what torch does.
+        QuantizationError: see `quantize`.
     """
     if format not in get_args(Format):
         raise RangeError("format", format, ", ".join(map(repr, get_args(Format))))
+    if quantize is not None and (quantize not in get_args(Quantization) or format != "onnx"):
+        raise RangeError("quantize", quantize, "'int8' with format 'onnx', or null")
     if format == "onnx":
         check_packages("export --format onnx")
     form = "factorised" if format == "factored" else format
@@ -91,6 +99,8 @@ def export(
     with folder.written_whole() as temporary:
         if format == "onnx":
             told = {**told, "onnx": write_onnx(encoder, temporary)}
+            if quantize is not None:
+                told["onnx"]["int8"] = quantize_int8(encoder, temporary)
         else:
             encoder.save_pretrained(temporary, **sharding)
         write_checksums(temporary)

@@ -35,6 +35,16 @@ def test_every_engine_computes_the_same(tiny_bert: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found[0]), expected, atol=1e-6, rtol=1e-4)
 
 
+def test_eight_bits_compute_nearly_the_same(tiny_bert: str, tmp_path: Path) -> None:
+    checkpoint(tiny_bert, tmp_path / "small.ckpt")
+    model = load_model(str(tmp_path / "small.ckpt"))
+    inputs = inputs_for(model, 3, 9)
+    expected = model(**inputs).logits
+    found: Any = prepare(model, "onnxruntime-int8", 1, tmp_path)(inputs)()
+    difference = torch.from_numpy(found[0]) - expected
+    assert 0 < float(difference.norm() / expected.norm()) < 0.2
+
+
 def test_compile_is_asked_for_any_length(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling itself takes a compiler and minutes: what is asked of torch is looked at."""
     asked: list[dict[str, bool]] = []
@@ -116,3 +126,5 @@ def test_onnxruntime_is_for_float32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackagesError):
         check_engines(["onnxruntime"], "cpu", "float32")
+    with pytest.raises(MissingPackagesError):
+        check_engines(["onnxruntime-int8"], "cpu", "float32")

@@ -1,0 +1,103 @@
+"""An ONNX file in eight bits: weights once, activations while it runs."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lowrank_pl.checkpoint import ONNX_NAME
+from lowrank_pl.errors.model import QuantizationError
+from lowrank_pl.export.onnx_file import model_inputs, open_session, outputs_of, shapes_to_compare
+
+# Half of the logits' size: eight bits cost a trained model a few per cent, and a broken one all of it.
+ALLOWED = 0.5
+_CPU_FLAGS = Path("/proc/cpuinfo")
+_EXACT = ("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def quantize_int8(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Turns the float32 `model.onnx` of a folder into one with int8 weights, by onnxruntime's dynamic quantisation.
+
+    Weights of matrix products, thin factors included, have a scale per output channel, embeddings one per table;
+    activations get theirs for every input. Without instructions that add up products of eight bits exactly
+    (VNNI) weights have seven bits, which loses less than sums that overflow.
+
+    Args:
+        model: What the file computes, in eval mode, on the CPU, in float32.
+        folder: With `model.onnx`, which is replaced.
+
+    Returns:
+        For report.json: `bytes` before and after, `reduce_range`, and how far the logits on random tokens and padding
+        are from torch's: `relative_difference` in the Frobenius norm, and `agreement`, the share of equal largest
+        logits (`None` for a single output).
+
+    Raises:
+        QuantizationError: onnxruntime cannot quantise or run the file, or the logits are too far away.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    name, path, small = type(model).__name__, folder / ONNX_NAME, folder / "int8.onnx"
+    before = _bytes(folder)
+    reduced = needs_reduced_range()
+    try:
+        with _quiet():
+            quantize_dynamic(path, small, per_channel=True, reduce_range=reduced, weight_type=QuantType.QInt8)
+    except Exception as error:  # of onnx or onnxruntime; they have no common base
+        raise QuantizationError(name, f"onnxruntime cannot quantise it ({error})") from error
+    for old in folder.glob(f"{ONNX_NAME}*"):  # with the weights beside it, where one file could not hold them
+        old.unlink()
+    small.rename(path)
+    return {"bytes": [before, _bytes(folder)], "reduce_range": reduced, **_compare(model, path)}
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob(f"{ONNX_NAME}*"))
+
+
+def _compare(model: PreTrainedModel, path: Path) -> dict[str, Any]:
+    name = type(model).__name__
+    try:
+        session = open_session(path)
+        pairs = []
+        for batch, length in shapes_to_compare(model):
+            inputs = model_inputs(model, batch, length)
+            with torch.no_grad():
+                expected = model(**inputs).logits
+            pairs.append((outputs_of(session, inputs), expected))
+    except Exception as error:  # of onnxruntime; see above
+        raise QuantizationError(name, f"onnxruntime does not run it ({error})") from error
+    found, expected = (torch.cat([logits.flatten(0, -2) for logits in side]) for side in zip(*pairs, strict=True))
+    difference = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
+    if not difference <= ALLOWED:  # also for NaN
+        raise QuantizationError(name, f"its logits are {difference:.0%} of their size away, allowed is {ALLOWED:.0%}")
+    same = float((found.argmax(-1) == expected.argmax(-1)).float().mean()) if expected.shape[-1] > 1 else None
+    return {"relative_difference": difference, "agreement": same}
+
+
+def needs_reduced_range() -> bool:
+    """Whether this machine's processor adds up products of eight bits in sixteen, where they can overflow."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False  # ARM's instructions add up exactly
+    try:
+        flags = _CPU_FLAGS.read_text(encoding="utf-8").split()
+    except OSError:
+        return True  # not Linux: nobody knows
+    return not any(flag in flags for flag in _EXACT)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Mutes the advice to preprocess the file, which has nothing to fold."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
