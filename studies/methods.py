@@ -84,5 +84,6 @@ ROUND: dict[str, list[str]] = {
     "RankDyna floor 0": _rankdyna("floor=0"),
     "RankDyna floor 0.5": _rankdyna("floor=0.5"),
     "RankDyna damping 0.01": _metric("damping=0.01"),
+    "RankDyna rewarmup": _rankdyna("schedule.init_args.rewarmup=0.03"),
     "RankDyna lr 1e-4": [*_rankdyna(), "--model.init_args.optimizer.init_args.lr=1e-4"],
 }
