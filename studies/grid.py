@@ -121,10 +121,11 @@ def table(rows: dict[Asked, Row], tasks: list[str]) -> list[str]:
     """
     lines = header("stage", "method", "keep_ratio", "seeds", *tasks, "mean share of dense")
     for asked, row in rows.items():
-        cells = [cell([found for found, _ in row.get(task, {}).values()]) for task in tasks]
+        cells = [cell([report for report, _ in row.get(task, {}).values()]) for task in tasks]
         share = share_of_dense(row, len(tasks))
         told = "" if share is None else f"{share:.1%}"
-        lines.append(line(asked.stage, asked.method, asked.ratio, len(asked.seeds), *cells, told))
+        found = sorted({len(row.get(task, {})) for task in tasks})
+        lines.append(line(asked.stage, asked.method, asked.ratio, " / ".join(map(str, found)), *cells, told))
     return lines
 
 

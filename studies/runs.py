@@ -127,6 +127,8 @@ def _execute(run: Run) -> int:
             os.dup2(saved, stream)
             os.close(saved)
         os.close(descriptor)
+    if code:  # a report of what went wrong is none of a run that is done
+        (run.folder / "report.json").unlink(missing_ok=True)
     if not run.keep:
         for path in run.folder.rglob("*.ckpt"):
             path.unlink()

@@ -96,7 +96,7 @@ def test_a_table_is_written_of_what_is_there(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SystemExit):
         run(GRID, monkeypatch, "--glue", "nowhere", *words)
     told = (tmp_path / "grid.md").read_text().splitlines()[2:]
-    assert told == ["|  | dense | 1 | 1 | 0.900 (0.500) |  |  |", "| untuned | SVD | 0.5 | 1 |  |  |  |"]
+    assert told == ["|  | dense | 1 | 0 / 1 | 0.900 (0.500) |  |  |", "| untuned | SVD | 0.5 | 0 |  |  |  |"]
 
 
 @pytest.mark.parametrize("word", ["SVD", "nothing:0.5", "SVD:0.5:0:1"])

@@ -25,9 +25,9 @@ class CubicSchedule:
         language models, EMNLP Findings 2023.
     """
 
-    warmup: float = 0.05
+    warmup: float = 0.3
     cooldown: float = 0.5
-    interval: float = 0.02
+    interval: float = 0.05
     rewarmup: float = 0.0
 
     def __post_init__(self) -> None:
@@ -57,7 +57,8 @@ class CubicSchedule:
         if end < 1:
             given = f"a run of {total_steps} optimizer steps with {self}"
             raise ScheduleError(given, "has no step in which the budget could fall", "longer runs or shorter shares")
-        return CubicCurve(start, end, interval, round(self.rewarmup * total_steps))
+        rewarmup = max(1, round(self.rewarmup * total_steps)) if self.rewarmup else 0
+        return CubicCurve(start, end, interval, rewarmup)
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ class QuantizationError(LowRankError):
     def __init__(self, model: str, problem: str) -> None:
         super().__init__(
             f"the ONNX file of {model} was not brought to int8: {problem}; nothing was written. Leave --quantize out "
-            "for the same file in float32."
+            "(of benchmark: the engine onnxruntime-int8) for the same file in float32."
         )
 
 

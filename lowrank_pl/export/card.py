@@ -131,7 +131,7 @@ def _int8_lines(told: Mapping[str, Any]) -> list[str]:
     int8 = told["int8"]
     before, after = (size / 1e6 for size in int8["bytes"])
     agreement = "" if int8["agreement"] is None else f", {int8['agreement']:.1%} of the largest logits are the same"
-    bits = "seven bits, for processors without VNNI" if int8["reduce_range"] else "eight bits"
+    bits = "seven bits, for any processor" if int8["reduce_range"] else "eight bits, for processors with VNNI and ARM"
     return [
         f"* int8: {after:,.1f} MB instead of {before:,.1f} MB; weights in {bits}, activations as it runs",
         f"* on random tokens logits are {int8['relative_difference']:.1%} of their size away from float32{agreement}",

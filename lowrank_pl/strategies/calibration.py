@@ -66,7 +66,7 @@ class Calibration:
     def __post_init__(self) -> None:
         """Raises an error for numbers below 1, and labels that are no choice."""
         if self.labels not in LABELS:
-            hint = "; for no gradients, and so no labels, use KroneckerSVD with side 'input'"
+            hint = " (which needs no labels in the data); for no gradients of outputs, KroneckerSVD with side 'input'"
             raise RangeError("calibration.labels", self.labels, f"'observed' or 'sampled'{hint}")
         for name in ("batch_size", "max_samples"):
             value = getattr(self, name)

@@ -73,7 +73,7 @@ class KroneckerSVD(StaticStrategy):
             raise RangeError("side", side, "'both', 'input' or 'output'")
         self.side = side
         self.damping = damping
-        if block_size is not None and (diagonal or block_size < 1):
+        if block_size is not None and (diagonal or type(block_size) is not int or block_size < 1):
             raise RangeError("block_size", block_size, "a whole number from 1, without diagonal, or null")
         self.diagonal = diagonal
         self.block_size = block_size

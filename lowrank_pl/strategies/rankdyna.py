@@ -119,11 +119,11 @@ class RankDyna(CompressionStrategy):
                 if value != neutral:
                     allowed = f"{neutral!r} with KroneckerSensitivity, or another sensitivity such as FirstOrder"
                     raise RangeError(name, value, allowed)
-            self.schedule = schedule or CubicSchedule(warmup=0.3, cooldown=0.5, interval=0.05)
+            self.schedule = schedule or CubicSchedule()
             self.cost = Cost(True, cost or Parameters())  # layers are dense first, whatever they are in the end
             self._training = MetricGroups(self.sensitivity, floor, multiple_of, allow_dense)
         elif isinstance(self.sensitivity, GroupSensitivity):
-            self.schedule = schedule or CubicSchedule()
+            self.schedule = schedule or CubicSchedule(warmup=0.05, cooldown=0.5, interval=0.02)
             self.cost = Cost(allow_dense, cost or Parameters())
             self._training = SingularGroups(self.sensitivity, per_parameter, multiple_of)
         else:

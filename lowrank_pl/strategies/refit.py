@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -24,9 +24,10 @@ from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
+from lowrank_pl.strategies.labels import ObservedLabels
 from lowrank_pl.strategies.processes import Agreement, progress, send_
 from lowrank_pl.strategies.replay import Call, SeenEnoughError, Stage, again, call_of, stages
-from lowrank_pl.surgery.swap import swapped
+from lowrank_pl.surgery.swap import Exchange
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +80,15 @@ class Refit:
         encoder = as_compressible(pl_module).encoder
         forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in dense}
         batches = calibration_batches(trainer, calibration, "refit", self.max_samples)
-        # Labels that are there have just been used; where they were drawn, there may be none for a loss.
-        module = as_compressible(pl_module, "refit", "per_sample_losses")
-        model = pl_module if calibration.labels == "sampled" else module.per_sample_losses
-        kept = _Calls(trainer, encoder, dense, model)
-        with isolate_rng(), frozen_eval(encoder), torch.no_grad():
+        kept = _Calls(trainer, encoder, dense, _model(pl_module, calibration))
+        with isolate_rng(), frozen_eval(encoder), torch.no_grad(), _every_layer_called(encoder):
             order: list[Stage] = []
             with Agreement(trainer):
                 if trainer.is_global_zero:
                     first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
-                    order = stages(lambda: model(first), encoder, list(forms))
+                    order = stages(lambda: kept.model(first), encoder, list(forms))
             order = trainer.strategy.broadcast(order)
+            fitted = 0
             for stage in progress(trainer, order, "Refit", len(order)):
                 names = stage.layers
                 sums = _Sums({n: dense[n] for n in names}, {n: forms[n] for n in names})
@@ -101,15 +100,17 @@ class Refit:
                     cross, gram = sums.found[name]
                     if trainer.world_size > 1:
                         cross, gram = (trainer.strategy.reduce(part, reduce_op="sum") for part in (cross, gram))
+                    if bool(gram.isinf().any()):
+                        continue  # on all processes
+                    fitted += 1
                     with Agreement(trainer):
                         _write_(dense_weight(dense[name]).detach(), forms[name], cross, gram)
                     for parameter in forms[name].parameters():
                         send_(trainer, parameter.data, 0)
-        fitted = sum(len(stage.layers) for stage in order)
         told = f"left factors and biases of {fitted} layers were refitted on {batches.num_samples} samples"
         if fitted < len(forms):
-            told += f"; {len(forms) - fitted} that are called several times, or never, were not"
-        logger.info(told)
+            told += f"; {len(forms) - fitted} that are called several times, never, or for other tokens were not"
+        logger.log(logging.INFO if fitted else logging.WARNING, told)
         return told
 
 
@@ -128,6 +129,36 @@ def _write_(weight: Tensor, form: LowRankLinear, cross: Tensor, gram: Tensor) ->
     form.assign_(Factors.from_product(found[:, : form.rank], double(right)).like(left))
     if bias is not None:
         bias.add_(found[:, -1].to(bias))
+
+
+def _model(pl_module: pl.LightningModule, calibration: Calibration) -> Callable[[Batch], object]:
+    """What runs the model on a batch. Modules of others need not have a `forward` that takes one."""
+    if calibration.labels == "sampled":
+        return pl_module  # as drawing labels does, of which there may be none for a loss
+    module = as_compressible(pl_module, "refit", "per_sample_losses")
+
+    def run(batch: Batch) -> object:
+        (checked,) = ObservedLabels(pl_module, [batch])
+        return module.per_sample_losses(checked)
+
+    return run
+
+
+@contextmanager
+def _every_layer_called(encoder: nn.Module) -> Iterator[None]:
+    """Without what calls layers otherwise than in training: torch's fast path of attention, and decoders' caches."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    config: Any = getattr(encoder, "config", None)
+    cached = getattr(config, "use_cache", None)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if cached:
+            config.use_cache = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        if cached:
+            config.use_cache = cached
 
 
 Pass = Callable[[], object]
@@ -149,8 +180,8 @@ class _Calls:
     ) -> None:
         self._trainer = trainer
         self._encoder = encoder
-        self._dense = dense
-        self._model = model
+        self._dense = Exchange(encoder, dense)
+        self.model = model
         self._block = ""
         self._kept: list[tuple[Batch, Call, Call]] | None = None
 
@@ -161,7 +192,7 @@ class _Calls:
             self._kept = self._keep(self._encoder.get_submodule(block), batches)
         if not block or self._kept is None:
             for batch in map(self._moved, batches):
-                run = partial(self._model, batch)
+                run = partial(self.model, batch)
                 yield batch, self._as_dense(run), run
             return
         module = self._encoder.get_submodule(block)
@@ -171,7 +202,7 @@ class _Calls:
     def _keep(self, module: nn.Module, batches: Iterable[Batch]) -> list[tuple[Batch, Call, Call]] | None:
         kept = []
         for batch in map(self._moved, batches):
-            run = partial(self._model, batch)
+            run = partial(self.model, batch)
             was, now = call_of(module, self._as_dense(run)), call_of(module, run)
             if was is None or now is None:
                 return None
@@ -180,7 +211,7 @@ class _Calls:
 
     def _as_dense(self, run: Pass) -> Pass:
         def run_dense() -> object:
-            with swapped(self._encoder, self._dense):
+            with self._dense:
                 return run()
 
         return run_dense
@@ -231,7 +262,11 @@ class _Sums:
         xs, zs = self._pass(was), self._pass(now)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         for name in self._forms:
-            self._add(name, xs[name], zs[name], mask)
+            if (name in xs) != (name in zs) or (name in xs and xs[name].shape[:-1] != zs[name].shape[:-1]):
+                # The models send other tokens here, which cannot be told apart: infinity reaches all processes.
+                self.found[name][1].fill_(torch.inf)
+            elif name in xs:
+                self._add(name, xs[name], zs[name], mask)
 
     def _pass(self, run: Pass) -> dict[str, Tensor]:
         self._seen = {}

@@ -44,28 +44,42 @@ def stages(run: Callable[[], object], model: nn.Module, layers: Sequence[str]) -
         model: What it runs.
         layers: Names of modules in it.
     """
-    calls: list[tuple[str, Tensor]] = []  # holds the tensors, so that none takes another's place in memory
-    blocks: Counter[str] = Counter()
+    calls: list[_LayerCall] = []  # holds the tensors, so that none takes another's place in memory
+    counts: Counter[str] = Counter()
+    running: list[str] = []
     candidates = {name: _elements(model, name) for name in layers}
     with ExitStack() as hooks:
-        for name in layers:
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(_appending(calls, name)).remove)
         for name in dict.fromkeys(block for found in candidates.values() for block in found):
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(_counting(blocks, name)).remove)
+            block = model.get_submodule(name)
+            hooks.callback(block.register_forward_pre_hook(_entering(counts, running, name)).remove)
+            hooks.callback(block.register_forward_hook(lambda *_: running.pop() and None).remove)
+        # Behind the blocks' hooks, for layers that are blocks themselves.
+        for name in layers:
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(_calling(calls, running, name)).remove)
         run()
-    counts = Counter(name for name, _ in calls)
+    times = Counter(call.layer for call in calls)
     found: list[Stage] = []
     last: Tensor | None = None
-    for name, x in calls:
-        if counts[name] > 1:
+    for call in calls:
+        if times[call.layer] > 1:
             continue
-        block = next((block for block in candidates[name] if blocks[block] == 1), "")
-        if x is last and found and found[-1].block == block:
-            found[-1] = Stage((*found[-1].layers, name), block)
+        inside = [name for name in candidates[call.layer] if counts[name] == 1 and name in call.running]
+        around = inside[0] if inside else ""
+        if call.x is last and found and found[-1].block == around:
+            found[-1] = Stage((*found[-1].layers, call.layer), around)
         else:
-            found.append(Stage((name,), block))
-        last = x
+            found.append(Stage((call.layer,), around))
+        last = call.x
     return found
+
+
+@dataclass(frozen=True)
+class _LayerCall:
+    """A call of a layer, and the blocks in whose call it was."""
+
+    layer: str
+    x: Tensor
+    running: tuple[str, ...]
 
 
 def _elements(model: nn.Module, name: str) -> list[str]:
@@ -79,16 +93,17 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _appending(calls: list[tuple[str, Tensor]], name: str) -> Any:
+def _calling(calls: list[_LayerCall], running: list[str], name: str) -> Any:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls.append((name, args[0]))
+        calls.append(_LayerCall(name, args[0], tuple(running)))
 
     return hook
 
 
-def _counting(counts: Counter[str], name: str) -> Any:
+def _entering(counts: Counter[str], running: list[str], name: str) -> Any:
     def hook(*_: object) -> None:
         counts[name] += 1
+        running.append(name)
 
     return hook
 
@@ -96,12 +111,14 @@ def _counting(counts: Counter[str], name: str) -> Any:
 def call_of(block: nn.Module, run: Callable[[], object]) -> Call | None:
     """With what a forward pass calls a block; the pass ends there.
 
-    `None` where that is more than tensors and numbers, say a cache, which another call would change.
+    `None` where that is more than tensors and numbers, say a cache, which another call would change, and under
+    autocast, which another call would not be under.
     """
-    seen: list[Call] = []
+    seen: list[Call | None] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
+        under_autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+        seen.append(None if under_autocast or not _plain((args, kwargs)) else (args, kwargs))
         raise SeenEnoughError
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
@@ -110,7 +127,7 @@ def call_of(block: nn.Module, run: Callable[[], object]) -> Call | None:
             run()
     finally:
         handle.remove()
-    return seen[0] if seen and _plain(seen[0]) else None
+    return seen[0] if seen else None
 
 
 def _plain(value: Any) -> bool:

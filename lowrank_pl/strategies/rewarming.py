@@ -9,7 +9,9 @@ from torch.optim import Optimizer
 
 
 class Rewarming:
-    """Scales the learning rates for the length of each optimizer step; schedulers and loggers see them as they were.
+    """Scales the learning rates for the length of each optimizer step, the training step within it included.
+
+    Schedulers, checkpoints and what logs before or after a batch see them as they were.
 
     Args:
         optimizers: Whose steps.
@@ -18,7 +20,7 @@ class Rewarming:
 
     def __init__(self, optimizers: Sequence[Optimizer], factor: Callable[[], float]) -> None:
         self._factor = factor
-        self._before: list[Any] = []
+        self._before: list[tuple[dict[str, Any], Any]] = []  # of the step that is being done
         self._handles = [
             handle
             for optimizer in optimizers
@@ -29,18 +31,21 @@ class Rewarming:
         ]
 
     def close(self) -> None:
-        """Leaves the optimizers as they were."""
+        """Leaves the optimizers as they were, also in the middle of a step."""
+        self._restore()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _scale(self, optimizer: Optimizer, *_: object) -> None:
+        self._restore()
         factor = self._factor()
-        self._before = [group["lr"] for group in optimizer.param_groups]
         if factor < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * factor
+            self._before = [(group, group["lr"]) for group in optimizer.param_groups]
+            for group, rate in self._before:
+                group["lr"] = rate * factor
 
-    def _restore(self, optimizer: Optimizer, *_: object) -> None:
-        for group, rate in zip(optimizer.param_groups, self._before, strict=True):
+    def _restore(self, *_: object) -> None:
+        for group, rate in self._before:
             group["lr"] = rate
+        self._before = []

@@ -15,6 +15,7 @@ from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.core import relative_error
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.core.elementwise.solver import DIVERGED
+from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import AllocationError, ResumeMismatchError
 from lowrank_pl.importance import Importance, LayerImportance, Nothing
 from lowrank_pl.nn import LowRankLinear, dense_weight
@@ -82,6 +83,8 @@ class StaticStrategy(CompressionStrategy):
         self.cost = cost or Parameters()
         self.allocation = allocation or Uniform()
         self.recalibration = recalibration
+        if not isinstance(refit, (Refit, bool, type(None))):
+            raise RangeError("refit", refit, "true, false or a Refit")
         self.refit = Refit() if refit is True else refit or None
         if self.allocation.needs_energies and (reason := self.why_no_energies()):
             raise AllocationError(type(self.allocation).__name__, type(self).__name__, reason)
@@ -190,11 +193,17 @@ class StaticStrategy(CompressionStrategy):
         allocation = self.allocation.allocate(request, energies)
         told = self._exchange(trainer, encoder, layers, allocation, decompositions, notes)
         options = self.options() | ({} if samples is None else {"calibration_samples": samples})
-        if self.refit is not None and told:
-            notes |= {"refit": self.refit.fit_(trainer, pl_module, self.calibration, {n: layers[n] for n in told})}
-            told = {n: one | refitted_errors(layers[n], encoder.get_submodule(n)) for n, one in told.items()}
-        if self.recalibration is not None and before is not None:
-            notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
+        exchanged = {name: layers[name] for name in told}
+        try:
+            if self.refit is not None and told:
+                notes |= {"refit": self.refit.fit_(trainer, pl_module, self.calibration, exchanged)}
+                told = {n: one | refitted_errors(layers[n], encoder.get_submodule(n)) for n, one in told.items()}
+            if self.recalibration is not None and before is not None:
+                notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
+        except BaseException:
+            for name, layer in exchanged.items():
+                replace_module_(encoder, name, layer)
+            raise
         self._written = True
         spent = allocation.total_cost(self.cost)
         cost = CostRecord(self.cost.unit, spent, self.cost.total_dense(allocation.shapes))

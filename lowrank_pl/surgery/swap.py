@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -21,15 +20,34 @@ def replace_module_(root: nn.Module, name: str, replacement: nn.Module) -> nn.Mo
     return old
 
 
-@contextmanager
-def swapped(root: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+class Exchange:
+    """Other modules in the places of some of a tree for the length of a `with` block, which may be entered again.
+
+    The places are looked up once, wherever the tree refers to a module; until then nothing is changed.
+
+    Args:
+        root: The tree.
+        modules: What is put in, by the name of what is taken out.
+    """
+
+    def __init__(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        replacements = {id(root.get_submodule(name)): module for name, module in modules.items()}
+        self._places = [
+            (parent, name, child, replacements[id(child)])
+            for parent in list(root.modules())
+            for name, child in parent._modules.items()
+            if id(child) in replacements and child is not None
+        ]
+
+    def __enter__(self) -> None:
+        for parent, name, _, replacement in self._places:
+            parent._modules[name] = replacement
+
+    def __exit__(self, *exception: object) -> None:
+        for parent, name, child, _ in self._places:
+            parent._modules[name] = child
+
+
+def swapped(root: nn.Module, modules: Mapping[str, nn.Module]) -> Exchange:
     """Exchanges modules for the length of a `with` block and puts the present ones back afterwards."""
-    present: list[tuple[str, nn.Module]] = []
-    try:
-        for name, module in modules.items():
-            present.append((name, replace_module_(root, name, module)))
-        yield
-    finally:
-        # Backwards: a module that was exchanged under two names comes back as it was before the first exchange.
-        for name, module in reversed(present):
-            replace_module_(root, name, module)
+    return Exchange(root, modules)

@@ -68,8 +68,11 @@ def test_an_interval_longer_than_the_fall_leaves_one_reallocation() -> None:
 
 
 def test_the_default_over_a_thousand_steps() -> None:
-    assert CubicSchedule().over(1_000) == CubicCurve(start=50, end=500, interval=20)
-    assert len([step for step in range(1_001) if CubicSchedule().over(1_000).acts(step)]) == 23
+    assert CubicSchedule().over(1_000) == CubicCurve(start=300, end=500, interval=50)
+    assert [step for step in range(1_001) if CubicSchedule().over(1_000).acts(step)] == [350, 400, 450, 500]
+    many = CubicSchedule(warmup=0.05, cooldown=0.5, interval=0.02).over(1_000)
+    assert many == CubicCurve(start=50, end=500, interval=20)
+    assert len([step for step in range(1_001) if many.acts(step)]) == 23
 
 
 def test_shares_are_rounded_to_steps_and_the_interval_is_one_at_least() -> None:

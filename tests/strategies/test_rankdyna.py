@@ -34,6 +34,7 @@ from lowrank_pl.importance import FirstOrder, Groups, KroneckerSensitivity, Squa
 from lowrank_pl.monitoring import RankHistory, ReportWriter
 from lowrank_pl.nn import ElasticLinear, LowRankLinear, forms_in_training
 from lowrank_pl.strategies import RankDyna
+from lowrank_pl.strategies.rewarming import Rewarming
 from lowrank_pl.surgery import TargetSelector, read_layout, svd_layers
 from lowrank_pl.tasks import SequenceClassification
 from tests.support import rankdyna_processes
@@ -525,6 +526,22 @@ def test_learning_rates_rise_anew_after_reallocations(tiny_bert: str, tmp_path: 
         expected[step : step + 2] = [1 / 3, 2 / 3]
     assert factors == pytest.approx(expected)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)  # where the scheduler has it
+
+
+def test_an_error_within_a_step_leaves_the_learning_rate_as_the_scheduler_has_it() -> None:
+    (parameter,) = [nn.Parameter(torch.ones(1))]
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    rewarming = Rewarming([optimizer], lambda: 0.1)
+
+    def closure() -> Any:
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    rewarming.close()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert CubicSchedule(rewarmup=0.001).over(100).rewarmup == 1
 
 
 def test_a_rise_beyond_the_run_is_refused() -> None:

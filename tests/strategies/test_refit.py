@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank_pl import compress
 from lowrank_pl.allocation import Uniform
+from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import ResumeMismatchError
-from lowrank_pl.strategies import SVD, Calibration, CompressionStrategy, KroneckerSVD, Refit
+from lowrank_pl.errors.run import LabelsError, ResumeMismatchError
+from lowrank_pl.strategies import SVD, Calibration, CompressionStrategy, KroneckerSVD, Refit, refit
+from lowrank_pl.strategies.calibration import calibration_batches
 from lowrank_pl.surgery import TargetSelector
+from lowrank_pl.tasks import SequenceClassification
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 from tests.support.tiny import save_tiny_model
@@ -117,7 +121,7 @@ def test_layers_that_are_called_several_times_stay(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in plain.encoder.state_dict().items())
     (note,) = (note for note in task.compression.notes if "refitted" in note)
     assert "of 0 layers were refitted" in note
-    assert note.endswith("6 that are called several times, or never, were not")
+    assert note.endswith("6 that are called several times, never, or for other tokens were not")
 
 
 def test_nothing_is_left_behind(tiny_bert: str, tmp_path: Path) -> None:
@@ -137,6 +141,113 @@ def test_resuming_with_another_refit_is_refused(tiny_bert: str, tmp_path: Path) 
         again.fit(make_task(tiny_bert, strategy(None)), SyntheticData(), ckpt_path=last_checkpoint(trainer))
 
 
+class Routed(nn.Module):
+    """Sends every token to one of two experts, by what it has become."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6)])
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        first = x[:, 0] > x[:, 1]
+        result = torch.zeros_like(x)
+        for expert, chosen in zip(self.experts, (first, ~first), strict=True):
+            if bool(chosen.any()):
+                result[chosen] = expert(x[chosen])
+        found: Tensor = self.head(result)
+        return found
+
+
+def cross_entropies(model: nn.Module, batch: Any) -> Tensor:
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def vectors(count: int = 4) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 6, generator=generator), torch.arange(8) % 2) for _ in range(count)]
+
+
+def test_layers_that_get_other_tokens_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model, calibration = Routed(), Calibration(cache=False)
+    record = compress(model, vectors(), cross_entropies, SVD(keep_ratio=0.7, refit=True, calibration=calibration))
+    assert {layer.name for layer in record.layers} == {"blocks.0", "experts.0", "experts.1"}
+    (note,) = (note for note in record.notes if "refitted" in note)
+    assert "of 1 layers were refitted" in note
+    assert note.endswith("2 that are called several times, never, or for other tokens were not")
+
+
+def test_attention_with_a_fast_path_is_refitted() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
+    model = nn.ModuleDict({"body": nn.TransformerEncoder(layer, 2), "head": nn.Linear(6, 2)})
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        x, labels = batch
+        padding = torch.tensor([[False, False, True]]).expand(len(x), -1)
+        states = model["body"](x[:, None].expand(-1, 3, -1), src_key_padding_mask=padding)
+        return torch.nn.functional.cross_entropy(model["head"](states[:, 0]), labels, reduction="none")
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    record = compress(model, vectors(), loss, KroneckerSVD(keep_ratio=0.5, calibration=Calibration(cache=False)))
+    assert any("refitted" in note for note in record.notes)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_a_model_under_autocast_is_refitted_by_whole_passes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(6, 6)])}), nn.Linear(6, 2))
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model[2](model[1]["blocks"][0](model[0](batch[0])))
+        return torch.nn.functional.cross_entropy(logits.float(), batch[1], reduction="none")
+
+    record = compress(model, vectors(), loss, SVD(keep_ratio=0.7, refit=True, calibration=Calibration(cache=False)))
+    assert any("of 1 layers were refitted" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("batches", [None, vectors()])
+def test_a_refit_that_fails_leaves_the_model_dense(batches: Any) -> None:
+    torch.manual_seed(0)
+    model = Routed()
+    before = dict(model.named_modules())
+    with pytest.raises(LowRankError):
+        compress(model, batches, None, SVD(keep_ratio=0.7, refit=True))
+    assert dict(model.named_modules()) == before
+
+
+def test_samples_without_labels_are_refused_with_the_remedy(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stripped(SequenceClassification):
+        def per_sample_losses(self, batch: Any) -> Tensor:
+            pytest.fail("losses were asked for without labels")
+
+    task = Stripped(tiny_bert, strategy=SVD(keep_ratio=0.5, refit=True))
+    monkeypatch.setattr(refit, "calibration_batches", lambda *asked: _Without(calibration_batches(*asked)))
+    with pytest.raises(LabelsError, match="the calibration batches have no labels"):
+        make_trainer(tmp_path, logger=False, max_epochs=0).fit(task, datamodule=SyntheticData())
+
+
+class _Without:
+    """Batches without their labels."""
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+        self.num_samples = batches.num_samples
+
+    def __iter__(self) -> Any:
+        for batch in self._batches:
+            yield {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
 def test_bad_options_are_refused() -> None:
+    for wrong in (1, "false"):
+        with pytest.raises(RangeError, match="refit"):
+            KroneckerSVD(keep_ratio=0.5, refit=wrong)  # type: ignore[arg-type]
     with pytest.raises(RangeError, match=r"refit\.max_samples"):
         Refit(0)

@@ -75,6 +75,21 @@ def test_a_layer_that_is_an_element_itself_is_its_block() -> None:
     assert stages(run, model, ["layers.0"]) == [Stage(("layers.0",), "layers.0")]
 
 
+def test_a_layer_that_is_called_from_outside_its_block_has_none() -> None:
+    model = Model()
+    x = torch.randn(5, 4)
+
+    def run() -> None:
+        for block in model.blocks:
+            block(block.get_submodule("one")(x))
+
+    model.blocks[1].one = nn.Identity()
+    found = stages(run, model, ["blocks.0.one", "blocks.0.two", "blocks.1.out"])
+    assert found == [Stage(("blocks.0.two",), "blocks.0"), Stage(("blocks.1.out",), "blocks.1")]
+    only = stages(lambda: model.blocks[0].get_submodule("out")(x), model, ["blocks.0.out"])
+    assert only == [Stage(("blocks.0.out",), "")]
+
+
 def test_a_block_gets_the_same_every_time() -> None:
     model, x = Model(), torch.randn(5, 3)
     block = model.blocks[1]
