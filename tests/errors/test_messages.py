@@ -24,6 +24,7 @@ from lowrank_pl.errors.model import (
     OnnxMismatchError,
     OverrideError,
     PackageModelError,
+    QuantizationError,
     SeveralDevicesError,
     TiedWeightError,
     UnknownFormError,
@@ -149,6 +150,11 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (DamagedWeightsError("/m/w", "ab" * 32, "cd" * 32, "SUMS"), ["'/m/w'", "abab", "SUMS beside it", "cdcd"], "Copy"),
     (DamagedWeightsError("/m/w", "ab" * 32, None, "SUMS"), ["'/m/w'", "does not list it"], "remove SUMS"),
     (OnnxExportError("Bert", "a branch"), ["Bert", "(a branch)", "DistilBERT"], "--format factorised"),
+    (
+        QuantizationError("Bert", "its logits are far away"),
+        ["Bert", "its logits are far away", "nothing was written"],
+        "Leave --quantize out",
+    ),
     (
         OnnxMismatchError("Bert", "it differs by 2"),
         ["Bert", "it differs by 2", "nothing was written"],

@@ -486,16 +486,19 @@ def test_a_number_of_parameters_is_no_budget_in_time(tiny_bert: str, tmp_path: P
 
 
 class WatchedAdamW(torch.optim.AdamW):
-    """Notes the learning rate of every step."""
+    """Notes the learning rate that every step is done with; both its own `step` and the inherited one call hooks."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, lr=lr)
         self.rates: list[float] = []
 
     def step(self, closure: Any = None) -> Any:
-        result = super().step(closure)
-        self.rates.append(self.param_groups[0]["lr"])
-        return result
+        def noting() -> Any:
+            loss = closure()
+            self.rates.append(self.param_groups[0]["lr"])
+            return loss
+
+        return super().step(noting)
 
 
 @either
