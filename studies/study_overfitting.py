@@ -28,7 +28,7 @@ from lowrank_pl.core import Factors, LinearShape
 from lowrank_pl.core.elementwise import PreconditionedLBFGS, WeightedProblem, best_closed_form, shrink_importance
 from lowrank_pl.importance import FisherKind, empirical_fisher
 from lowrank_pl.nn import LowRankLinear, dense_weight
-from lowrank_pl.surgery import TargetSelector, swapped
+from lowrank_pl.surgery import Exchange, TargetSelector
 from lowrank_pl.tasks import SequenceClassification
 
 Importances = dict[str, Tensor]
@@ -99,7 +99,7 @@ class Bench:
             layer.assign_(found)
             replacements[name] = layer
         total, right, count = 0.0, 0, 0
-        with swapped(self.task.encoder, replacements):
+        with Exchange(self.task.encoder, replacements):
             for batch in self.data.val_dataloader():
                 labels = batch.pop("labels")
                 logits = self.task.encoder(**batch).logits

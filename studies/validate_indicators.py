@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from lowrank_pl.core import truncated_svd
 from lowrank_pl.data import GLUE
 from lowrank_pl.nn import LowRankLinear
-from lowrank_pl.surgery import swapped
+from lowrank_pl.surgery import Exchange
 from lowrank_pl.tasks import SequenceClassification
 
 INDICATORS = (
@@ -74,7 +74,7 @@ def main() -> None:
         factorised = LowRankLinear.like(linear, layer["rank"]).eval()
         factors = truncated_svd(linear.weight.detach(), layer["rank"])
         factorised.assign_(factors)
-        with swapped(task.encoder, {layer["name"]: factorised}):
+        with Exchange(task.encoder, {layer["name"]: factorised}):
             loss, predicted = development(task, data)
         drift = float(kl_div(predicted, reference, reduction="batchmean", log_target=True))
         error = float(torch.linalg.norm(linear.weight - factors.product()) / torch.linalg.norm(linear.weight))

@@ -158,7 +158,7 @@ def test_the_reader_sees_real_imports() -> None:
     ("module", "source", "why"),
     [
         ("lowrank_pl.core.svd", "from lowrank_pl.nn import LowRankLinear", "'nn' lies above 'core'"),
-        ("lowrank_pl.core.svd", "from ..surgery.swap import swapped", "'surgery' lies above 'core'"),
+        ("lowrank_pl.core.svd", "from ..surgery.swap import Exchange", "'surgery' lies above 'core'"),
         ("lowrank_pl.core.svd", "from .. import nn", "'nn' lies above 'core'"),
         ("lowrank_pl.core.svd", "import lowrank_pl.data.glue as glue", "'data' lies above 'core'"),
         ("lowrank_pl.core.svd", "from lowrank_pl import tasks", "'tasks' lies above 'core'"),
@@ -167,7 +167,7 @@ def test_the_reader_sees_real_imports() -> None:
         ("lowrank_pl.core.svd", "import numpy", "'numpy' is not among what 'core' needs"),
         ("lowrank_pl.errors.data", "import torch", "'torch' is not among what 'errors' needs"),
         ("lowrank_pl.nn.linear", "if TYPE_CHECKING:\n    from lowrank_pl.cli import main", "'cli' lies above 'nn'"),
-        ("lowrank_pl.importance.fisher", "from lowrank_pl.surgery import swapped", "do not know each other"),
+        ("lowrank_pl.importance.fisher", "from lowrank_pl.surgery import Exchange", "do not know each other"),
         ("lowrank_pl.importance.fisher", "import lowrank_pl.allocation", "'allocation' lies above 'importance'"),
         ("lowrank_pl.allocation.uniform", "from lowrank_pl.importance import Fisher", "do not know each other"),
         ("lowrank_pl.allocation.uniform", "from lightning import pytorch", "'lightning' may be imported by"),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint import ONNX_NAME
 from lowrank_pl.errors.model import QuantizationError
-from lowrank_pl.export.onnx_file import model_inputs, open_session, outputs_of, shapes_to_compare
+from lowrank_pl.export.onnx_file import model_inputs, open_session, outputs_of, quiet, shapes_to_compare
+from lowrank_pl.hub import first_line
 
 # Half of the logits' size: eight bits cost a trained model a few per cent, and a broken one all of it.
 ALLOWED = 0.5
@@ -47,10 +45,10 @@ def quantize_int8(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     before = _bytes(folder)
     reduced = needs_reduced_range()
     try:
-        with _quiet():
+        with quiet():
             quantize_dynamic(path, small, per_channel=True, reduce_range=reduced, weight_type=QuantType.QInt8)
     except Exception as error:  # of onnx or onnxruntime; they have no common base
-        raise QuantizationError(name, f"onnxruntime cannot quantise it ({error})") from error
+        raise QuantizationError(name, f"onnxruntime cannot quantise it ({first_line(error)})") from error
     for old in folder.glob(f"{ONNX_NAME}*"):  # with the weights beside it, where one file could not hold them
         old.unlink()
     small.rename(path)
@@ -72,7 +70,7 @@ def _compare(model: PreTrainedModel, path: Path) -> dict[str, Any]:
                 expected = model(**inputs).logits
             pairs.append((outputs_of(session, inputs), expected))
     except Exception as error:  # of onnxruntime; see above
-        raise QuantizationError(name, f"onnxruntime does not run it ({error})") from error
+        raise QuantizationError(name, f"onnxruntime does not run it ({first_line(error)})") from error
     found, expected = (torch.cat([logits.flatten(0, -2) for logits in side]) for side in zip(*pairs, strict=True))
     difference = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
     if not difference <= ALLOWED:  # also for NaN
@@ -90,14 +88,3 @@ def needs_reduced_range() -> bool:
     except OSError:
         return True  # not Linux: nobody knows
     return not any(flag in flags for flag in _EXACT)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Mutes the advice to preprocess the file, which has nothing to fold."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)

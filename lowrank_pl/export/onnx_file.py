@@ -72,7 +72,7 @@ def _program(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
 
     example = model_inputs(model, *_EXAMPLE)
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 model,
                 kwargs=example,
@@ -169,8 +169,8 @@ def shapes_to_compare(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Mutes the exporter's remarks on itself, e.g. that torchvision is absent; what may be wrong is measured."""
+def quiet() -> Iterator[None]:
+    """Mutes what exporter and quantiser say of themselves; what may be wrong is measured."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

@@ -27,7 +27,7 @@ from lowrank_pl.strategies.calibration import Calibration, calibration_batches
 from lowrank_pl.strategies.labels import ObservedLabels
 from lowrank_pl.strategies.processes import Agreement, progress, send_
 from lowrank_pl.strategies.replay import Call, SeenEnoughError, Stage, again, call_of, stages
-from lowrank_pl.surgery.swap import Exchange
+from lowrank_pl.surgery import Exchange
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,8 @@ class Refit:
                     cross, gram = sums.found[name]
                     if trainer.world_size > 1:
                         cross, gram = (trainer.strategy.reduce(part, reduce_op="sum") for part in (cross, gram))
-                    if bool(gram.isinf().any()):
-                        continue  # on all processes
+                    if bool(gram.isinf().all()):  # on all processes; an activation that is Inf leaves other entries
+                        continue
                     fitted += 1
                     with Agreement(trainer):
                         _write_(dense_weight(dense[name]).detach(), forms[name], cross, gram)

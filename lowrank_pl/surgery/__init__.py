@@ -5,7 +5,7 @@ from lowrank_pl.surgery.groups import keep_groups_, svd_layers
 from lowrank_pl.surgery.layout import ModelLayout, conform_, read_layout
 from lowrank_pl.surgery.record import CompressionRecord, CostRecord, LayerRecord
 from lowrank_pl.surgery.reform import ChangeOfBasis, follow_, reform_
-from lowrank_pl.surgery.swap import replace_module_, swapped
+from lowrank_pl.surgery.swap import Exchange, replace_module_
 from lowrank_pl.surgery.targets import TargetSelector
 from lowrank_pl.surgery.version_1 import current_names
 
@@ -13,6 +13,7 @@ __all__ = [
     "ChangeOfBasis",
     "CompressionRecord",
     "CostRecord",
+    "Exchange",
     "LayerRecord",
     "ModelLayout",
     "TargetSelector",
@@ -27,5 +28,4 @@ __all__ = [
     "reform_",
     "replace_module_",
     "svd_layers",
-    "swapped",
 ]

@@ -46,8 +46,3 @@ class Exchange:
     def __exit__(self, *exception: object) -> None:
         for parent, name, child, _ in self._places:
             parent._modules[name] = child
-
-
-def swapped(root: nn.Module, modules: Mapping[str, nn.Module]) -> Exchange:
-    """Exchanges modules for the length of a `with` block and puts the present ones back afterwards."""
-    return Exchange(root, modules)

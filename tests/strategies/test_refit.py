@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowrank_pl import compress
 from lowrank_pl.allocation import Uniform
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import LabelsError, ResumeMismatchError
 from lowrank_pl.strategies import SVD, Calibration, CompressionStrategy, KroneckerSVD, Refit, refit
 from lowrank_pl.strategies.calibration import calibration_batches
@@ -178,6 +178,16 @@ def test_layers_that_get_other_tokens_stay_as_they_are() -> None:
     (note,) = (note for note in record.notes if "refitted" in note)
     assert "of 1 layers were refitted" in note
     assert note.endswith("2 that are called several times, never, or for other tokens were not")
+
+
+def test_activations_that_are_infinite_are_refused() -> None:
+    torch.manual_seed(0)
+    model, batches = Routed(), vectors()
+    batches[-1][0][3, 2] = torch.inf
+    before = dict(model.named_modules())
+    with pytest.raises(NonFiniteError):
+        compress(model, batches, cross_entropies, SVD(keep_ratio=0.7, refit=True, calibration=Calibration(cache=False)))
+    assert dict(model.named_modules()) == before
 
 
 def test_attention_with_a_fast_path_is_refitted() -> None:

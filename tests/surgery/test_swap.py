@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_pl.surgery import replace_module_, swapped
+from lowrank_pl.surgery import Exchange, replace_module_
 from tests.surgery.encoders import logits, padded_batch, tiny_model
 
 
@@ -37,37 +37,37 @@ def test_unknown_name_is_refused() -> None:
         replace_module_(nn.Sequential(nn.Linear(2, 2)), "nope", nn.Identity())
 
 
-def test_swapped_exchanges_inside_and_restores_after() -> None:
+def test_an_exchange_holds_inside_and_restores_after() -> None:
     model, batch = tiny_model("albert"), padded_batch()
     name = "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn"
     before, present = logits(model, batch), model.get_submodule(name)
     other = nn.Linear(32, 64)
-    with swapped(model, {name: other}):
+    with Exchange(model, {name: other}):
         assert model.get_submodule(name) is other
         assert not torch.allclose(logits(model, batch), before)
     assert model.get_submodule(name) is present
     assert torch.equal(logits(model, batch), before)
 
 
-def test_swapped_restores_after_an_exception() -> None:
+def test_an_exchange_restores_after_an_exception() -> None:
     root = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     present = list(root)
-    with pytest.raises(RuntimeError, match="inside"), swapped(root, {"0": nn.Identity(), "1": nn.Tanh()}):
+    with pytest.raises(RuntimeError, match="inside"), Exchange(root, {"0": nn.Identity(), "1": nn.Tanh()}):
         raise RuntimeError("inside")
     assert all(now is then for now, then in zip(root, present, strict=True))
 
 
-def test_swapped_restores_when_a_name_is_unknown() -> None:
+def test_an_exchange_restores_when_a_name_is_unknown() -> None:
     root = nn.Sequential(nn.Linear(2, 2))
     present = root[0]
-    with pytest.raises(AttributeError, match="nope"), swapped(root, {"0": nn.Identity(), "nope": nn.Identity()}):
+    with pytest.raises(AttributeError, match="nope"), Exchange(root, {"0": nn.Identity(), "nope": nn.Identity()}):
         pass
     assert root[0] is present
 
 
-def test_swapped_restores_a_module_that_was_exchanged_under_two_names() -> None:
+def test_an_exchange_restores_a_module_that_was_exchanged_under_two_names() -> None:
     shared = nn.Linear(2, 2)
     root = nn.Sequential(shared, shared)
-    with swapped(root, {"0": nn.Identity(), "1": nn.Tanh()}):
+    with Exchange(root, {"0": nn.Identity(), "1": nn.Tanh()}):
         assert root[1] is not shared
     assert root[0] is root[1] is shared
