@@ -50,9 +50,7 @@ STATIC: dict[str, list[str]] = {
     "KroneckerSVD damping 0.01": _plain("damping=0.01"),
     "KroneckerSVD damping 0.1": _plain("damping=0.1"),
     **{
-        f"KroneckerSVD {samples} {labels}": _kronecker(
-            f"calibration.max_samples={samples}", f"calibration.labels={labels}"
-        )
+        f"KroneckerSVD {samples} {labels}": _plain(f"calibration.max_samples={samples}", f"calibration.labels={labels}")
         for samples in (64, 256, 1024)
         for labels in ("observed", "sampled")
     },

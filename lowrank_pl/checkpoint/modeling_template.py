@@ -33,9 +33,9 @@ class LowRankLinear(nn.Module):
         """The dense weight, for code that asks a linear layer for it."""
         return self.left.weight @ self.right.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[..., in] → [..., out]`."""
-        y: Tensor = self.left(self.right(x))
+        y: Tensor = self.left(self.right(input))
         return y
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lowrank_pl.importance.batches import split as split
 from lowrank_pl.importance.memory import is_out_of_memory, release_memory
 from lowrank_pl.importance.tape import LinearTape, SampleMixingError
 from lowrank_pl.importance.vectorise import vectorised
+from lowrank_pl.nn import input_of
 
 logger = logging.getLogger(__name__)
 
@@ -158,15 +159,15 @@ class Passes:
         self._tape.__exit__(None, None, None)
         seen: list[str] = []
 
-        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                for part, tensor in (("input", args[0]), ("output", output)):
+        def watch(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                for part, tensor in (("input", input_of(args, kwargs)), ("output", output)):
                     if not bool(torch.isfinite(tensor).all()):
                         seen.append(f"the {part} of layer {name!r}")
 
             return hook
 
-        handles = [layer.register_forward_hook(watch(name)) for name, layer in self._layers.items()]
+        handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in self._layers.items()]
         try:
             with torch.no_grad():
                 self._loss(batch)

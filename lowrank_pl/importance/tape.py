@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_pl.importance.vectorise import tap
+from lowrank_pl.nn import input_of
 
 Consumer = Callable[[str, Tensor, Tensor], None]
 _Shape = tuple[int, ...]
@@ -55,7 +57,7 @@ class LinearTape:
 
     def __enter__(self) -> LinearTape:
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._forward_hook(name)))
+            self._handles.append(module.register_forward_hook(self._forward_hook(name), with_kwargs=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
@@ -121,13 +123,14 @@ class LinearTape:
             self._rehearsal, self._watched = None, []
         return shapes
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _forward_hook(self, name: str) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            given = input_of(args, kwargs)
             if self._marker is not None:
-                return tap(args[0], output, self._marker, lambda x, y: self._recorded(name, x, y, 0))
+                return tap(given, output, self._marker, lambda x, y: self._recorded(name, x, y, 0))
             if self._rehearsal is None:
-                return self._recorded(name, args[0], output, self._batch_dim(name))
-            self._rehearsal[name].append(tuple(args[0].shape))
+                return self._recorded(name, given, output, self._batch_dim(name))
+            self._rehearsal[name].append(tuple(given.shape))
             output = self._prepared(output)
             if output._is_view():
                 self._watched.append((output, output._version))

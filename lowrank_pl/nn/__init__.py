@@ -13,7 +13,7 @@ from lowrank_pl.nn.form import (
 )
 from lowrank_pl.nn.low_rank_linear import LowRankLinear
 from lowrank_pl.nn.svd_linear import SVDLinear
-from lowrank_pl.nn.view import dense_shape, dense_weight, is_dense_linear
+from lowrank_pl.nn.view import dense_shape, dense_weight, input_of, is_dense_linear
 
 __all__ = [
     "Deployed",
@@ -26,6 +26,7 @@ __all__ = [
     "dense_weight",
     "forms_in",
     "forms_in_training",
+    "input_of",
     "is_dense_linear",
     "outside_forms",
     "shape_of",

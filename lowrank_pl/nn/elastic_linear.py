@@ -193,12 +193,12 @@ class ElasticLinear(LinearForm):
         bias = {"left.bias": state["bias"]} if "bias" in state else {}
         return Deployed(LowRankLinear, {"rank": rank}, {"left.weight": left, **bias, "right.weight": right})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., n] → [..., m]`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., n] → [..., m]`; the argument is called as that of `nn.Linear`."""
         if self.observer is not None and torch.is_grad_enabled():
-            observed: Tensor = self._observed(x, self.observer)
+            observed: Tensor = self._observed(input, self.observer)
             return observed
-        return self._computed(x)
+        return self._computed(input)
 
     def _computed(self, x: Tensor) -> Tensor:
         if self._rank == 0:

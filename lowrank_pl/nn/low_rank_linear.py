@@ -118,9 +118,9 @@ class LowRankLinear(LinearForm):
         """`left.bias`."""
         return state.get("left.bias")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., n] → [..., m]`."""
-        y: Tensor = self.left(self.right(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., n] → [..., m]`; the argument is called as that of `nn.Linear`."""
+        y: Tensor = self.left(self.right(input))
         return y
 
     def extra_repr(self) -> str:

@@ -168,13 +168,13 @@ class SVDLinear(LinearForm):
         kept = {"left.weight": left, **bias, "right.weight": right}
         return Deployed(LowRankLinear, {"rank": factors.rank}, kept)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., n] → [..., m]`."""
-        if self._product_is_cheaper(x.numel() // self.in_features):
-            return F.linear(x, self.product(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., n] → [..., m]`; the argument is called as that of `nn.Linear`."""
+        if self._product_is_cheaper(input.numel() // self.in_features):
+            return F.linear(input, self.product(), self.bias)
         k = self._rank
         # σ goes into the smaller of the things it could scale: a factor, not the tokens.
-        return F.linear(F.linear(x, self.sigma[:k, None] * self.right[:k]), self.left[:, :k], self.bias)
+        return F.linear(F.linear(input, self.sigma[:k, None] * self.right[:k]), self.left[:, :k], self.bias)
 
     def _product_is_cheaper(self, tokens: int) -> bool:
         """Multiplications of one product and one layer, against two thin layers; the backward has twice of either."""

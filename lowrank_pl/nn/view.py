@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ def dense_weight(layer: nn.Module) -> Tensor:
 def dense_shape(layer: nn.Module) -> LinearShape:
     """The shape of a dense layer's weight."""
     return LinearShape(*dense_weight(layer).shape)
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a call of a linear layer, as hooks see it: `layer(x)`, or by whatever keyword its class names it."""
+    found: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return found
 
 
 def empty_dense(

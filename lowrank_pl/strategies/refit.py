@@ -21,7 +21,7 @@ from lowrank_pl.core.precision import double, float64_device
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.frozen import frozen_eval
-from lowrank_pl.nn import LowRankLinear, dense_weight
+from lowrank_pl.nn import LowRankLinear, dense_weight, input_of
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
 from lowrank_pl.strategies.labels import ObservedLabels
@@ -248,8 +248,8 @@ class _Sums:
     def __enter__(self) -> _Sums:
         for name, form in self._forms.items():
             for handle in (
-                self._dense[name].register_forward_hook(self._watching(name, of_output=False)),
-                form.right.register_forward_hook(self._watching(name, of_output=True)),
+                self._dense[name].register_forward_hook(self._watching(name, of_output=False), with_kwargs=True),
+                form.right.register_forward_hook(self._watching(name, of_output=True), with_kwargs=True),
             ):
                 self._hooks.callback(handle.remove)
         return self
@@ -275,8 +275,8 @@ class _Sums:
         return self._seen
 
     def _watching(self, name: str, of_output: bool) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._seen[name] = output if of_output else args[0]
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            self._seen[name] = output if of_output else input_of(args, kwargs)
             if len(self._seen) == len(self._forms):
                 raise SeenEnoughError
 

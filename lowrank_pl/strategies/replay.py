@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.importance.batches import mapped
+from lowrank_pl.nn import input_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -55,7 +56,8 @@ def stages(run: Callable[[], object], model: nn.Module, layers: Sequence[str]) -
             hooks.callback(block.register_forward_hook(lambda *_: running.pop() and None).remove)
         # Behind the blocks' hooks, for layers that are blocks themselves.
         for name in layers:
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(_calling(calls, running, name)).remove)
+            hook = model.get_submodule(name).register_forward_pre_hook(_calling(calls, running, name), with_kwargs=True)
+            hooks.callback(hook.remove)
         run()
     times = Counter(call.layer for call in calls)
     found: list[Stage] = []
@@ -94,8 +96,8 @@ def _parent(name: str) -> str:
 
 
 def _calling(calls: list[_LayerCall], running: list[str], name: str) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls.append(_LayerCall(name, args[0], tuple(running)))
+    def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_LayerCall(name, input_of(args, kwargs), tuple(running)))
 
     return hook
 

@@ -160,9 +160,9 @@ def test_batch_sizes_do_not_matter_and_a_choice_of_samples_does() -> None:
 class Flat(nn.Module):
     """Layers that see tokens without a dimension for samples; branches on values if asked to."""
 
-    def __init__(self, flat: bool, branching: bool) -> None:
+    def __init__(self, flat: bool, branching: bool, by_keyword: bool = False) -> None:
         super().__init__()
-        self.flat, self.branching = flat, branching
+        self.flat, self.branching, self.by_keyword = flat, branching, by_keyword
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
@@ -171,7 +171,7 @@ class Flat(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.flatten(0, 1) if self.flat else x
         for layer in self.layers:
-            y = layer(y).tanh()
+            y = (layer(input=y) if self.by_keyword else layer(y)).tanh()
         if self.branching and float(y.detach().sum()) == 0:
             raise AssertionError
         logits: Tensor = self.head(y.view(*x.shape[:2], -1).mean(1))
@@ -185,6 +185,15 @@ def test_tuples_go_every_way_through_a_model(branching: bool, told: str, caplog:
     lowrank_pl.compress(model, pairs(), pair_loss, made())
     assert told in caplog.text
     lowrank_pl.compress(expected, pairs(), pair_loss, made())
+    assert_alike(model.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_layers_may_be_called_by_keyword(flat: bool) -> None:
+    model, expected = Flat(flat, False, by_keyword=True), Flat(flat, False)
+    for network in (model, expected):
+        strategy = KroneckerSVD(keep_ratio=0.5, calibration=Calibration(cache=False))
+        lowrank_pl.compress(network, pairs(), pair_loss, strategy)
     assert_alike(model.state_dict(), expected.state_dict())
 
 
