@@ -13,7 +13,7 @@ from lowrank_pl.core import LinearShape
 from lowrank_pl.core.kronecker import DEFAULT_DAMPING
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance.gram import GramSum
-from lowrank_pl.importance.second_moments import LayerMoments
+from lowrank_pl.importance.second_moments import LayerMoments, check_blocks
 from lowrank_pl.importance.sensitivity import Sensitivity
 
 
@@ -30,6 +30,8 @@ class KroneckerSensitivity(Sensitivity):
         beta: How much of the sums is left after each observed step, `0 <= beta <= 1`.
         damping: Added to the diagonals of both moments, relative to their means, `>= 0`.
         diagonal: Collect only the diagonals of the moments: two vectors per layer instead of two matrices.
+        block_size: Collect only blocks of so many features along the diagonals, between the two: `4 s (m + n)` bytes
+            per layer for blocks of width `s`, which divides the features of every targeted layer.
 
     References:
         Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML 2015 (the
@@ -37,7 +39,12 @@ class KroneckerSensitivity(Sensitivity):
     """
 
     def __init__(
-        self, steps: int = 16, beta: float = 0.95, damping: float = DEFAULT_DAMPING, diagonal: bool = False
+        self,
+        steps: int = 16,
+        beta: float = 0.95,
+        damping: float = DEFAULT_DAMPING,
+        diagonal: bool = False,
+        block_size: int | None = None,
     ) -> None:
         if steps < 1:
             raise RangeError("sensitivity.steps", steps, "a whole number from 1")
@@ -45,10 +52,13 @@ class KroneckerSensitivity(Sensitivity):
             raise RangeError("sensitivity.beta", beta, "0 <= beta <= 1, what is left of the sums after a step")
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("sensitivity.damping", damping, "0 <= damping, relative to the mean of the diagonal")
+        if block_size is not None and (diagonal or type(block_size) is not int or block_size < 1):
+            raise RangeError("sensitivity.block_size", block_size, "a whole number from 1, without diagonal, or null")
         self.observed_steps = steps
         self.beta = beta
         self.damping = damping
         self.diagonal = diagonal
+        self.block_size = block_size
         self._sums: dict[str, _Sums] = {}
         self._steps = 0
 
@@ -62,6 +72,15 @@ class KroneckerSensitivity(Sensitivity):
         self._steps += 1
         for sums in self._sums.values():
             sums.fade(self.beta)
+
+    def check(self, shapes: Mapping[str, LinearShape]) -> None:
+        """Raises an error for blocks that do not fit.
+
+        Raises:
+            RangeError: `block_size` does not divide the features of a layer.
+        """
+        if self.block_size is not None:
+            check_blocks("sensitivity.block_size", self.block_size, shapes)
 
     @torch.no_grad()
     def add(self, name: str, x: Tensor, g: Tensor, scale: float = 1.0) -> bool:
@@ -84,19 +103,19 @@ class KroneckerSensitivity(Sensitivity):
         if not bool(kept.all()):
             x, g = x[kept], g[kept]
         if name not in self._sums:
-            self._sums[name] = _Sums(x.shape[-1], g.shape[-1], x.device, self.diagonal)
+            self._sums[name] = _Sums(x.shape[-1], g.shape[-1], x.device, self.diagonal, self.block_size)
         self._sums[name].add(x, g if scale == 1.0 else g / scale)
         return True
 
     def moments(self, name: str, shape: LinearShape, device: torch.device) -> list[Tensor]:
-        """What processes add up for one layer: the sums `[n, n]` and `[m, m]` (or diagonals) and the tokens `[1]`.
+        """What processes add up for a layer: sums `[n, n]` and `[m, m]` (or diagonals, or blocks), and tokens `[1]`.
 
         They are copies: adding up over processes happens in place, and the sums of this one go on.
         """
-        sums = self._sums.get(name) or _Sums(shape.in_features, shape.out_features, device, self.diagonal)
-        inputs, outputs = (
-            gram.total.clone() if self.diagonal else gram.matrix() for gram in (sums.inputs, sums.outputs)
-        )
+        sums = self._sums.get(name)
+        if sums is None:
+            sums = _Sums(shape.in_features, shape.out_features, device, self.diagonal, self.block_size)
+        inputs, outputs = (gram.clone().matrix() for gram in (sums.inputs, sums.outputs))
         return [inputs, outputs, inputs.new_tensor([sums.tokens])]
 
     @staticmethod
@@ -107,7 +126,7 @@ class KroneckerSensitivity(Sensitivity):
     def bytes(self, shape: LinearShape) -> int:
         """What one layer's sums take, in float32."""
         sizes = (shape.in_features, shape.out_features)
-        return 4 * sum(size if self.diagonal else size * size for size in sizes)
+        return 4 * sum(size * (1 if self.diagonal else self.block_size or size) for size in sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors on the CPU and primitives, for checkpoints."""
@@ -130,9 +149,9 @@ class KroneckerSensitivity(Sensitivity):
 class _Sums:
     """`Σ x xᵀ`, `Σ g gᵀ` and the number of tokens of one layer."""
 
-    def __init__(self, n: int, m: int, device: torch.device, diagonal: bool) -> None:
-        self.inputs = GramSum(n, device, diagonal, torch.float32)
-        self.outputs = GramSum(m, device, diagonal, torch.float32)
+    def __init__(self, n: int, m: int, device: torch.device, diagonal: bool, block_size: int | None) -> None:
+        self.inputs = GramSum(n, device, diagonal, torch.float32, block_size)
+        self.outputs = GramSum(m, device, diagonal, torch.float32, block_size)
         self.tokens = 0.0
 
     def fade(self, beta: float) -> None:
@@ -158,7 +177,9 @@ class _Sums:
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> _Sums:
         inputs, outputs = state["inputs"], state["outputs"]
-        made = cls(inputs.shape[0], outputs.shape[0], inputs.device, inputs.ndim == 1)
+        block_size = inputs.shape[-1] if inputs.ndim == 3 else None
+        n, m = (len(sums) * (block_size or 1) for sums in (inputs, outputs))
+        made = cls(n, m, inputs.device, inputs.ndim == 1, block_size)
         made.inputs.total, made.outputs.total = inputs.clone(), outputs.clone()
         made.tokens = float(state["tokens"])
         return made

@@ -94,19 +94,15 @@ class SecondMoments(Importance[LayerMoments]):
         """See `Importance.measure`."""
         device = next(model.parameters()).device
         shapes = {name: dense_shape(layer) for name, layer in layers.items()}
-        self._check_blocks(shapes)
+        for extent, sides in ((self.inputs, "in"), (self.outputs, "out")):
+            if isinstance(extent, int):
+                check_blocks("block_size", extent, shapes, (sides,))
         sums = self._sums(model, layers, batches, loss, expected, share=True)
         if not _agree(list(layers), sums, device, reduce_sum):
             logger.info("layers that shared their input in the first batch do not always: measuring each apart")
             sums = self._sums(model, layers, batches, loss, expected, share=False)
         assert sums is not None
         return _collect(shapes, sums, device, reduce_sum)
-
-    def _check_blocks(self, shapes: Mapping[str, LinearShape]) -> None:
-        for name, shape in shapes.items():
-            for extent, size in ((self.inputs, shape.in_features), (self.outputs, shape.out_features)):
-                if isinstance(extent, int) and size % extent:
-                    raise RangeError("block_size", extent, f"a divisor of {size}, the features of {name!r}")
 
     def _sums(
         self,
@@ -135,6 +131,17 @@ class SecondMoments(Importance[LayerMoments]):
         """Float64 sums of both sides, were no input shared."""
         sides = ((self.inputs, shape.in_features), (self.outputs, shape.out_features))
         return sum(8 * size * _width(extent, size) for extent, size in sides)
+
+
+def check_blocks(
+    argument: str, block_size: int, shapes: Mapping[str, LinearShape], sides: Iterable[str] = ("in", "out")
+) -> None:
+    """Raises `RangeError` for blocks that do not divide the features of a layer's sides, `in` and `out`."""
+    for name, shape in shapes.items():
+        for side in sides:
+            size = shape.in_features if side == "in" else shape.out_features
+            if size % block_size:
+                raise RangeError(argument, block_size, f"a divisor of {size}, the features of {name!r}")
 
 
 def _width(extent: Extent, size: int) -> int:

@@ -41,11 +41,12 @@ class MetricGroups(GroupTraining):
         self._finite = True
 
     def check(self, plan: RankPlan) -> None:
-        """Raises an error for a lowest rank above what two factors can hold, unless the layer may be dense.
+        """Raises an error for blocks that do not fit, and a lowest rank above what two factors can hold.
 
         Raises:
-            RangeError: such a bound.
+            RangeError: such a bound, unless the layer may be dense; or such blocks.
         """
+        self.sensitivity.check(plan.shapes)
         for name, bound in plan.bounds.items():
             room = room_of(plan.shapes[name])
             if bound.low > room and not self.ends_dense:

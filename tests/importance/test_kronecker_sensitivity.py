@@ -63,6 +63,24 @@ def test_the_diagonal_alone_and_the_scale_of_the_loss() -> None:
     assert diagonal.bytes(SHAPE) == 4 * (4 + 5)
 
 
+def test_blocks_are_those_of_the_whole_and_come_back_from_a_checkpoint() -> None:
+    shape = LinearShape(4, 6)
+    full, blocks = KroneckerSensitivity(), KroneckerSensitivity(block_size=2)
+    for sensitivity in (full, blocks):
+        sensitivity.begin_step()
+        sensitivity.add("a", rows(6, 0), rows(4, 1))
+    restored = KroneckerSensitivity(block_size=2)
+    restored.load_state_dict(blocks.state_dict())
+    for sensitivity in (blocks, restored):
+        sums = zip(full.moments("a", shape, CPU)[:2], sensitivity.moments("a", shape, CPU)[:2], strict=True)
+        for whole, part in sums:
+            kept = torch.block_diag(*[torch.ones(2, 2)] * len(part))
+            torch.testing.assert_close(torch.block_diag(*part), kept * whole)
+    assert blocks.bytes(shape) == 4 * (4 * 2 + 6 * 2)
+    with pytest.raises(RangeError, match=r"sensitivity\.block_size=2 is .* a divisor of 5, the features of 'a'"):
+        blocks.check({"a": SHAPE})
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_left_out(bad: float) -> None:
     sensitivity = KroneckerSensitivity()
@@ -130,4 +148,5 @@ def test_options_name_the_class_and_every_setting() -> None:
         "beta": 0.95,
         "damping": 1e-3,
         "diagonal": False,
+        "block_size": None,
     }

@@ -51,7 +51,7 @@ STRATEGIES: dict[str, Make] = {
         keep_ratio=0.4, schedule=CubicSchedule(rewarmup=0.1), sensitivity=Triplet(), per_parameter=False
     ),
     "rankdyna_dense": lambda: RankDyna(keep_ratio=0.8, sensitivity=FirstOrder(), multiple_of=2),
-    "rankdyna_diagonal": lambda: RankDyna(keep_ratio=0.8, sensitivity=KroneckerSensitivity(diagonal=True)),
+    "rankdyna_blocks": lambda: RankDyna(keep_ratio=0.8, sensitivity=KroneckerSensitivity(block_size=8)),
 }
 
 
