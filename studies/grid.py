@@ -67,11 +67,13 @@ class Cells:
         limit = limit_of(task, arguments)
         if limit is not None:
             self._data.append(f"--data.init_args.max_train_samples={limit}")
-        self._data += [f"--data.init_args.seed={seed}", f"--seed_everything={seed}"]
+        self._data.append(f"--data.init_args.seed={seed}")
+        self._task_words = [*self._data] if task.endswith(".yaml") else ["--data=GLUE", *self._data]
+        self._data.append(f"--seed_everything={seed}")
         self._data += [f"--model.init_args.pretrained={arguments.pretrained}"]
         self._data += [f"--model.init_args.optimizer.init_args.lr={arguments.lr}"]
         self._data += [f"--trainer.accelerator={arguments.accelerator}", "--trainer.enable_progress_bar=false"]
-        self.dense = self._fit("dense", self._epochs, [], keep=True)
+        self.dense = self.fit("dense", [], keep=True)
 
     def run(self, asked: Asked) -> Run:
         """The run of one cell."""
@@ -81,19 +83,31 @@ class Cells:
         name = f"{asked.stage}-{asked.method}-{asked.ratio}".replace(" ", "-").replace(",", "")
         start = f"--model.init_args.init_from={self.dense.folder / 'checkpoints' / 'last.ckpt'}"
         if asked.stage == "untuned":
-            logger = f"--trainer.logger.init_args.save_dir={self.folder / 'logs'}"
-            words = ("compress", *RECIPE, *self._data, logger, *method, start, f"--output={self.folder / name}")
-            return Run(self.folder / name, words, self.dense)
+            return self.compress(name, [*method, start])
         if asked.stage == "tuned":
-            return self._fit(name, self._epochs, [*method, start], self.dense)
-        return self._fit(name, self._epochs * (2 if asked.stage == "long_round" else 1), method)
+            return self.fit(name, [*method, start], self.dense)
+        return self.fit(name, method, epochs=self._epochs * (2 if asked.stage == "long_round" else 1))
 
-    def _fit(self, name: str, epochs: int, method: list[str], after: Run | None = None, keep: bool = False) -> Run:
+    @property
+    def data(self) -> list[str]:
+        """The words that name the data alone."""
+        return self._task_words
+
+    def compress(self, name: str, method: list[str], keep: bool = False) -> Run:
+        """Compresses the dense model."""
+        logger = f"--trainer.logger.init_args.save_dir={self.folder / 'logs'}"
+        words = ("compress", *RECIPE, *self._data, logger, *method, f"--output={self.folder / name}")
+        return Run(self.folder / name, words, self.dense, keep)
+
+    def fit(
+        self, name: str, method: list[str], after: Run | None = None, keep: bool = False, epochs: int | None = None
+    ) -> Run:
+        """Trains, for as many epochs as the dense model unless told otherwise."""
         places = {"save_dir": self.folder, "name": name, "version": ""}
         logger = [f"--trainer.logger.init_args.{key}={value}" for key, value in places.items()]
         # A recipe of the method's own comes before the data, and any other word of the method last.
         recipe, options = (method[:2], method[2:]) if method[:1] == ["--config"] else ([], method)
-        length = f"--trainer.max_epochs={epochs}"
+        length = f"--trainer.max_epochs={epochs or self._epochs}"
         return Run(self.folder / name, ("fit", *RECIPE, *recipe, *self._data, length, *logger, *options), after, keep)
 
 

