@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.forks import Forks
+
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(
     path
@@ -134,27 +136,48 @@ def test_words_that_name_no_cell_end_a_grid(word: str, tmp_path: Path, monkeypat
         run(GRID, monkeypatch, "--glue", "nowhere", "--untuned", word, "--output", str(tmp_path))
 
 
-def test_a_grid_does_what_is_missing_and_goes_on_after_a_failure(tiny_bert: str, tmp_path: Path) -> None:
+# Spawned workers would import everything anew.
+FORKING = """
+import multiprocessing, runpy, sys
+forking = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda method: forking
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {folder!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_grid_does_what_is_missing_and_goes_on_after_a_failure(
+    everything_loaded: Forks, tiny_bert: str, tmp_path: Path
+) -> None:
     """As a user runs it: two processes, tasks from a file, and one run that cannot work."""
     rows = "text,label\n" + "".join(f"the w{i % 7} is w{i % 5},{'ab'[i % 2]}\n" for i in range(32))
     (tmp_path / "train.csv").write_text(rows)
     data = {"train": str(tmp_path / "train.csv"), "validation": str(tmp_path / "train.csv"), "batch_size": 8}
     task = tmp_path / "letters.yaml"
     task.write_text(json.dumps({"data": {"class_path": "TextFiles", "init_args": {**data, "max_length": 16}}}))
-    command = [sys.executable, str(GRID), "--glue", "nowhere", "--tasks", str(task), "--pretrained", tiny_bert]
+    command = [
+        "-c",
+        FORKING.format(folder=str(GRID.parent)),
+        str(GRID),
+        "--glue",
+        "nowhere",
+        "--tasks",
+        str(task),
+        "--pretrained",
+        tiny_bert,
+    ]
     command += ["--epochs", "1", "--untuned", "KroneckerSVD:0.5,0.000001", "--tuned", "SVD:0.5", "--workers", "2"]
     command += ["--threads", "1", "--output", str(tmp_path / "out")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = everything_loaded.run(command, ROOT, expected=1)
     out = tmp_path / "out" / "letters-0"
-    assert ended.returncode == 1, ended.stderr
-    assert f"failed: {out / 'untuned-KroneckerSVD-0.000001'}; see" in ended.stdout
+    assert f"failed: {out / 'untuned-KroneckerSVD-0.000001'}; see" in said
     assert "BudgetError" in (out / "untuned-KroneckerSVD-0.000001.log").read_text()
     reports = {path.parent.name for path in out.glob("*/report.json")}
     assert reports == {"dense", "tuned-SVD-0.5", "untuned-KroneckerSVD-0.5"}
     assert {path.parents[1].name for path in out.rglob("*.ckpt")} == {"dense"}
     times = {path: path.stat().st_mtime_ns for path in out.glob("*/report.json")}
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert again.returncode == 1
+    everything_loaded.run(command, ROOT, expected=1)
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/report.json")} == times
 
 

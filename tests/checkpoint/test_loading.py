@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from lowrank_pl.checkpoint import load_model
 from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError
 from lowrank_pl.export import export
 from tests.export.test_export import checkpoint, logits
+from tests.support.forks import Forks
 
 FILES = Path(__file__).parents[1] / "fixtures" / "v1"
 
@@ -27,10 +26,11 @@ print(type(model).__name__, sorted({name for name in sys.modules if name in (
 """
 
 
-def test_from_pretrained_loads_a_model_without_lightning_and_without_the_rooms_that_train() -> None:
-    command = [sys.executable, "-c", LOADED, str(FILES / "exported")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "LowRankBertForSequenceClassification ['lowrank_pl.checkpoint']"
+def test_from_pretrained_loads_a_model_without_lightning_and_without_the_rooms_that_train(
+    transformers_loaded: Forks, tmp_path: Path
+) -> None:
+    said = transformers_loaded.run(["-c", LOADED, str(FILES / "exported")], tmp_path)
+    assert said.splitlines()[-1] == "LowRankBertForSequenceClassification ['lowrank_pl.checkpoint']"
 
 
 def test_a_checkpoint_and_its_exports_are_the_same_model(tiny_bert: str, tmp_path: Path) -> None:

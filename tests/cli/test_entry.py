@@ -15,8 +15,10 @@ from lowrank_pl import __version__
 from lowrank_pl.cli import console, main
 from lowrank_pl.errors.model import UnsupportedModelError
 from lowrank_pl.errors.run import ConstructionError, InterpolationError, OptimizerArgumentsError
+from tests.support.forks import Forks
 from tests.support.tables import write_sst2
 
+NOISE = ("💡", "LeafSpec", "many workers", "Loading weights", "model shards", "dirpath has changed")
 RECIPE = Path(__file__).parents[2] / "configs" / "recipes" / "glue_finetune.yaml"
 
 
@@ -115,16 +117,16 @@ def test_recipes_run_without_a_logger(
     assert not (tmp_path / "report.md").exists()
 
 
-def test_the_console_tells_nothing_that_nobody_can_act_on(arguments: list[str], tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+def test_the_console_tells_nothing_that_nobody_can_act_on(
+    everything_loaded: Forks, arguments: list[str], tmp_path: Path
+) -> None:
     words = ["--config", str(RECIPE), *arguments]
     best = "logs/runs/version_0/checkpoints/best.ckpt"
     verbs = [["fit", *words], ["predict", *words, f"--ckpt_path={best}"]]
-    # One fresh process for both: loading the packages takes longer than the runs.
+    # A new process, as warnings and messages come once. While packages are loaded: tests/test_two_processes.py.
     code = "import sys\nfrom lowrank_pl.cli import console\n"
     code += f"for words in {verbs!r}:\n    sys.argv[1:] = words\n    console()"
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    for noise in ("💡", "LeafSpec", "many workers", "Loading weights", "model shards", "dirpath has changed"):
-        assert noise not in result.stdout + result.stderr
-    assert "predictions: logs/runs/version_1/predictions.jsonl" in result.stdout
+    said = everything_loaded.run(["-c", code], tmp_path)
+    for noise in NOISE:
+        assert noise not in said
+    assert "predictions: logs/runs/version_1/predictions.jsonl" in said

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,10 @@ import pytest
 
 from tests.data import two_processes
 from tests.data.samples import write_sst2
+from tests.support.forks import Forks
 
 
-def test_an_odd_split_is_scored_as_in_one_process(tiny_bert: str, tmp_path: Path) -> None:
+def test_an_odd_split_is_scored_as_in_one_process(everything_loaded: Forks, tiny_bert: str, tmp_path: Path) -> None:
     data = write_sst2(tmp_path / "sst2", validation=15, test=5)
     found: dict[int, list[dict[str, Any]]] = {}
     for devices in (1, 2):
@@ -23,10 +22,8 @@ def test_an_odd_split_is_scored_as_in_one_process(tiny_bert: str, tmp_path: Path
         if devices == 1:
             two_processes.run(folder, tiny_bert, str(data), devices)
         else:
-            command = [sys.executable, str(two_processes.__file__), str(folder), tiny_bert, str(data), str(devices)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-            assert result.returncode == 0, result.stderr[-3000:]
-            assert "replicates" not in result.stderr
+            words = [str(two_processes.__file__), str(folder), tiny_bert, str(data), str(devices)]
+            assert "replicates" not in everything_loaded.run(words, tmp_path, processes=2)
         found[devices] = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(devices)]
     (one,) = found[1]
     assert [sum(rank["batches"]) for rank in found[2]] == [8, 7]

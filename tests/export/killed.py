@@ -1,6 +1,6 @@
 """Exports that kill themselves half way: `killed.py CHECKPOINT FOLDER` makes `FOLDER/POINT/fresh` and `…/over`.
 
-Each export runs in a fork of this process, which has done one itself, so that all imports are paid once.
+Each export runs in a fork of this process, which has done one itself.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from lowrank_pl.export import export, from_pretrained
 from lowrank_pl.tasks import SequenceClassification
 from tests.export.test_export import CLASSES, checkpoint, load_remotely, logits
 from tests.files.test_weight_files import Marker
+from tests.support.forks import Forks
 
 Load = Callable[[Path], Tensor]
 
@@ -251,13 +252,13 @@ def test_the_module_file_is_not_run_here(copy: Callable[[str], Path], form: str,
 
 
 def test_other_files_are_ignored_where_the_package_is_not_installed(
-    copy: Callable[[str], Path], tmp_path: Path
+    transformers_loaded: Forks, copy: Callable[[str], Path], tmp_path: Path
 ) -> None:
     where = copy("shards")
     before = by_from_pretrained(where)
     mark = with_traps(where)
     poisoned(where, "shards")
-    (found,) = load_remotely("AutoModelForSequenceClassification", tmp_path, where)
+    (found,) = load_remotely(transformers_loaded, "AutoModelForSequenceClassification", tmp_path, where)
     assert torch.equal(found, before)
     assert not mark.exists()
 

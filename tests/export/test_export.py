@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies import RankDyna
 from lowrank_pl.surgery import TargetSelector, read_layout, replace_module_
 from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
+from tests.support.forks import Forks
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 from tests.support.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
@@ -79,14 +78,11 @@ for folder in folders:
 """
 
 
-def load_remotely(auto_class: str, tmp_path: Path, *folders: Path) -> list[Tensor]:
+def load_remotely(forks: Forks, auto_class: str, tmp_path: Path, *folders: Path) -> list[Tensor]:
     """The logits of exported folders where this package is not installed; they are saved again beside themselves."""
     for where in folders:
         torch.save(INPUTS, f"{where}-inputs.pt")
-    command = [sys.executable, "-c", REMOTE, auto_class, *map(str, folders)]
-    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    forks.run(["-c", REMOTE, auto_class, *map(str, folders)], tmp_path)
     return [torch.load(f"{where}-logits.pt", weights_only=True) for where in folders]
 
 
@@ -114,13 +110,13 @@ def test_every_family_loads_identically_here(family: str, tmp_path: Path) -> Non
     assert (tmp_path / "again" / "SHA256SUMS").read_text() == (where / "SHA256SUMS").read_text()
 
 
-def test_loads_identically_where_the_package_is_not_installed(tmp_path: Path) -> None:
+def test_loads_identically_where_the_package_is_not_installed(transformers_loaded: Forks, tmp_path: Path) -> None:
     expected, folders = [], []
     for family in ("bert", "albert", "deberta-v2", "modernbert"):
         pretrained = str(save_tiny_model(family, tmp_path / family / "pretrained"))
         expected.append(logits(checkpoint(pretrained, tmp_path / family / "model.ckpt").encoder))
         folders.append(export(str(tmp_path / family / "model.ckpt"), str(tmp_path / family / "out")))
-    found = load_remotely("AutoModelForSequenceClassification", tmp_path, *folders)
+    found = load_remotely(transformers_loaded, "AutoModelForSequenceClassification", tmp_path, *folders)
     for where, given, wanted in zip(folders, found, expected, strict=True):
         assert torch.equal(given, wanted), where
         same_content(where, Path(f"{where}-again"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from lowrank_pl.errors.run import OutputExistsError
 from lowrank_pl.export import export, from_pretrained
 from tests.export.killed import ALWAYS, FRESH, FULL, OVER
 from tests.export.test_export import checkpoint, logits
+from tests.support.forks import Forks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills forks of a process that has loaded torch")
 KILLS = [*((point, kind) for point in ALWAYS for kind in ("fresh", "over"))]
@@ -27,14 +26,11 @@ NEW = {"after-the-rename", "after-the-exchange", "while-removing", "two-renames"
 class Killed:
     """What the killed exports have left."""
 
-    def __init__(self, where: Path, pretrained: str) -> None:
+    def __init__(self, forks: Forks, where: Path, pretrained: str) -> None:
         self.where = where
         self.source = str(where / "model.ckpt")
         self.expected: Tensor = logits(checkpoint(pretrained, where / "model.ckpt").encoder)
-        command = [sys.executable, str(Path(__file__).with_name("killed.py")), self.source, str(where)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
+        forks.run([str(Path(__file__).with_name("killed.py")), self.source, str(where)], where)
 
     def output(self, point: str, kind: str) -> Path:
         return self.where / point / kind / "out"
@@ -48,8 +44,8 @@ class Killed:
 
 
 @pytest.fixture(scope="module")
-def killed(tiny_bert: str, tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    return Killed(tmp_path_factory.mktemp("killed"), tiny_bert)
+def killed(everything_loaded: Forks, tiny_bert: str, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    return Killed(everything_loaded, tmp_path_factory.mktemp("killed"), tiny_bert)
 
 
 def is_old(output: Path) -> bool:

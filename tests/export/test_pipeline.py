@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from transformers import AutoTokenizer
 
 from lowrank_pl.export import export, from_pretrained
 from tests.export.test_export import checkpoint
+from tests.support.forks import Forks
 
 TEXTS = ["a good film", "the awful plot and the great film", "it is on the plot."]
 REMOTE = """
@@ -32,16 +31,13 @@ json.dump(found, open("found.json", "w"), default=float)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_bert: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(transformers_loaded: Forks, tiny_bert: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a model per task under the task's name, and what their pipelines said."""
     where = tmp_path_factory.mktemp("pipeline")
     for task, kind in (("text-classification", "classification"), ("token-classification", "token_classification")):
         checkpoint(tiny_bert, where / f"{kind}.ckpt", kind)
         export(str(where / f"{kind}.ckpt"), str(where / task))
-    environment = {"HF_HOME": str(where / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-c", REMOTE, json.dumps(TEXTS)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    transformers_loaded.run(["-c", REMOTE, json.dumps(TEXTS)], where)
     return where
 
 

@@ -1,8 +1,5 @@
 import enum
 import logging
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +14,7 @@ from torch.nn import functional as F
 
 from lowrank_pl.importance import identity
 from lowrank_pl.importance.identity import own_code, settings
+from tests.support.forks import Forks
 
 
 class Colour(enum.Enum):
@@ -107,8 +105,10 @@ def test_code_of_a_model_is_that_of_its_own_classes_and_the_versions_of_others()
 
 SCRIPT = """
     import sys
+    sys.dont_write_bytecode = True  # variants have the same size and may have the same time
     from lowrank_pl import tasks
     from lowrank_pl.importance import identity
+    print(hash("strings"))
     for folder in {folders!r}:
         sys.path.insert(0, folder)
         import users
@@ -141,8 +141,8 @@ HELPERS = """
 VARIANTS = {"as it is": ("0", 2), "other body": ("1", 2), "other constant": ("0", 3)}
 
 
-def in_a_process(where: Path, seed: int) -> list[str]:
-    """The identities of every variant, and of a task of this package, found by a fresh process."""
+def in_a_process(forks: Forks, where: Path) -> list[str]:
+    """The hash of a string, then identities of every variant and of a task of this package, found by a new process."""
     folders = []
     for name, (body, factor) in VARIANTS.items():
         folder = where / name
@@ -150,14 +150,17 @@ def in_a_process(where: Path, seed: int) -> list[str]:
         (folder / "users.py").write_text(textwrap.dedent(USERS.format(body=body)), encoding="utf-8")
         (folder / "helpers.py").write_text(textwrap.dedent(HELPERS.format(factor=factor)), encoding="utf-8")
         folders.append(str(folder))
-    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONDONTWRITEBYTECODE": "1"}
     script = textwrap.dedent(SCRIPT.format(folders=folders))
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    return forks.run(["-c", script], where).split()
 
 
-def test_code_is_found_again_in_another_process_unless_it_has_changed(tmp_path: Path) -> None:
-    # Both are fresh: in this one other tests may have changed what the classes of this package refer to.
-    first = in_a_process(tmp_path / "a", seed=1)
+def test_code_is_found_again_in_another_process_unless_it_has_changed(
+    everything_loaded: Forks, transformers_loaded: Forks, tmp_path: Path
+) -> None:
+    # Both are new: in this one other tests may have changed what the classes of this package refer to. They differ in
+    # the seed of hashes, and in what they have imported before.
+    order, *first = in_a_process(everything_loaded, tmp_path / "a")
+    other_order, *second = in_a_process(transformers_loaded, tmp_path / "b")
+    assert order != other_order
     assert len(set(first)) == len(VARIANTS) + 1
-    assert in_a_process(tmp_path / "b", seed=2) == first
+    assert second == first

@@ -6,8 +6,6 @@ import itertools
 import json
 import logging
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from lowrank_pl.strategies.rewarming import Rewarming
 from lowrank_pl.surgery import TargetSelector, read_layout, svd_layers
 from lowrank_pl.tasks import SequenceClassification
 from tests.support import rankdyna_processes
+from tests.support.forks import Forks
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
@@ -435,11 +434,12 @@ def test_resuming_a_finished_run_changes_nothing(tiny_bert: str, tmp_path: Path)
 
 
 @either
-def test_two_processes_agree_with_each_other_and_with_one(tiny_bert: str, tmp_path: Path, score: Any) -> None:
+def test_two_processes_agree_with_each_other_and_with_one(
+    everything_loaded: Forks, tiny_bert: str, tmp_path: Path, score: Any
+) -> None:
     rankdyna_processes.run(tmp_path, tiny_bert, 1, score.__name__)
-    command = [sys.executable, str(rankdyna_processes.__file__), str(tmp_path), tiny_bert, "2", score.__name__]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
+    words = [str(rankdyna_processes.__file__), str(tmp_path), tiny_bert, "2", score.__name__]
+    everything_loaded.run(words, tmp_path, processes=2)
     names = ("devices-1-rank-0", "devices-2-rank-0", "devices-2-rank-1")
     one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
     assert len(one) == len(first) == 13

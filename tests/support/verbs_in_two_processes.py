@@ -1,6 +1,6 @@
 """Every verb of the command line, strategy after strategy: `verbs_in_two_processes.py FOLDER PROCESSES ARGUMENTS…`.
 
-One process alone, or two: DDP then starts this script once more. Every process saves what it ended with.
+One process alone, or two with the variables of a launcher. Every process saves what it ended with.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 COMPRESSING = ("svd", "fwsvd", "tfwsvd", "kronecker")
 # All static methods factorise in `fit` as they do in `compress`; one of them trains, whose ranks depend on the data.
 TRAINING = ("none", "kronecker", "rankdyna")
+RESUMED = ("kronecker", "rankdyna")  # what has a state of its own
+EVALUATED = ("rankdyna",)  # samples are divided alike whatever the model is
 found: dict[str, Any] = {}
 
 
@@ -70,10 +72,12 @@ def run(folder: Path, common: list[str], processes: int) -> None:
             runs = folder / "logs" / "runs"
             main(["fit", *base, version("fit")])
             last = f"--ckpt_path={runs / f'{name}-fit' / 'checkpoints' / 'last.ckpt'}"
-            main(["fit", *base, version("resume"), "--trainer.max_epochs=2", last])
-            final = f"--ckpt_path={runs / f'{name}-resume' / 'checkpoints' / 'last.ckpt'}"
-            main(["test", *base, version("test"), final])
-            main(["predict", *base, version("predict"), final])
+            if name in RESUMED:
+                main(["fit", *base, version("resume"), "--trainer.max_epochs=2", last])
+            if name in EVALUATED:
+                final = f"--ckpt_path={runs / f'{name}-resume' / 'checkpoints' / 'last.ckpt'}"
+                main(["test", *base, version("test"), final])
+                main(["predict", *base, version("predict"), final])
         if name in COMPRESSING:
             more = (
                 ["--model.init_args.strategy.init_args.refit=lowrank_pl.strategies.Refit"]

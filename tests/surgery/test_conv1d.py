@@ -21,6 +21,7 @@ from lowrank_pl.surgery import TargetSelector, compact_, conform_, densify_, rea
 from tests.export.test_export import load_remotely
 from tests.export.test_export import logits as logits_of_export
 from tests.importance.reference import assert_same, classification_loss, reference_fisher, single_samples
+from tests.support.forks import Forks
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 from tests.support.tiny import VOCAB, tiny_tokenizer
@@ -114,7 +115,9 @@ def test_fisher_is_that_of_autograd(kind: FisherKind) -> None:
 
 
 @pytest.mark.parametrize("method", [SVD, FWSVD])
-def test_compressed_exported_and_loaded_it_gives_the_same_logits(method: Any, pretrained: str, tmp_path: Path) -> None:
+def test_compressed_exported_and_loaded_it_gives_the_same_logits(
+    transformers_loaded: Forks, method: Any, pretrained: str, tmp_path: Path
+) -> None:
     task = make_task(pretrained, method(keep_ratio=0.5))
     make_trainer(tmp_path, logger=False).compress(task, SyntheticData(size=16), output=str(tmp_path / "small"))
     expected = logits_of_export(task.encoder)
@@ -131,7 +134,7 @@ def test_compressed_exported_and_loaded_it_gives_the_same_logits(method: Any, pr
     again.build()
     assert torch.equal(logits_of_export(again.encoder), expected)
     if method is SVD:
-        (remote,) = load_remotely("AutoModelForSequenceClassification", tmp_path, where)
+        (remote,) = load_remotely(transformers_loaded, "AutoModelForSequenceClassification", tmp_path, where)
         assert torch.equal(remote, expected)
     dense_folder = export(str(tmp_path / "small"), str(tmp_path / "dense"), "dense")
     vanilla_class: Any = GPT2ForSequenceClassification
