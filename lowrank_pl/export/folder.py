@@ -176,7 +176,7 @@ def _check_quantization(format: Format, quantize: Quantization | None, max_shard
         return None
     if quantize == "int8" and format == "onnx":
         return None
-    if quantize in get_args(Scheme) and format != "onnx":
+    if (quantize == "int8_weight_only" or quantize == "int8_dynamic") and format != "onnx":
         if max_shard_size is not None:
             raise RangeError("max_shard_size", max_shard_size, "null with quantize, which writes one file")
         check_torchao(f"export --quantize {quantize}")

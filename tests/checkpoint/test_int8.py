@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
-from lowrank_pl.checkpoint import from_pretrained, int8, is_quantized, quantize_
+from lowrank_pl.checkpoint import from_pretrained, is_quantized, quantize_
 from lowrank_pl.checkpoint.int8 import int8_weights, stored_bytes
 from lowrank_pl.errors.model import (
     CheckpointMismatchError,
@@ -33,7 +33,7 @@ FILE = "model_int8.safetensors"
 
 
 def without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
 
 def model() -> Any:

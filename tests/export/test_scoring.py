@@ -23,7 +23,7 @@ from lowrank_pl.surgery import ModelLayout
 from tests.export.test_export import checkpoint
 from tests.support.runs import make_task, make_trainer
 from tests.support.synthetic import SyntheticData
-from tests.support.tiny import save_tiny_model, tiny_config
+from tests.support.tiny import VOCAB, save_tiny_model, tiny_config
 
 WORDS = ("good", "bad", "film", "plot", "great", "awful")
 
@@ -85,8 +85,14 @@ def test_classes_by_hand() -> None:
 
 def test_a_drop_up_to_max_drop_is_allowed_and_a_gain_always() -> None:
     data = Told(size=40)
-    right, wrong = (lambda: Predicting(data, set())), (lambda: Predicting(data, {1, 2}))
     scores = scoring("classification")
+
+    def right() -> Run:
+        return Predicting(data, set())
+
+    def wrong() -> Run:
+        return Predicting(data, {1, 2})
+
     drop = scores.compare(right(), wrong())["drop"]
     assert scores.compare(right(), wrong(), max_drop=drop)["max_drop"] == drop
     assert scores.compare(wrong(), right(), max_drop=0)["drop"] == pytest.approx(-drop)
@@ -157,35 +163,30 @@ def test_the_scores_of_a_file_are_those_of_validate(format: Any, tmp_path: Path)
         assert f"| accuracy | {found['before']['accuracy']:.4f} |" in (out / name).read_text()
 
 
-def test_a_drop_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drop_and_data_of_another_task_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrained = str(save_tiny_model("bert", tmp_path / "pretrained", layers=1))
     checkpoint(pretrained, tmp_path / "model.ckpt")
-    files = data_files(tmp_path / "data")
-    # Scores everything as the class that comes first.
-    monkeypatch.setattr("lowrank_pl.export.folder.as_written", lambda folder, saved: _Constant())
-    options: dict[str, Any] = {"format": "dense", "max_drop": 0.0, "overwrite": True}
-    for labels, error in ((("bad", "good"), ScoreDropError), (("good", "bad"), CheckpointMismatchError)):
+    files: dict[str, Any] = dict(data_files(tmp_path / "data"))
+    source, out = str(tmp_path / "model.ckpt"), tmp_path / "out"
+    turned = ["good", "bad"]
+    with pytest.raises(CheckpointMismatchError, match="in the order"):
+        export(source, str(out), data=lambda words: TextFiles(words, label_names=turned, **files))
+    good = torch.tensor([VOCAB[word] for word in WORDS[1::2]])  # as the first words of the texts are labelled
 
-        def data(words: str, names: Any = labels) -> TextFiles:
-            return TextFiles(words, label_names=list(names), metrics=("matthews",), **files)  # type: ignore[arg-type]
+    def run(model: Any) -> Run:
+        written = getattr(model, "is_written", False)
+        return lambda inputs: F.one_hot(torch.isin(inputs["input_ids"][:, 1], good).long() * (not written), 2).float()
 
-        if error is ScoreDropError:
-            monkeypatch.setattr("lowrank_pl.export.folder.in_torch", _better_than_constant)
-        with pytest.raises(error):
-            export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), data=data, **options)
-        assert not list(tmp_path.glob("*out*"))
+    def read_back(folder: Path, saved: SavedModel) -> Any:
+        model = torch.nn.Identity()
+        model.is_written = True  # type: ignore[assignment]
+        return model
 
-
-class _Constant(torch.nn.Module):
-    """Says the same of every text."""
-
-
-def _better_than_constant(model: Any) -> Run:
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        value = 0 if isinstance(model, _Constant) else 1
-        return torch.stack([torch.full((len(inputs["input_ids"]),), 0.5), value * inputs["input_ids"][:, 1] / 60.0], 1)
-
-    return run
+    monkeypatch.setattr("lowrank_pl.export.folder.as_written", read_back)
+    monkeypatch.setattr("lowrank_pl.export.folder.in_torch", run)
+    with pytest.raises(ScoreDropError, match=r"scores 0\.5000 and the model 1\.0000 .*allowed is max_drop=0\.4"):
+        export(source, str(out), data=lambda words: TextFiles(words, **files), max_drop=0.4)
+    assert not list(tmp_path.glob("*out*"))
 
 
 @pytest.mark.parametrize(
