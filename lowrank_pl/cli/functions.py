@@ -19,7 +19,7 @@ from lowrank_pl.export import export
 
 FUNCTIONS: dict[str, Callable[..., Path]] = {"export": export, "benchmark": benchmark}
 _CONFIG = "--config"
-_OF_A_RUN = {"model", "trainer"}
+_OF_A_RUN = {"model", "trainer", "seed_everything"}
 """Keys that the configuration of a run has, and that of a function has not."""
 
 
