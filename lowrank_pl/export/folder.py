@@ -49,6 +49,8 @@ Quantization = Literal["int8", "int8_weight_only", "int8_dynamic"]
 
 logger = logging.getLogger(__name__)
 
+_OF_AN_EXPORT = ("onnx", "int8", "export_scores")
+"""Entries that an export adds to the report of a run: those of an earlier one say nothing of this."""
 _REPORT = "Give a report.json that a run has written with --report, or remove the damaged one."
 
 
@@ -227,7 +229,7 @@ def _read_report(place: Path) -> dict[str, Any]:
         raise MissingArgumentError(f"a readable report in {str(place)!r} ({error})", _REPORT) from error
     if not isinstance(found, dict):
         raise MissingArgumentError(f"a report in {str(place)!r}", _REPORT)
-    return found
+    return {name: entry for name, entry in found.items() if name not in _OF_AN_EXPORT}
 
 
 def check_tokenizer(words: PreTrainedTokenizerBase, config: PreTrainedConfig, source: str) -> None:
