@@ -56,8 +56,8 @@ def benchmark(
     Run it with nothing else running. benchmark.json is written as times come in; a stopped run leaves what it has.
 
     Args:
-        models: Checkpoints, output folders of `compress`, exported folders, or dense models as `pretrained` names
-            them. The first is what the others are compared with.
+        models: Checkpoints, output folders of `compress`, exported folders (those in int8 with `eager` and
+            `compile`), or dense models as `pretrained` names them. The first is what the others are compared with.
         output: A new or empty folder: benchmark.md, benchmark.json, benchmark.png and, with `layers`, latency.json (the
             times of layers at the largest batch and length, for `cost: Latency` of a strategy).
         batch_sizes: Texts per call.
@@ -187,7 +187,7 @@ def _load(path: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def _circumstances(work: Workload, models: dict[str, str]) -> dict[str, Any]:
     name = torch.cuda.get_device_name(work.device) if work.device.startswith("cuda") else _cpu()
-    packages = ("torch", "transformers", "onnxruntime")
+    packages = ("torch", "transformers", "onnxruntime", "torchao")
     return {
         "device": f"{work.device} ({name})",
         "dtype": str(work.dtype).removeprefix("torch."),

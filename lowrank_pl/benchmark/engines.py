@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_pl.checkpoint import ONNX_NAME
+from lowrank_pl.checkpoint import ONNX_NAME, is_quantized
 from lowrank_pl.errors.run import EngineError, MissingArgumentError
 from lowrank_pl.export.int8 import quantize_int8
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
@@ -55,11 +55,15 @@ def check_runs(name: str, model: PreTrainedModel, engines: list[Engine], inputs:
     """Runs a model once.
 
     Raises:
-        MissingArgumentError: it has no logits, which a file for onnxruntime is compared by.
+        MissingArgumentError: it has no logits, which a file for onnxruntime is compared by, or is in eight bits.
     """
+    in_onnxruntime = any(engine in engines for engine in ONNXRUNTIME)
+    if in_onnxruntime and is_quantized(model):
+        remedy = "It is in int8 for torch: name the model that it was exported from, or use --engines eager."
+        raise MissingArgumentError(f"the float weights of {name!r}, for onnxruntime", remedy)
     with torch.inference_mode():
         output = model(**inputs)
-    if any(engine in engines for engine in ONNXRUNTIME) and "logits" not in output:
+    if in_onnxruntime and "logits" not in output:
         remedy = "It is an encoder without a head: name a fine-tuned model, or leave onnxruntime out of --engines."
         raise MissingArgumentError(f"the head of {name!r}, for onnxruntime", remedy)
 

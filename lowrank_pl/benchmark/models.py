@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from lowrank_pl.checkpoint.int8 import stored_bytes
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.hub import longest_input
 
@@ -32,10 +33,15 @@ def inputs_for(model: PreTrainedModel, batch_size: int, length: int) -> dict[str
 def count_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
     """Floating-point operations of the matrix products of one forward pass, attention's included."""
     # The fused attention of CPUs is not counted; the plain one is.
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._int_mm: _of_whole_numbers})
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(**inputs)
     return int(counter.get_total_flops())
+
+
+def _of_whole_numbers(left: Sequence[int], right: Sequence[int], *_: object, **__: object) -> int:
+    """Operations of a product `[m, k] [k, n]` in eight bits, counted as those of one in float."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 def peak_memory(model: PreTrainedModel, run: Callable[[], object]) -> int | None:
@@ -52,5 +58,5 @@ def peak_memory(model: PreTrainedModel, run: Callable[[], object]) -> int | None
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Memory of parameters and buffers; a tied one counts once."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Memory of parameters and buffers, in eight bits where they are; a tied one counts once."""
+    return sum(stored_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))

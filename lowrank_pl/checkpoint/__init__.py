@@ -4,6 +4,7 @@ from lowrank_pl.checkpoint.building import auto_class_making, auto_class_of, bui
 from lowrank_pl.checkpoint.entries import LAYOUT_KEY, describe, from_checkpoint
 from lowrank_pl.checkpoint.factorised import factorised_class
 from lowrank_pl.checkpoint.folders import CHECKPOINT_NAME, ONNX_NAME
+from lowrank_pl.checkpoint.int8 import Scheme, check_torchao, is_quantized, quantize_
 from lowrank_pl.checkpoint.loading import from_pretrained, load_model
 from lowrank_pl.checkpoint.reading import (
     check_loadable,
@@ -19,19 +20,23 @@ __all__ = [
     "LAYOUT_KEY",
     "ONNX_NAME",
     "SavedModel",
+    "Scheme",
     "auto_class_making",
     "auto_class_of",
     "build",
     "check_loadable",
     "check_resumable",
     "check_state",
+    "check_torchao",
     "describe",
     "factorised_class",
     "from_checkpoint",
     "from_pretrained",
+    "is_quantized",
     "load_model",
     "name_in_transformers",
     "outline",
+    "quantize_",
     "read_saved_model",
     "saved_at_budget",
     "saved_layout",

@@ -19,6 +19,7 @@ from lowrank_pl.surgery import CompressionRecord, ModelLayout, current_names
 LAYOUT_KEY = "lowrank_layout"
 TASK_KEY = "lowrank_task"
 BASE_KEY = "lowrank_base"
+INT8_KEY = "lowrank_int8"
 
 _BEFORE_IT_WAS_TOLD: dict[TargetKind, str] = {
     "classification": "AutoModelForSequenceClassification",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lowrank_pl.checkpoint.entries import BASE_KEY, LAYOUT_KEY
+from lowrank_pl.checkpoint.entries import BASE_KEY, INT8_KEY, LAYOUT_KEY
+from lowrank_pl.checkpoint.int8 import is_quantized, plain_tensors, told_of
 from lowrank_pl.checkpoint.module_file import MODULE, class_name, module_text
+from lowrank_pl.errors.model import NotSavableError
 from lowrank_pl.files.checksums import write_checksums
-from lowrank_pl.files.weight_files import remove_superseded
+from lowrank_pl.files.weight_files import INT8, remove_superseded
 from lowrank_pl.surgery import read_layout
 
 
@@ -21,7 +24,16 @@ class _Factorised:
     """Name of the Auto class by which its folder loads where this package is not installed."""
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """As transformers', with the layout in config.json, the module file beside it, and checksums of the weights."""
+        """As transformers', with the layout in config.json, the module file beside it, and checksums of the weights.
+
+        A model in eight bits is written as one file that `from_pretrained` of this package alone reads.
+        """
+        if is_quantized(self):  # type: ignore[arg-type]
+            if kwargs.get("push_to_hub"):
+                raise NotSavableError(type(self).__name__, "in int8 it is not uploaded on the way; upload the folder")
+            if is_main_process:
+                _write_int8(self, Path(save_directory))
+            return
         self.config.update(config_fields(self))  # type: ignore[attr-defined]
         # Names of today, those of the layout: transformers would write some families' weights under names of the past.
         kwargs.setdefault("save_original_format", False)
@@ -41,10 +53,24 @@ class _Factorised:
         write_checksums(folder)
 
 
+def _write_int8(model: Any, folder: Path) -> None:
+    """Writes config.json, the numbers and scales, and their checksums."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.update(config_fields(model))
+    model.config.architectures = [type(model).__name__]  # as save_pretrained does
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    save_file(plain_tensors(model), folder / INT8, metadata={"format": "pt"})
+    write_checksums(folder)
+
+
 def config_fields(model: Any) -> dict[str, Any]:
     """What the config.json of a factorised model needs beyond the architecture's own fields."""
     base = _base_of(model)
     fields = {BASE_KEY: base, LAYOUT_KEY: read_layout(model).to_dict()}
+    if is_quantized(model):  # no module file: transformers finds no weights, and takes no random ones
+        return {**fields, INT8_KEY: told_of(model)}
     return fields if model.made_by is None else {**fields, "auto_map": {model.made_by: f"{MODULE}.{class_name(base)}"}}
 
 

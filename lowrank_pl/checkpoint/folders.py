@@ -8,11 +8,12 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING
 from transformers import __version__ as transformers_version
 
-from lowrank_pl.checkpoint.entries import LAYOUT_KEY, auto_class_in, config_of
+from lowrank_pl.checkpoint.entries import INT8_KEY, LAYOUT_KEY, auto_class_in, config_of
+from lowrank_pl.checkpoint.int8 import assembled, problem_with
 from lowrank_pl.checkpoint.saved import SavedModel
 from lowrank_pl.errors.model import NotACheckpointError
 from lowrank_pl.files.checksums import verify_checksums
-from lowrank_pl.files.weight_files import weight_files
+from lowrank_pl.files.weight_files import int8_files, weight_files
 from lowrank_pl.surgery import ModelLayout, current_names
 
 CHECKPOINT_NAME = "model.ckpt"
@@ -28,7 +29,8 @@ def read_folder(folder: Path, argument: str) -> SavedModel:
 
     Raises:
         NotACheckpointError, DamagedWeightsError, LayoutVersionError: see `read_saved_model`.
-        CheckpointMismatchError: the index of the weights and the shards disagree.
+        CheckpointMismatchError: the index of the weights and the shards disagree, or config.json and numbers in int8.
+        MissingPackagesError: it is in int8 and torchao is not installed.
     """
     config_file = folder / "config.json"
     if not config_file.exists() or (folder / ONNX_NAME).exists():
@@ -47,7 +49,10 @@ def read_folder(folder: Path, argument: str) -> SavedModel:
         raise NotACheckpointError(str(folder), problem, argument)
     told = fields.pop(LAYOUT_KEY, None)
     layout = ModelLayout.from_dict(told) if told is not None else None
-    files = weight_files(folder, argument)
+    int8 = fields.pop(INT8_KEY, None)
+    if int8 is not None and (problem := problem_with(int8)):
+        raise NotACheckpointError(str(folder), problem, argument)
+    files = weight_files(folder, argument) if int8 is None else int8_files(folder, argument)
     verify_checksums(folder, files.names)
     files.check_index()
     tokenizer = str(folder.absolute())
@@ -56,5 +61,9 @@ def read_folder(folder: Path, argument: str) -> SavedModel:
             str(folder), config_of(fields), ModelLayout({}), {}, dense_folder=str(folder), tokenizer=tokenizer
         )
     state = current_names(files.read(), told)
-    made_by = auto_class_in(fields)
-    return SavedModel(str(folder), config_of(fields), layout, state, tokenizer=tokenizer, auto_class=made_by)
+    if int8 is not None:
+        state = assembled(state, int8, str(folder))
+    made_by, scheme = auto_class_in(fields), None if int8 is None else int8["scheme"]
+    return SavedModel(
+        str(folder), config_of(fields), layout, state, tokenizer=tokenizer, auto_class=made_by, scheme=scheme
+    )

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from lowrank_pl.checkpoint.int8 import Scheme, is_int8
 from lowrank_pl.contract import TargetSpec
-from lowrank_pl.errors.model import CheckpointMismatchError
+from lowrank_pl.errors.model import CheckpointMismatchError, QuantizedModelError
 from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, conform_
 
 ENCODER_PREFIX = "encoder."
@@ -30,6 +31,7 @@ class SavedModel:
         tokenizer: Where its tokenizer is, as in `resolve_pretrained`, where the file tells.
         auto_class: Name of the class of transformers that makes it, such as `"AutoModelForMaskedLM"`; `None` where the
             file does not tell, as a dense folder.
+        scheme: What is in eight bits, where layers are; `state` has their weights as tensors of torchao.
         dense_folder: A Hugging Face folder whose weights are still to be read, by its own loader; `state` is empty.
     """
 
@@ -42,6 +44,7 @@ class SavedModel:
     dense_folder: str | None = None
     tokenizer: str | None = None
     auto_class: str | None = None
+    scheme: Scheme | None = None
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -50,6 +53,11 @@ class SavedModel:
             return self.target.label_names
         labels = {int(index): name for index, name in (self.config.id2label or {}).items()}
         return tuple(labels[index] for index in sorted(labels)) if len(labels) > 1 else ()
+
+    def check_float(self, asked_by: str) -> None:
+        """Raises `QuantizedModelError` where layers are in eight bits and their weights are needed."""
+        if self.scheme is not None:
+            raise QuantizedModelError(self.source, asked_by)
 
     def compacted(self) -> SavedModel:
         """The same with layers in a form of training brought to the form that is deployed."""
@@ -73,7 +81,11 @@ class SavedModel:
         conform_(encoder, self.layout, self.source)
         state = {**self.state, **_tied(encoder, self.state)}
         check_state(encoder.state_dict(), state, self.source)
-        encoder.load_state_dict(state)
+        int8 = {name: tensor for name, tensor in state.items() if is_int8(tensor)}
+        for name, tensor in int8.items():  # not copied: that would round the scales of the parameters that are there
+            layer = encoder.get_submodule(name.rpartition(".")[0])
+            layer.weight = nn.Parameter(tensor, requires_grad=False)
+        encoder.load_state_dict({name: state[name] for name in state.keys() - int8.keys()}, strict=False)
 
 
 def _tied(encoder: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -80,6 +80,7 @@ def _complaints(message: str) -> Iterator[_Complaint]:
             continue
         elif text.startswith(_STRUCTURE) or text == "Expected a <class 'NoneType'>":
             continue
+        text = re.sub(r"^Type .+ expects a function or a callable class: (.*?)(?:\. Got value: .*)?$", r"\1", text)
         values = {kind: value for _, kind, value in above}
         keys = tuple(value for _, kind, value in above if kind == "key")
         yield _Complaint(text, keys, values.get("owner"), values.get("base"), depth)

@@ -257,12 +257,23 @@ class OnnxMismatchError(LowRankError):
 
 
 class QuantizationError(LowRankError):
-    """An ONNX file cannot be brought to eight bits."""
+    """A model or an ONNX file cannot be brought to eight bits."""
 
     def __init__(self, model: str, problem: str) -> None:
         super().__init__(
-            f"the ONNX file of {model} was not brought to int8: {problem}; nothing was written. Leave --quantize out "
-            "(of benchmark: the engine onnxruntime-int8) for the same file in float32."
+            f"{model} was not brought to int8: {problem}; nothing was written. Leave --quantize out (of benchmark: the "
+            "engine onnxruntime-int8) for the same model in float32."
+        )
+
+
+class QuantizedModelError(LowRankError):
+    """A model in eight bits is given where the weights themselves are needed."""
+
+    def __init__(self, source: str, asked_by: str) -> None:
+        super().__init__(
+            f"{source!r} is in int8, and {asked_by} needs the weights from which it was rounded: they are not in it. "
+            "Allowed are validate, test, predict, inspect, benchmark and from_pretrained. Give the checkpoint or the "
+            "folder that it was exported from."
         )
 
 

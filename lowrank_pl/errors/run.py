@@ -225,6 +225,17 @@ class MissingPackagesError(LowRankError):
         )
 
 
+class ScoreDropError(LowRankError):
+    """An exported file scores worse than the model by more than is allowed."""
+
+    def __init__(self, metric: str, before: float, after: float, drop: float, allowed: float, samples: int) -> None:
+        super().__init__(
+            f"the exported file scores {after:.4f} and the model {before:.4f} ({metric}, {samples:,} samples of the "
+            f"validation split): worse by {drop:.4f}, allowed is max_drop={allowed:g}; nothing was written. Raise "
+            "--max_drop, or leave --quantize out."
+        )
+
+
 class NotFactorisedError(LowRankError):
     """A model that should be scored as compressed has no factorised layer."""
 

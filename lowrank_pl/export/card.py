@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lowrank_pl import __version__
-from lowrank_pl.checkpoint import SavedModel
+from lowrank_pl.checkpoint import SavedModel, is_quantized
+from lowrank_pl.export.scoring import score_lines
 from lowrank_pl.files.checksums import CHECKSUMS
 from lowrank_pl.monitoring.report import kept_lines
 from lowrank_pl.nn import forms_in
@@ -21,7 +22,8 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
     Args:
         model: As it is written.
         saved: Where it came from.
-        report: Of the run that made it; may be empty. With `onnx`, what `write_onnx` returned.
+        report: Of the run that made it; may be empty. With `onnx`, what `write_onnx` returned, `int8` where torchao has
+            quantised it, and `export_scores` where it was scored.
         form: `"factorised"`, `"dense"` or `"onnx"`.
     """
     assert saved.target is not None
@@ -53,8 +55,14 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
         lines += [f"* {name} {version}" for name, version in report.get("versions", {}).items()]
     if form == "onnx":
         lines += _onnx_lines(report["onnx"])
-    if form == "factorised":
+    elif "int8" in report:
+        lines += _int8_loading_lines(report["int8"])
+    elif form == "factorised":
         lines += _loading_lines(model)
+    else:
+        lines += _dense_loading_lines(saved.auto_class or "AutoModel")
+    if "export_scores" in report:
+        lines += ["", "## Scores of this file", "", *score_lines(report["export_scores"])]
     lines += _closing_lines(model)
     return "\n".join([*lines, ""])
 
@@ -69,7 +77,8 @@ def plain_card(model: PreTrainedModel) -> str:
     lines = ["---", "library_name: transformers", "tags:", "- low-rank", "---", ""]
     lines += [f"# {model.config.model_type}, low-rank", ""]
     lines += [f"* parameters: {total:,}", f"* written by lowrank_pl {__version__}"]
-    return "\n".join([*lines, *_loading_lines(model), *_closing_lines(model), ""])
+    loading = _torchao_lines() if is_quantized(model) else _loading_lines(model)
+    return "\n".join([*lines, *loading, *_closing_lines(model), ""])
 
 
 def _loading_lines(model: PreTrainedModel) -> list[str]:
@@ -80,6 +89,38 @@ def _loading_lines(model: PreTrainedModel) -> list[str]:
         *("or, without running code of this folder,", "", "```python"),
         *("from lowrank_pl import from_pretrained", "", 'model = from_pretrained("…")', "```"),
     ]
+
+
+def _dense_loading_lines(auto: str) -> list[str]:
+    imported = f"from transformers import {auto}"
+    return ["", "```python", imported, "", f'model = {auto}.from_pretrained("…")', "```"]
+
+
+def _torchao_lines() -> list[str]:
+    needs = 'Needs torchao (`pip install "lowrank-pl[torchao]"`); transformers itself does not load it:'
+    return [
+        *("", needs, "", "```python"),
+        *("from lowrank_pl import from_pretrained", "", 'model = from_pretrained("…")', "```"),
+    ]
+
+
+def _int8_loading_lines(told: Mapping[str, Any]) -> list[str]:
+    activations = "activations as it runs" if told["scheme"] == "int8_dynamic" else "products in float"
+    return [
+        f"* int8: {_sizes(told)} of parameters; weights of {told['layers']} linear layers in eight bits, {activations}",
+        _distance_line(told),
+        *_torchao_lines(),
+    ]
+
+
+def _sizes(told: Mapping[str, Any]) -> str:
+    before, after = (size / 1e6 for size in told["bytes"])
+    return f"{after:,.1f} MB instead of {before:,.1f} MB"
+
+
+def _distance_line(told: Mapping[str, Any]) -> str:
+    agreement = "" if told["agreement"] is None else f", {told['agreement']:.1%} of the largest logits are the same"
+    return f"* on random tokens logits are {told['relative_difference']:.1%} of their size away from float32{agreement}"
 
 
 def _closing_lines(model: PreTrainedModel) -> list[str]:
@@ -129,13 +170,8 @@ def _int8_lines(told: Mapping[str, Any]) -> list[str]:
     if "int8" not in told:
         return []
     int8 = told["int8"]
-    before, after = (size / 1e6 for size in int8["bytes"])
-    agreement = "" if int8["agreement"] is None else f", {int8['agreement']:.1%} of the largest logits are the same"
     bits = "seven bits, for any processor" if int8["reduce_range"] else "eight bits, for processors with VNNI and ARM"
-    return [
-        f"* int8: {after:,.1f} MB instead of {before:,.1f} MB; weights in {bits}, activations as it runs",
-        f"* on random tokens logits are {int8['relative_difference']:.1%} of their size away from float32{agreement}",
-    ]
+    return [f"* int8: {_sizes(int8)}; weights in {bits}, activations as it runs", _distance_line(int8)]
 
 
 def _auto_class(model: PreTrainedModel) -> str:

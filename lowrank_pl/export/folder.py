@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -11,13 +12,32 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.checkpoint import SavedModel, build, factorised_class, read_saved_model
+from lowrank_pl.checkpoint import (
+    ONNX_NAME,
+    SavedModel,
+    Scheme,
+    build,
+    check_torchao,
+    factorised_class,
+    read_saved_model,
+)
+from lowrank_pl.checkpoint.int8 import is_int8
 from lowrank_pl.errors.model import CheckpointMismatchError, NonFiniteWeightsError, NotACheckpointError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
 from lowrank_pl.export.card import model_card
 from lowrank_pl.export.int8 import quantize_int8
+from lowrank_pl.export.int8_layers import QuantizedLayers
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
+from lowrank_pl.export.scoring import (
+    DataFactory,
+    Scoring,
+    as_written,
+    check_scoring,
+    in_onnxruntime,
+    in_torch,
+    score_lines,
+)
 from lowrank_pl.files import OutputFolder
 from lowrank_pl.files.checksums import write_checksums
 from lowrank_pl.hub import load_tokenizer
@@ -25,10 +45,12 @@ from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.surgery import densify_
 
 Format = Literal["factorised", "factored", "dense", "onnx"]
-Quantization = Literal["int8"]
+Quantization = Literal["int8", "int8_weight_only", "int8_dynamic"]
 
 logger = logging.getLogger(__name__)
 
+_OF_AN_EXPORT = ("onnx", "int8", "export_scores")
+"""Entries that an export adds to the report of a run: those of an earlier one say nothing of this."""
 _REPORT = "Give a report.json that a run has written with --report, or remove the damaged one."
 
 
@@ -41,6 +63,9 @@ def export(
     overwrite: bool = False,
     max_shard_size: str | None = None,
     quantize: Quantization | None = None,
+    data: DataFactory | None = None,
+    max_drop: float | None = None,
+    max_samples: int | None = None,
 ) -> Path:
     """Writes a trained model as a folder that Hugging Face tools load.
 
@@ -56,8 +81,16 @@ def export(
         overwrite: Replace a folder that exists, with everything that is in it.
         max_shard_size: Split larger weights into files of at most this size, e.g. `"5GB"`, in KB, MB, GB or TB; by
             default that of transformers. A single tensor is never split.
-        quantize: `int8` brings an ONNX file to eight bits, embeddings included: a quarter of the size, and other
-            logits. How far away is measured on random tokens; score the file on your data before you use it.
+        quantize: `int8` brings an ONNX file to eight bits, embeddings included: a quarter of the size. A folder
+            (`factorised` or `dense`) becomes one for torchao (extra `torchao`) that `lowrank_pl.from_pretrained`,
+            `init_from` and `benchmark` read: `int8_weight_only` stores the linear layers of the blocks in eight bits
+            and computes in float, `int8_dynamic` also multiplies in eight bits. Neither can be trained. How far logits
+            are from float32 on random tokens is measured; `data` tells what that means.
+        data: A datamodule, as for other verbs (`--data GLUE --data.init_args.task MRPC`, or the configuration of a run
+            by `--config`): the written file and the model are scored on its validation split. From Python, a function
+            that makes it for a tokenizer, such as `lambda words: GLUE(words, task="MRPC")`.
+        max_drop: By how much the score of the written file may be worse, in its unit; more is an error.
+        max_samples: Score on so many samples at most.
 
     Returns:
         The folder.
@@ -66,17 +99,19 @@ def export(
         NotACheckpointError, LayoutVersionError: `ckpt_path` holds no model of this package.
         OutputExistsError, OutputNotWritableError: see `output` and `overwrite`.
         MissingArgumentError: the tokenizer cannot be found.
-        RangeError: `format` or `quantize` is none of these, or `max_shard_size` is no size.
-        CheckpointMismatchError: the tokenizer has tokens that the model has no embedding for.
+        RangeError: `format` or `quantize` is none of these, or `max_shard_size` is no size; see also `max_drop`.
+        CheckpointMismatchError: the tokenizer has tokens that the model has no embedding for, or data of another task.
         NonFiniteWeightsError: a weight is NaN or Inf.
         MissingPackagesError, OnnxExportError, OnnxMismatchError: see `onnx`, which is written only if onnxruntime
             computes what torch does.
         QuantizationError: see `quantize`.
+        QuantizedModelError: `ckpt_path` is in eight bits.
+        ScoreDropError: see `max_drop`.
     """
     if format not in get_args(Format):
         raise RangeError("format", format, ", ".join(map(repr, get_args(Format))))
-    if quantize is not None and (quantize not in get_args(Quantization) or format != "onnx"):
-        raise RangeError("quantize", quantize, "'int8' with format 'onnx', or null")
+    scheme = _check_quantization(format, quantize, max_shard_size)
+    check_scoring(data, max_drop, max_samples)
     if format == "onnx":
         check_packages("export --format onnx")
     form = "factorised" if format == "factored" else format
@@ -85,6 +120,7 @@ def export(
     folder.check()
     _check_apart(source, folder.path)
     saved = read_saved_model(ckpt_path, "export --ckpt_path")
+    saved.check_float("export")
     if saved.target is None:
         raise NotACheckpointError(saved.source, "it does not tell what it predicts", "export --ckpt_path")
     told = _report_of(source, report)
@@ -92,9 +128,14 @@ def export(
     check_finite_weights(encoder, ckpt_path)
     words = load_tokenizer(_tokenizer_of(saved, tokenizer))
     check_tokenizer(words, saved.config, saved.source)
+    scoring = None if data is None else Scoring(saved, data, _tokenizer_of(saved, tokenizer), max_samples)
+    changed = format == "dense" or scheme is not None
+    original = copy.deepcopy(encoder) if scoring is not None and changed else encoder
     if format == "dense":
         densify_(encoder)
-    kind = factorised_class(type(encoder), saved.auto_class) if form == "factorised" else type(encoder)
+    layers = None if scheme is None else QuantizedLayers(encoder, scheme)
+    own = form == "factorised" or scheme is not None
+    kind = factorised_class(type(encoder), saved.auto_class) if own else type(encoder)
     encoder = _as(kind, encoder, saved)
     with folder.written_whole() as temporary:
         if format == "onnx":
@@ -104,14 +145,46 @@ def export(
         else:
             encoder.save_pretrained(temporary, **sharding)
         write_checksums(temporary)
+        if layers is not None:
+            told = {**told, "int8": layers.compare(temporary)}
+        if scoring is not None:
+            written = (
+                in_onnxruntime(temporary / ONNX_NAME) if format == "onnx" else in_torch(as_written(temporary, saved))
+            )
+            told = {**told, "export_scores": scoring.compare(in_torch(original), written, max_drop)}
         words.save_pretrained(temporary)
         card = model_card(encoder, saved, told, form)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if told:
             (temporary / "report.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        if scores := told.get("export_scores"):
+            text = "\n".join(
+                [f"# export: {scores['task']}, {format} {quantize or ''}".rstrip(), "", *score_lines(scores)]
+            )
+            (temporary / "report.md").write_text(f"{text}\n", encoding="utf-8")
         if saved.compression is not None:
             save_rank_picture(saved.compression.layers, temporary / "ranks.png")
     return folder.path
+
+
+def _check_quantization(format: Format, quantize: Quantization | None, max_shard_size: str | None) -> Scheme | None:
+    """What torchao quantises, if anything.
+
+    Raises:
+        RangeError: the format has no such quantisation, or a file in eight bits is to be split.
+        MissingPackagesError: torchao is not installed.
+    """
+    if quantize is None:
+        return None
+    if quantize == "int8" and format == "onnx":
+        return None
+    if (quantize == "int8_weight_only" or quantize == "int8_dynamic") and format != "onnx":
+        if max_shard_size is not None:
+            raise RangeError("max_shard_size", max_shard_size, "null with quantize, which writes one file")
+        check_torchao(f"export --quantize {quantize}")
+        return quantize
+    schemes = " or ".join(map(repr, get_args(Scheme)))
+    raise RangeError("quantize", quantize, f"'int8' with format 'onnx', {schemes} with the others, or null")
 
 
 def _check_apart(source: Path, folder: Path) -> None:
@@ -156,7 +229,7 @@ def _read_report(place: Path) -> dict[str, Any]:
         raise MissingArgumentError(f"a readable report in {str(place)!r} ({error})", _REPORT) from error
     if not isinstance(found, dict):
         raise MissingArgumentError(f"a report in {str(place)!r}", _REPORT)
-    return found
+    return {name: entry for name, entry in found.items() if name not in _OF_AN_EXPORT}
 
 
 def check_tokenizer(words: PreTrainedTokenizerBase, config: PreTrainedConfig, source: str) -> None:
@@ -187,7 +260,8 @@ def check_finite_weights(model: PreTrainedModel, source: str) -> None:
         NonFiniteWeightsError: a parameter contains NaN or Inf.
     """
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        values: Any = parameter
+        if not bool(torch.isfinite(values.scale if is_int8(parameter) else values).all()):
             raise NonFiniteWeightsError(source, name)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint import ONNX_NAME
 from lowrank_pl.errors.model import QuantizationError
-from lowrank_pl.export.onnx_file import model_inputs, open_session, outputs_of, quiet, shapes_to_compare
+from lowrank_pl.export.onnx_file import OPSET, model_inputs, open_session, outputs_of, quiet, shapes_to_compare
 from lowrank_pl.hub import first_line
 
 # Half of the logits' size: eight bits cost a trained model a few per cent, and a broken one all of it.
@@ -37,30 +39,49 @@ def quantize_int8(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         logits (`None` for a single output).
 
     Raises:
-        QuantizationError: onnxruntime cannot quantise or run the file, or the logits are too far away.
+        QuantizationError: the file is of another opset, onnxruntime cannot quantise or run it, or the logits are too
+            far away.
+        OSError: the disk is full, for instance.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    name, path, small = type(model).__name__, folder / ONNX_NAME, folder / "int8.onnx"
+    name, path, small = f"the ONNX file of {type(model).__name__}", folder / ONNX_NAME, folder / "int8.onnx"
+    _check_opset(name, path)
     before = _bytes(folder)
     reduced = needs_reduced_range()
     try:
         with quiet():
             quantize_dynamic(path, small, per_channel=True, reduce_range=reduced, weight_type=QuantType.QInt8)
+    except OSError:
+        raise  # a full disk, say, which whoever makes the folder tells
     except Exception as error:  # of onnx or onnxruntime; they have no common base
         raise QuantizationError(name, f"onnxruntime cannot quantise it ({first_line(error)})") from error
     for old in folder.glob(f"{ONNX_NAME}*"):  # with the weights beside it, where one file could not hold them
         old.unlink()
     small.rename(path)
-    return {"bytes": [before, _bytes(folder)], "reduce_range": reduced, **_compare(model, path)}
+    return {"bytes": [before, _bytes(folder)], "reduce_range": reduced, **_compare(model, path, name)}
 
 
 def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob(f"{ONNX_NAME}*"))
 
 
-def _compare(model: PreTrainedModel, path: Path) -> dict[str, Any]:
-    name = type(model).__name__
+def _check_opset(name: str, path: Path) -> None:
+    """Raises an error for a file that another exporter has written: what is quantised in it was never tried."""
+    import onnx
+
+    try:
+        imports = onnx.load(str(path), load_external_data=False).opset_import
+    except OSError:
+        raise
+    except Exception as error:  # of protobuf, which has a class of its own in every release
+        raise QuantizationError(name, f"it cannot be read ({first_line(error)})") from error
+    found = {entry.domain or "ai.onnx": entry.version for entry in imports}
+    if found.get("ai.onnx") != OPSET:
+        raise QuantizationError(name, f"it is written in the operators {found}, allowed is opset {OPSET} of 'ai.onnx'")
+
+
+def _compare(model: PreTrainedModel, path: Path, name: str) -> dict[str, Any]:
     try:
         session = open_session(path)
         pairs = []
@@ -71,6 +92,22 @@ def _compare(model: PreTrainedModel, path: Path) -> dict[str, Any]:
             pairs.append((outputs_of(session, inputs), expected))
     except Exception as error:  # of onnxruntime; see above
         raise QuantizationError(name, f"onnxruntime does not run it ({first_line(error)})") from error
+    return distance_told(pairs, name)
+
+
+def distance_told(pairs: Sequence[tuple[Tensor, Tensor]], name: str) -> dict[str, Any]:
+    """How far logits are from those in float32.
+
+    Args:
+        pairs: Logits and those in float32, classes last.
+        name: Of what computes them, for messages.
+
+    Returns:
+        `relative_difference` and `agreement`; see `quantize_int8`.
+
+    Raises:
+        QuantizationError: they are too far away.
+    """
     found, expected = (torch.cat([logits.flatten(0, -2) for logits in side]) for side in zip(*pairs, strict=True))
     difference = float((found - expected).norm() / expected.norm().clamp(min=1e-12))
     if not difference <= ALLOWED:  # also for NaN

@@ -14,6 +14,8 @@ from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+INT8 = "model_int8.safetensors"
+"""Numbers of eight bits and their scales. No other loader finds it, which would take the numbers for the weights."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,18 @@ class WeightFiles:
         folder: Where they lie.
         shards: By file name the tensors that the index places there; `None` where one file holds all.
         argument: By which the user named the folder, for messages.
+        single: Name of the file that holds all.
     """
 
     folder: Path
     shards: dict[str, frozenset[str]] | None = None
     argument: str = "init_from"
+    single: str = SINGLE
 
     @property
     def names(self) -> list[str]:
         """Names of all files, the index included."""
-        return [SINGLE] if self.shards is None else [*sorted(self.shards), INDEX]
+        return [self.single] if self.shards is None else [*sorted(self.shards), INDEX]
 
     def check_index(self) -> None:
         """Compares the index with the names of the tensors in the shards, without reading their values.
@@ -60,7 +64,7 @@ class WeightFiles:
             NotACheckpointError: a file cannot be read.
         """
         state: dict[str, Tensor] = {}
-        for name in [SINGLE] if self.shards is None else sorted(self.shards):
+        for name in [self.single] if self.shards is None else sorted(self.shards):
             try:
                 state.update(load_file(self.folder / name))
             except (SafetensorError, OSError) as error:
@@ -93,6 +97,17 @@ def weight_files(folder: Path, argument: str = "init_from") -> WeightFiles:
         problem = f"{INDEX} names {missing[0]!r}, which is missing ({len(missing)} of {len(shards)} files are)"
         raise NotACheckpointError(str(folder), f"{problem}; copy the folder again", argument)
     return WeightFiles(folder, shards, argument)
+
+
+def int8_files(folder: Path, argument: str = "init_from") -> WeightFiles:
+    """The file of a folder in eight bits; see `weight_files`.
+
+    Raises:
+        NotACheckpointError: it is not there.
+    """
+    if not (folder / INT8).is_file():
+        raise NotACheckpointError(str(folder), f"its config.json tells of int8, and it has no {INT8}", argument)
+    return WeightFiles(folder, argument=argument, single=INT8)
 
 
 def remove_superseded(folder: Path) -> None:

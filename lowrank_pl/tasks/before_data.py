@@ -11,10 +11,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_pl.checkpoint import SavedModel, outline, read_saved_model
+from lowrank_pl.checkpoint import SavedModel, is_quantized, outline, read_saved_model
 from lowrank_pl.contract import AdoptsTarget, ForetellsTarget, TargetKind, TargetSpec
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.model import ModelFolderError
+from lowrank_pl.errors.model import ModelFolderError, QuantizedModelError
 from lowrank_pl.errors.run import TargetKindError
 from lowrank_pl.hub import check_supported, load_config, require_weights
 from lowrank_pl.strategies import CompressionStrategy
@@ -58,7 +58,10 @@ def check_before_data(task: Task, trainer: pl.Trainer) -> None:
     expected = datamodule.expected_target if isinstance(datamodule, ForetellsTarget) else None
     if expected is not None:
         check_kind(task, expected)
-    if trainer.state.fn != TrainerFn.FITTING or task.is_built:
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    if task.is_built:
+        _check_float(task.encoder, "fit")
         return
     check_monitor_modes(trainer, expected)
     if task.init_from is None and task.pretrained is not None:
@@ -96,6 +99,7 @@ def check_plan(
         LowRankError: what the plan raises, and what is wrong with a checkpoint or a configuration.
     """
     if ckpt_path is None and task.is_built:
+        _check_float(task.encoder, "compression")
         plan(task.encoder)
         return
     refused: list[LowRankError] = []
@@ -122,6 +126,7 @@ def _outlines(task: Task, ckpt_path: str | None, expected: TargetSpec | None) ->
     source = ckpt_path or task.init_from
     if source is not None:
         saved = read_saved_model(source, "init_from" if ckpt_path is None else "--ckpt_path")
+        saved.check_float("training or compression")
         if expected is not None and _is_complete(expected):
             check_same_target(saved, expected)
         yield outline(task.auto_class, saved.config, saved)
@@ -132,6 +137,12 @@ def _outlines(task: Task, ckpt_path: str | None, expected: TargetSpec | None) ->
             heads = [{"num_labels": count} for count in (_FEW, _MANY)]
         for head in heads:
             yield outline(task.auto_class, load_config(task.pretrained, **head))
+
+
+def _check_float(encoder: nn.Module, asked_by: str) -> None:
+    """Raises `QuantizedModelError` for a model in eight bits."""
+    if is_quantized(encoder):
+        raise QuantizedModelError(type(encoder).__name__, asked_by)
 
 
 def _is_complete(target: TargetSpec) -> bool:

@@ -82,7 +82,16 @@ class ScoredModule(ScheduledModule, ABC):
         self._log_metrics("test")
 
     def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
-        logits, labels = self(batch).float(), batch["labels"]
+        self.add_to_scores(stage, self(batch).float(), batch["labels"])
+
+    def add_to_scores(self, stage: str, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch to the loss and the metrics, whatever has computed its logits.
+
+        Args:
+            stage: `"val"` or `"test"`, whose epoch has started.
+            logits: Of the batch, in float32.
+            labels: Likewise.
+        """
         loss = self.training_loss(logits, labels)
         self._losses[stage].update(loss, len(labels))
         self._metrics[stage].update(*self.metric_inputs(logits, labels))
@@ -96,16 +105,18 @@ class ScoredModule(ScheduledModule, ABC):
         # Not self.log with sync_dist: it averages the counts of unequal shards as integers.
         self._losses[stage] = MeanMetric().to(self.device)
 
-    def _log_metrics(self, stage: str) -> None:
+    def scores(self, stage: str) -> dict[str, Tensor]:
+        """`loss`, every metric and `score` of the batches that an epoch has seen so far, over all processes."""
         assert self.target is not None
-        self._log_computed(f"{stage}/loss", self._losses[stage].compute(), prog_bar=True)
-        values = self._metrics[stage].compute()
-        for name, value in values.items():
-            self._log_computed(f"{stage}/{name}", value)
-        found = score(self.target, values)
-        self._log_computed(f"{stage}/score", found, prog_bar=True)
+        values: dict[str, Tensor] = self._metrics[stage].compute()
+        return {"loss": self._losses[stage].compute(), **values, "score": score(self.target, values)}
+
+    def _log_metrics(self, stage: str) -> None:
+        found = self.scores(stage)
+        for name, value in found.items():
+            self._log_computed(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))
         if stage == "val":
-            self._log_score_at_budget(found)
+            self._log_score_at_budget(found["score"])
 
     def _log_computed(self, name: str, value: Tensor | float, prog_bar: bool = False, logger: bool = True) -> None:
         """Logs what torchmetrics has reduced over processes already: the same number on each of them."""

@@ -15,6 +15,7 @@ from onnxruntime.quantization import quantize_dynamic
 from lowrank_pl.cli import main
 from lowrank_pl.errors.model import QuantizationError
 from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.run import OutputNotWritableError
 from lowrank_pl.export import export, int8
 
 pytestmark = pytest.mark.usefixtures("onnx_once")
@@ -81,6 +82,30 @@ def test_logits_that_are_far_away_leave_no_folder(
     with pytest.raises(QuantizationError, match=r"of their size away, allowed is .*Leave --quantize out"):
         exported(flat_checkpoint, tmp_path, quantize="int8")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_of_another_opset_or_none_at_all_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "model.onnx"
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)]), place)
+    with pytest.raises(QuantizationError, match=r"operators \{'ai\.onnx': 13\}, allowed is opset 18"):
+        int8.quantize_int8(torch.nn.Identity(), tmp_path)  # type: ignore[arg-type]
+    place.write_bytes(b"no such thing")
+    with pytest.raises(QuantizationError, match="it cannot be read"):
+        int8.quantize_int8(torch.nn.Identity(), tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_full_disk_is_told_as_such_and_leaves_no_folder(
+    flat_checkpoint: Flat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path, **kwargs: Any) -> None:
+        target.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", full)
+    with pytest.raises(OutputNotWritableError, match="No space left"):
+        exported(flat_checkpoint, tmp_path, quantize="int8")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_failure_of_the_quantiser_leaves_no_folder(

@@ -1,0 +1,220 @@
+"""What an exported file is worth on a user's data: its scores beside those of the model that it was made of."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, PearsonCorrCoef
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from lowrank_pl.checkpoint import SavedModel, build, read_saved_model
+from lowrank_pl.checkpoint.building import auto_class_of
+from lowrank_pl.contract import TargetSpec
+from lowrank_pl.data import TextDataModule
+from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.run import MissingArgumentError, ScoreDropError
+from lowrank_pl.export.onnx_file import open_session, outputs_of
+from lowrank_pl.tasks import EncoderTask, MaskedLM, SequenceClassification, TokenClassification
+from lowrank_pl.tasks.before_data import tell_target
+from lowrank_pl.tasks.compatibility import check_same_target
+from lowrank_pl.tasks.metrics import lower_is_better
+
+DataFactory = Callable[[str], TextDataModule]
+"""Makes a datamodule for the tokenizer of a model."""
+Run = Callable[[Mapping[str, Tensor]], Tensor]
+"""Logits of a batch without labels."""
+
+_TASKS = (SequenceClassification, TokenClassification, MaskedLM)
+_SPLIT = "validation"
+_ROUNDING = 1e-6
+"""Of scores in float32: a drop that is exactly what is allowed must not fail."""
+
+
+def check_scoring(data: object, max_drop: float | None, max_samples: int | None) -> None:
+    """Raises an error for options of the scores that cannot be followed.
+
+    Raises:
+        RangeError: `max_drop` is negative or no number, or `max_samples` below 1.
+        MissingArgumentError: one of them is given without data.
+    """
+    if max_drop is not None and not 0 <= max_drop < math.inf:
+        raise RangeError("max_drop", max_drop, "0 or more, in the unit of the score")
+    if max_samples is not None and max_samples < 1:
+        raise RangeError("max_samples", max_samples, "1 or more, or null for all")
+    for name, value in (("max_drop", max_drop), ("max_samples", max_samples)):
+        if data is None and value is not None:
+            remedy = "Name them with --data (and --data.init_args…), or the configuration of a run with --config."
+            raise MissingArgumentError(f"what {name} is measured on, the data,", remedy)
+
+
+class Scoring:
+    """Scores two ways of computing a model's logits on the validation split of some data.
+
+    Args:
+        saved: The model that is exported; says what it predicts.
+        data: Makes the datamodule.
+        tokenizer: Of the model.
+        max_samples: Score on so many samples at most, the first of the split's fixed random order.
+
+    Raises:
+        CheckpointMismatchError: the model predicts something else than the data ask for.
+        MissingSplitError: there is no validation split; and whatever else data raise.
+    """
+
+    def __init__(self, saved: SavedModel, data: DataFactory, tokenizer: str, max_samples: int | None = None) -> None:
+        assert saved.target is not None
+        self._data = data(tokenizer)
+        self._kind = next(task for task in _TASKS if saved.target.kind in task.kinds)
+        tell_target(self._task(saved.target), self._data)
+        self._data.prepare_data()
+        self._data.setup("validate")
+        self.target: TargetSpec = self._data.target
+        check_same_target(saved, self.target)
+        size = self._data.split(_SPLIT).num_rows
+        self.samples = size if max_samples is None else min(size, max_samples)
+
+    def compare(self, before: Run, after: Run, max_drop: float | None = None) -> dict[str, Any]:
+        """Scores both, showing the progress.
+
+        Args:
+            before: The model.
+            after: The file.
+            max_drop: By how much the score of the file may be worse.
+
+        Returns:
+            For report.json: `before` and `after` with loss, metrics and score, `drop` (positive where the file is
+            worse), and how far predictions agree: `agreement`, the share of equal classes, or for values their
+            `correlation` and `mean_distance`; data, number of samples and `max_drop`.
+
+        Raises:
+            ScoreDropError: the file is worse by more than `max_drop`.
+        """
+        tasks = {"before": self._task(self.target), "after": self._task(self.target)}
+        agreement = _Agreement(self.target.kind == "regression")
+        for task in tasks.values():
+            task.on_validation_epoch_start()
+        for inputs, labels in self._batches():
+            found = {"before": before(inputs).float(), "after": after(inputs).float()}
+            for side, task in tasks.items():
+                task.add_to_scores("val", found[side], labels)
+            first, second = (tasks[side].predictions(found[side]) for side in found)
+            agreement.add(first, second, labels)
+        told = {side: {k: float(v) for k, v in task.scores("val").items()} for side, task in tasks.items()}
+        old, new = (told[side]["score"] for side in told)
+        drop = new - old if lower_is_better(self.target) else old - new
+        metric = self.target.score or " + ".join(self.target.metrics)
+        if max_drop is not None and not drop <= max_drop + _ROUNDING:  # also for NaN
+            raise ScoreDropError(metric, old, new, drop, max_drop, self.samples)
+        return {
+            "task": self.target.name,
+            "metric": metric,
+            "split": _SPLIT,
+            "samples": self.samples,
+            "fingerprint": self._data.fingerprint,
+            **told,
+            "drop": drop,
+            "max_drop": max_drop,
+            **agreement.told(),
+        }
+
+    def _task(self, target: TargetSpec) -> EncoderTask:
+        task = self._kind()
+        task.target = target
+        return task
+
+    def _batches(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        left = self.samples
+        with tqdm(total=left, desc="Scores", unit="samples", file=sys.stdout) as bar:
+            for batch in self._data.val_dataloader():
+                cut = {name: tensor[:left] for name, tensor in batch.items()}
+                labels = cut.pop("labels")
+                yield cut, labels
+                bar.update(len(labels))
+                left -= len(labels)
+                if left <= 0:
+                    return
+
+
+class _Agreement:
+    """How far the predictions of two models agree on labelled texts, or tokens."""
+
+    def __init__(self, of_values: bool) -> None:
+        self._of_values = of_values
+        self._mean = MeanMetric()
+        self._correlation = PearsonCorrCoef()
+
+    def add(self, first: Tensor, second: Tensor, labels: Tensor) -> None:
+        """Adds the predictions of a batch."""
+        if self._of_values:
+            self._mean.update((first - second).abs())
+            self._correlation.update(first, second)
+        else:
+            labelled = labels != -100
+            self._mean.update((first == second)[labelled].float())
+
+    def told(self) -> dict[str, float]:
+        """For report.json."""
+        mean = float(self._mean.compute())
+        if not self._of_values:
+            return {"agreement": mean}
+        return {"correlation": float(self._correlation.compute()), "mean_distance": mean}
+
+
+def in_torch(model: nn.Module) -> Run:
+    """What a model computes."""
+
+    @torch.inference_mode()
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        logits: Tensor = model(**inputs).logits
+        return logits
+
+    return run
+
+
+def in_onnxruntime(path: Path) -> Run:
+    """What an ONNX file computes."""
+    session = open_session(path)
+    wanted = [value.name for value in session.get_inputs()]
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        zeros = torch.zeros_like(inputs["input_ids"])  # token types, where the tokenizer makes none
+        return outputs_of(session, {name: inputs.get(name, zeros) for name in wanted})
+
+    return run
+
+
+def as_written(folder: Path, saved: SavedModel) -> PreTrainedModel:
+    """The model of a folder that was just written, read back."""
+    return build(read_saved_model(str(folder)), auto_class_of(saved))
+
+
+def score_lines(scores: Mapping[str, Any]) -> list[str]:
+    """The same for people: a sentence on the data, a table, and how far predictions agree."""
+    before, after = scores["before"], scores["after"]
+    rows = [f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" for name in before]
+    allowed = "" if scores["max_drop"] is None else f", allowed was {scores['max_drop']:g}"
+    if "agreement" in scores:
+        agreement = f"* predictions: {scores['agreement']:.2%} are the same"
+    else:
+        told = f"correlation {scores['correlation']:.4f}, mean distance {scores['mean_distance']:.4f}"
+        agreement = f"* predictions: {told}"
+    return [
+        f"{scores['task']}, {scores['samples']:,} samples of the {scores['split']} split (data fingerprint "
+        f"`{scores['fingerprint']}`); the score is {scores['metric']}:",
+        "",
+        "| | model | this file |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"* the score is {abs(scores['drop']):.4f} {'worse' if scores['drop'] > 0 else 'better'}{allowed}"
+        if scores["drop"]
+        else f"* the score is the same{allowed}",
+        agreement,
+    ]
