@@ -177,6 +177,7 @@ _ALLOWED = {  # by the argument that names the path
     "--ckpt_path": (_CHECKPOINT,),
     "export --ckpt_path": (_CHECKPOINT, _COMPRESSED),
     "init_from": (_CHECKPOINT, _COMPRESSED, "a Hugging Face folder"),
+    "distillation.teacher": (_CHECKPOINT, _COMPRESSED, "an exported or other Hugging Face folder", "pkg://…", "self"),
     "--models": (_CHECKPOINT, _COMPRESSED, "an exported folder", "a dense model as pretrained names it"),
     "pretrained": ("a hub id", "a Hugging Face folder", "pkg://module/folder"),
     "from_pretrained": ("a folder that export has written in the factorised form",),

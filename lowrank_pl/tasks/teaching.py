@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -21,15 +20,10 @@ def read_teacher(asked: Distillation) -> SavedModel:
 
     Raises:
         NotACheckpointError, DamagedWeightsError, LayoutVersionError: see `read_saved_model`.
-        PackageModelError, HubUnreachableError: it is nowhere.
+        PackageModelError: an installed package does not carry it.
     """
     path = asked.teacher
-    if not Path(path).expanduser().exists():
-        source = resolve_pretrained(path)
-        if not Path(source).is_dir():
-            return SavedModel(path, load_config(path), ModelLayout({}), {}, dense_folder=path, tokenizer=path)
-        path = source
-    return read_saved_model(path, "distillation.teacher")
+    return read_saved_model(resolve_pretrained(path) if path.startswith("pkg://") else path, "distillation.teacher")
 
 
 def load_teacher(

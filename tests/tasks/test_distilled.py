@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lowrank_pl.contract import TargetKind
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import CalibrationError, ResumeMismatchError
+from lowrank_pl.monitoring.report import build_report, to_markdown
 from lowrank_pl.strategies import SVD, CompressionStrategy, RankDyna
 from lowrank_pl.strategies.averaging import averaged_models
 from lowrank_pl.strategies.calibration import loss_identity
@@ -101,6 +102,9 @@ def test_the_log_tells_the_parts_and_val_loss_stays_the_tasks(dense: str, tmp_pa
     parts = 0.25 * metrics["train/task_loss"] + 0.5 * metrics["train/distillation"] + 2 * metrics["train/hidden_states"]
     assert metrics["train/loss"] == pytest.approx(float(parts), rel=1e-5)
     assert min(metrics["train/distillation"], metrics["train/hidden_states"]) > 1e-5
+    report = build_report(task, "fit", "val", {}, 1.0)
+    assert report["distillation"] == task.distillation.options()
+    assert "* distillation: teacher self, temperature 3, " in to_markdown(report)
     scored = make_trainer(tmp_path).validate(task, SyntheticData(), verbose=False)
     assert scored[0]["val/loss"] == pytest.approx(float(metrics["val/loss"]), abs=1e-6)
 
@@ -273,8 +277,12 @@ def test_other_features(dense: str, tmp_path: Path) -> None:
     )
     assert task.compression.keep_ratio <= 0.5
     assert all(bool(torch.isfinite(p).all()) for p in task.parameters())
+
+
+def test_compiled(dense: str, tmp_path: Path) -> None:
+    torch._dynamo.reset()
     task = student(dense, Distillation(), SVD(keep_ratio=0.5))
     model: Any = torch.compile(task, backend="eager")
-    run = fit(model, tmp_path, max_epochs=1)
+    run = fit(model, tmp_path, limit_train_batches=1, limit_val_batches=0)
     torch._dynamo.reset()
     assert run.callback_metrics["train/hidden_states"] > 0
