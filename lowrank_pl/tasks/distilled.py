@@ -121,12 +121,13 @@ class DistilledModule(CheckpointedModule, ABC):
             loss = loss + asked.hidden_states * term
         return loss
 
-    # It cannot be compiled, and need not.
-    @torch.compiler.disable
-    def _ask(self, teacher: Teacher, batch: dict[str, Tensor], deep: bool) -> tuple[Tensor, Sequence[Tensor]]:
+    def _asked(self, teacher: Teacher, batch: dict[str, Tensor], deep: bool) -> tuple[Tensor, Sequence[Tensor]]:
         """What the teacher makes of a batch, from memory where it was asked before."""
         known = self._taught.find(batch) if self._taught is not None else None
         return teacher(batch, deep) if known is None else (known, ())
+
+    # A compiler would look into a model that is no part of the one that it compiles.
+    _ask = torch.compiler.disable(_asked)
 
     def on_train_start(self) -> None:
         """Asks the teacher once for all, where that is wanted; see `CheckpointedModule`."""

@@ -126,6 +126,7 @@ def _lacks_head(made_by: Any, config: Any) -> bool:
 
 
 def _check_target(teacher: str, saved: SavedModel, target: TargetSpec) -> None:
+    kind: str
     ours = _told(target.kind, target.label_names)
     if saved.target is not None:
         kind, names = saved.target.kind, saved.target.label_names
