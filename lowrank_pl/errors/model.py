@@ -324,6 +324,15 @@ class TeacherError(LowRankError):
         )
 
     @classmethod
+    def reads_less(cls, teacher: str, limit: int, length: int) -> TeacherError:
+        """The error for a teacher that cannot read the longest samples."""
+        return cls(
+            teacher,
+            f"it reads {limit} tokens, the samples have up to {length}",
+            f"Set data.init_args.max_length: {limit} or less.",
+        )
+
+    @classmethod
     def built_otherwise(cls, teacher: str, theirs: str, ours: str) -> TeacherError:
         """The error for hidden states that cannot be compared."""
         return cls(

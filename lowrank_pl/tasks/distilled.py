@@ -80,11 +80,18 @@ class DistilledModule(CheckpointedModule, ABC):
             return  # of an earlier training of the same encoder
         self._taught = None
         if asked.teacher != SELF:
-            self._teacher = load_teacher(asked, self.auto_class, self.encoder.config, self._tokenizer(), self.target)
+            reads = self.encoder.config, self._tokenizer(), self.target, self._max_length()
+            self._teacher = load_teacher(asked, self.auto_class, *reads)
         else:
             source = getattr(self, "init_from", None) or self.pretrained or type(self.encoder).__name__
             check_can_teach_itself(source, read_layout(self.encoder), self.freshly_initialised_head)
             self._teacher = Teacher(copy.deepcopy(self.encoder))
+
+    def _max_length(self) -> int | None:
+        """Tokens of the longest samples, where the data tell."""
+        datamodule = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
+        length = getattr(datamodule, "max_length", None)
+        return length if isinstance(length, int) else None
 
     @abstractmethod
     def model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

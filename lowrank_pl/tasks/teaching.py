@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lowrank_pl.checkpoint import SavedModel, build, read_saved_model
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import HubUnreachableError, ModelFolderError, PackageModelError, TeacherError
-from lowrank_pl.hub import load_config, load_tokenizer, resolve_pretrained
+from lowrank_pl.hub import load_config, load_tokenizer, longest_input, resolve_pretrained
 from lowrank_pl.surgery import ModelLayout
 from lowrank_pl.tasks.distillation import SELF, Distillation
 from lowrank_pl.tasks.teacher import Teacher
@@ -27,7 +27,12 @@ def read_teacher(asked: Distillation) -> SavedModel:
 
 
 def load_teacher(
-    asked: Distillation, made_by: Any, student: Any, tokenizer: str | None, target: TargetSpec | None
+    asked: Distillation,
+    made_by: Any,
+    student: Any,
+    tokenizer: str | None,
+    target: TargetSpec | None,
+    max_length: int | None = None,
 ) -> Teacher:
     """The teacher that is asked for by its place, if it can teach.
 
@@ -37,15 +42,19 @@ def load_teacher(
         student: The configuration of that model.
         tokenizer: Where its tokenizer is, if that is known.
         target: What the data ask for.
+        max_length: Tokens of the longest samples, where the data tell.
 
     Raises:
-        TeacherError: see `check_teacher`.
+        TeacherError: see `check_teacher`; or it cannot read samples that long.
         LowRankError: whatever `read_teacher` and `build` raise.
     """
     saved = read_teacher(asked)
     check_teacher(asked, saved, target, student, tokenizer)
     with isolate_rng():
-        return Teacher(build(saved, made_by))
+        model = build(saved, made_by)
+    if max_length is not None and max_length > (limit := longest_input(model)):
+        raise TeacherError.reads_less(asked.teacher, limit, max_length)
+    return Teacher(model)
 
 
 def check_teacher(

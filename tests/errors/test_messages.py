@@ -93,6 +93,7 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (TeacherError.factorised("m"), ["'self'", "'m'", "factorised already"], "checkpoint of the dense model"),
     (TeacherError.predicts_otherwise("m", "a", "b"), ["'m'", "predicts a", "ask for b"], "fine-tune one on these data"),
     (TeacherError.reads_otherwise("m", "it has 3 tokens"), ["'m'", "it has 3 tokens"], "model.init_args.pretrained"),
+    (TeacherError.reads_less("m", 8, 9), ["'m'", "reads 8 tokens", "up to 9"], "max_length: 8"),
     (TeacherError.built_otherwise("m", "3 blocks", "2 blocks"), ["'m'", "3 blocks", "2 blocks"], "hidden_states: 0"),
     (ShapeError("weight", (3,), "[out, in]"), ["weight", "(3,)"], "[out, in]"),
     (RankError(9, 4), ["9", "4"], "smaller rank"),

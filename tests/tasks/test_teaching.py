@@ -96,6 +96,13 @@ def test_other_shapes_count_for_hidden_states_alone(tiny_bert: str, tmp_path: Pa
     fit(make_task(tiny_bert, distillation=Distillation(deep, hidden_states=0)), tmp_path)
 
 
+def test_a_teacher_that_cannot_read_the_longest_samples(tiny_bert: str, dense: str, tmp_path: Path) -> None:
+    data: Any = SyntheticData()
+    data.max_length = 129
+    with pytest.raises(TeacherError, match="reads 128 tokens, the samples have up to 129"):
+        make_trainer(tmp_path).fit(make_task(tiny_bert, distillation=Distillation(dense)), datamodule=data)
+
+
 def test_another_tokenizer(tiny_bert: str, dense: str, tmp_path: Path) -> None:
     """Of the same size, with two tokens exchanged; one that is not there any more is told by its size alone."""
     folder = save_tiny_model("bert", tmp_path / "other")
