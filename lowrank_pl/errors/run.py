@@ -124,14 +124,22 @@ class LabelsError(LowRankError):
 
 
 class ResumeMismatchError(LowRankError):
-    """A checkpoint to resume from was written with other ranks or targets."""
+    """A checkpoint to resume from was written with other ranks or targets, or with another teacher."""
 
-    def __init__(self, difference: str) -> None:
+    def __init__(
+        self,
+        difference: str,
+        what: str = "the checkpoint's factorised layers differ from what the strategy prepared",
+    ) -> None:
         super().__init__(
-            f"--ckpt_path resumes a run, but the checkpoint's factorised layers differ from what the "
-            f"strategy prepared: {difference}. Resume with the run's own configuration (its config.yaml), or "
-            "start a new run from the weights with --model.init_args.init_from."
+            f"--ckpt_path resumes a run, but {what}: {difference}. Resume with the run's own configuration (its "
+            "config.yaml), or start a new run from the weights with --model.init_args.init_from."
         )
+
+    @classmethod
+    def of_teacher(cls, difference: str) -> ResumeMismatchError:
+        """The error for a run that learned from something else."""
+        return cls(difference, "it learned from something else than model.init_args.distillation says")
 
 
 class TargetKindError(LowRankError):

@@ -20,6 +20,7 @@ from lowrank_pl.files import replace_text
 from lowrank_pl.nn import dense_shape, forms_in
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord, TargetSelector
+from lowrank_pl.tasks import Distillation
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics")
 
@@ -83,6 +84,7 @@ def build_report(
         "metrics": values,
         "method": record.method,
         "options": record.options,
+        **_distillation(task, verb),
         "parameters": parameters,
         "keep_ratio": parameters["targeted_kept"] / dense if dense else 1.0,
         "cost": _cost(record, parameters),
@@ -115,6 +117,12 @@ def build_report(
     }
     finite: dict[str, Any] = _finite(report)
     return finite
+
+
+def _distillation(task: pl.LightningModule, verb: str) -> dict[str, Any]:
+    """What a training has learned from besides its labels; nothing without a teacher."""
+    asked = getattr(task, "distillation", None)
+    return {"distillation": asked.options()} if isinstance(asked, Distillation) and verb == "fit" else {}
 
 
 def _cost(record: CompressionRecord, parameters: Mapping[str, int]) -> dict[str, Any] | None:
@@ -196,6 +204,9 @@ def _score_lines(report: Mapping[str, Any]) -> list[str]:
     if report["metric"] is None and report["score"] is None:
         return []
     lines = [f"* score ({report['metric']}, {report['split']}): **{_number(report['score'])}**"]
+    if "distillation" in report:
+        told = ", ".join(f"{name} {value}" for name, value in report["distillation"].items())
+        lines.append(f"* distillation: {told}")
     if "score_dense" in report:
         lines.append(f"* score before compression: {_number(report['score_dense'])}")
     return lines

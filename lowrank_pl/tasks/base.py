@@ -24,14 +24,15 @@ from lowrank_pl.surgery import ModelLayout, read_layout
 from lowrank_pl.tasks import optimization
 from lowrank_pl.tasks.before_data import check_before_data, check_kind, tell_target
 from lowrank_pl.tasks.callbacks import check_callbacks
-from lowrank_pl.tasks.checkpointed import CheckpointedModule
 from lowrank_pl.tasks.compatibility import check_same_architecture, check_same_target
+from lowrank_pl.tasks.distillation import Distillation
+from lowrank_pl.tasks.distilled import DistilledModule
 from lowrank_pl.tasks.encoder_first import EncoderFirst
 
 logger = logging.getLogger(__name__)
 
 
-class EncoderTask(CheckpointedModule, ABC):
+class EncoderTask(DistilledModule, ABC):
     """Fine-tunes any Hugging Face encoder, factorised or not.
 
     The encoder is built in `configure_model`, when the data have told what to predict. A checkpoint holds the
@@ -49,6 +50,7 @@ class EncoderTask(CheckpointedModule, ABC):
         scheduler: Makes the learning-rate scheduler, stepped after every optimizer step. By default linear warm-up
             and linear decay to zero.
         warmup: Share of all steps that the default scheduler warms up for, `0 <= warmup < 1`.
+        distillation: A teacher to learn from beside the labels, see `Distillation`; none by default.
     """
 
     kinds: ClassVar[tuple[TargetKind, ...]]
@@ -56,6 +58,7 @@ class EncoderTask(CheckpointedModule, ABC):
         "pretrained",
         "init_from",
         "strategy",
+        "distillation",
         "target",
         "compression",
         "freshly_initialised_head",
@@ -72,6 +75,8 @@ class EncoderTask(CheckpointedModule, ABC):
         "_restored_tokenizer",
         "_scheduled_steps",
         "_found_lr",
+        "_teacher",
+        "_taught",
     )
     """Attributes that losses do not depend on: a measurement made with others is found again in the Fisher cache."""
 
@@ -83,10 +88,11 @@ class EncoderTask(CheckpointedModule, ABC):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-5, weight_decay=0.01, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         warmup: float = 0.1,
+        distillation: Distillation | None = None,
     ) -> None:
         # A lambda, the form of a default that the command line can show and override, cannot be pickled.
         picklable = optimization.default_optimizer if optimizer is _DEFAULT_OPTIMIZER else optimizer
-        super().__init__(pretrained, strategy or NoCompression(), picklable, scheduler, warmup)
+        super().__init__(distillation, pretrained, strategy or NoCompression(), picklable, scheduler, warmup)
         self.init_from = init_from
 
     # What a task adds to the encoder.
@@ -131,6 +137,8 @@ class EncoderTask(CheckpointedModule, ABC):
             self.build(target)
         elif target is not None:
             self._take_target(target)
+        if self.is_fitting:
+            self.take_teacher()
         if self.is_fitting and not self.strategy.has_prepared(self):
             self.strategy.prepare(self.trainer, self)
             self.strategy.mark_prepared(self)
@@ -197,20 +205,16 @@ class EncoderTask(CheckpointedModule, ABC):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits of a batch; `labels` in it are ignored."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: Tensor = self.encoder(**inputs).logits
+        logits: Tensor = self.encoder(**self.model_inputs(batch)).logits
         return logits
+
+    def model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All of a batch but its `labels`."""
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
     def per_sample_losses(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Losses `[b]` of a batch's samples, each as if it were alone; float32."""
         return self.losses(self(batch).float(), batch["labels"])
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """One forward pass and its loss."""
-        del batch_idx
-        loss = self.training_loss(self(batch).float(), batch["labels"])
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Predictions of a batch; its labels, if it has any; logits, unless there is a prediction per token."""

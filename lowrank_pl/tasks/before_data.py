@@ -18,8 +18,10 @@ from lowrank_pl.errors.model import ModelFolderError, QuantizedModelError
 from lowrank_pl.errors.run import TargetKindError
 from lowrank_pl.hub import check_supported, load_config, require_weights
 from lowrank_pl.strategies import CompressionStrategy
+from lowrank_pl.tasks import teaching
 from lowrank_pl.tasks.callbacks import check_monitor_modes
 from lowrank_pl.tasks.compatibility import check_same_target
+from lowrank_pl.tasks.distillation import Distillation
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Task(Protocol):
     pretrained: str | None
     init_from: str | None
     strategy: CompressionStrategy
+    distillation: Distillation | None
     encoder: PreTrainedModel
     target: TargetSpec | None
 
@@ -52,6 +55,7 @@ def check_before_data(task: Task, trainer: pl.Trainer) -> None:
     Raises:
         TargetKindError: the task does not predict what the data ask for.
         MonitorModeError: see `check_monitor_modes`.
+        TeacherError: the teacher of a distillation cannot teach this model.
         LowRankError: weights that are not there or predict something else, and whatever the strategy's plan raises.
     """
     datamodule = getattr(trainer, "datamodule", None)
@@ -72,6 +76,8 @@ def check_before_data(task: Task, trainer: pl.Trainer) -> None:
             raise
         check_supported(task.auto_class, task.pretrained, config)
         require_weights(task.pretrained)
+    if task.distillation is not None:
+        teaching.check_before_data(task.distillation, task.auto_class, task.pretrained, task.init_from, expected)
     check_plan(task, task.strategy.plan, expected=expected)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank_pl.core.distillation import softened_divergence
 from lowrank_pl.strategies.labels import Uniform
 from lowrank_pl.tasks.base import EncoderTask
 from lowrank_pl.tasks.drawn_labels import drawn_classes
@@ -44,6 +45,11 @@ class PerTokenTask(EncoderTask):
     def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy over the batch's labelled tokens."""
         return mean_per_token(token_losses(logits, labels), labels)
+
+    def imitation_loss(self, logits: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """Mean softened divergence over the batch's labelled tokens, of logits `[b, t, c]`."""
+        labelled = labels != IGNORED
+        return softened_divergence(logits[labelled], taught[labelled], temperature).sum() / labelled.sum().clamp(min=1)
 
     def drawn_labels(self, outputs: Tensor, batch: Mapping[str, Tensor], uniform: Uniform) -> Tensor:
         """Classes drawn from the softmax of logits `[b, t, c]` for `labelled_tokens`, else -100; see `DrawsLabels`."""

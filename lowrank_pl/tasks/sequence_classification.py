@@ -34,6 +34,12 @@ class SequenceClassification(EncoderTask):
             return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="none")
         return F.cross_entropy(logits, labels, reduction="none")
 
+    def imitation_loss(self, logits: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """The softened divergence of logits `[b, c]`, or the squared error of values `[b, 1]`."""
+        if self._regression:
+            return F.mse_loss(logits, taught)
+        return super().imitation_loss(logits, taught, labels, temperature)
+
     def drawn_labels(self, outputs: Tensor, batch: Mapping[str, Tensor], uniform: Uniform) -> Tensor:
         """Classes drawn from the softmax of logits `[b, c]`, or values from N(predicted, ½); see `DrawsLabels`."""
         del batch

@@ -70,10 +70,11 @@ def run(folder: Path, common: list[str], processes: int) -> None:
 
         if processes > 1 and name in TRAINING:
             runs = folder / "logs" / "runs"
-            main(["fit", *base, version("fit")])
+            teacher = taught(runs / "none-fit" / "checkpoints" / "last.ckpt", name)
+            main(["fit", *base, *teacher, version("fit")])
             last = f"--ckpt_path={runs / f'{name}-fit' / 'checkpoints' / 'last.ckpt'}"
             if name in RESUMED:
-                main(["fit", *base, version("resume"), "--trainer.max_epochs=2", last])
+                main(["fit", *base, *teacher, version("resume"), "--trainer.max_epochs=2", last])
             if name in EVALUATED:
                 final = f"--ckpt_path={runs / f'{name}-resume' / 'checkpoints' / 'last.ckpt'}"
                 main(["test", *base, version("test"), final])
@@ -86,6 +87,15 @@ def run(folder: Path, common: list[str], processes: int) -> None:
             )
             main(["compress", *base, *more, version("compress"), f"--output={folder / f'{name}-compressed'}"])
     main(["diagnose", *base, version("diagnose"), f"--output={folder / 'diagnosis'}"])
+
+
+def taught(teacher: Path, name: str) -> list[str]:
+    """The methods learn from the dense model: one in every step, the other from answers that are kept."""
+    option = "--model.init_args.distillation"
+    how = {"kronecker": {}, "rankdyna": {"hidden_states": 0, "cache": "true"}}.get(name)
+    if how is None:
+        return []
+    return [f"{option}=Distillation", *(f"{option}.init_args.{k}={v}" for k, v in {"teacher": teacher, **how}.items())]
 
 
 def fail(folder: Path, common: list[str]) -> None:

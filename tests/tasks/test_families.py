@@ -12,7 +12,7 @@ import torch
 from lowrank_pl.contract import TargetKind
 from lowrank_pl.strategies import FWSVD
 from lowrank_pl.surgery import read_layout
-from lowrank_pl.tasks import EncoderTask, MaskedLM, SequenceClassification, TokenClassification
+from lowrank_pl.tasks import Distillation, EncoderTask, MaskedLM, SequenceClassification, TokenClassification
 from tests.support.runs import last_checkpoint, make_trainer
 from tests.support.synthetic import SyntheticData
 from tests.support.tiny import FAMILIES, save_tiny_model
@@ -41,6 +41,19 @@ def test_fit_save_load(family: str, kind: TargetKind, tmp_path: Path) -> None:
     loaded: Any = TASKS[kind].load_from_checkpoint(last_checkpoint(trainer))
     batch = next(iter(data.val_dataloader()))
     assert torch.equal(loaded.eval()(batch), task.eval()(batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_has_a_hidden_state_per_block(family: str, tmp_path: Path) -> None:
+    """No fit: a model that learns from itself, without dropout, has nothing to learn."""
+    batch = next(iter(SyntheticData("masked_lm").val_dataloader()))
+    task = MaskedLM(str(save_tiny_model(family, tmp_path / "model")), distillation=Distillation(labels=0))
+    task.build(SyntheticData("masked_lm").target)
+    task.take_teacher()
+    task.eval()
+    assert abs(task.training_step(batch, 0).item()) < 1e-6
+    assert task._teacher is not None
+    assert len(task._teacher(batch, hidden_states=True)[1]) == 2
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
