@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lowrank_pl.checkpoint.as_saved import take_dtypes_
 from lowrank_pl.checkpoint.saved import SavedModel
@@ -42,6 +42,8 @@ def build(saved: SavedModel, made_by: Any = None, as_saved: bool = False) -> Pre
     if as_saved:
         take_dtypes_(model, saved)
     saved.load_into_(model)
+    if saved.generation is not None and model.can_generate():
+        model.generation_config = GenerationConfig.from_dict(dict(saved.generation))
     model.eval()
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -28,6 +29,7 @@ class SavedModel:
         target: What it predicts, where the file tells.
         compression: How it was compressed, where it was and the file tells.
         tokenizer: Where its tokenizer is, as in `resolve_pretrained`, where the file tells.
+        generation: The generation config, where the file tells one.
         auto_class: Name of the class of transformers that makes it, such as `"AutoModelForMaskedLM"`; `None` where the
             file does not tell, as a dense folder.
         dense_folder: A Hugging Face folder whose weights are still to be read, by its own loader; `state` is empty.
@@ -42,6 +44,7 @@ class SavedModel:
     dense_folder: str | None = None
     tokenizer: str | None = None
     auto_class: str | None = None
+    generation: Mapping[str, Any] | None = None
 
     @property
     def label_names(self) -> tuple[str, ...]:
