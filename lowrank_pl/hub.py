@@ -246,7 +246,8 @@ def check_supported(auto_class: Any, name: str, config: Any) -> None:
     """
     mapping = getattr(auto_class, "_model_mapping", None)  # a class of one architecture has none
     if mapping is not None and type(config) not in mapping:
-        reads_text = config.model_type in TOKENIZER_MAPPING_NAMES
+        decodes = type(config) in getattr(AutoModelForCausalLM, "_model_mapping")  # noqa: B009, set without a type
+        reads_text = decodes or config.model_type in TOKENIZER_MAPPING_NAMES
         raise UnsupportedModelError(name, config.model_type, auto_class.__name__, reads_text)
     if auto_class is AutoModelForCausalLM and _sees_what_follows(config):
         raise NotADecoderError(name, config.model_type)

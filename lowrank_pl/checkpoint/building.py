@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lowrank_pl.checkpoint.as_saved import take_dtypes_
+from lowrank_pl.checkpoint.as_saved import take_dtypes_, take_generation_config_
 from lowrank_pl.checkpoint.saved import SavedModel
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.hub import load_exactly, uninitialised
@@ -42,8 +42,7 @@ def build(saved: SavedModel, made_by: Any = None, as_saved: bool = False) -> Pre
     if as_saved:
         take_dtypes_(model, saved)
     saved.load_into_(model)
-    if saved.generation is not None and model.can_generate():
-        model.generation_config = GenerationConfig.from_dict(dict(saved.generation))
+    take_generation_config_(model, saved)
     model.eval()
     return model
 
