@@ -8,6 +8,7 @@ import pytest
 
 import lowrank_pl.errors
 from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.data import MissingTokenError, WindowError
 from lowrank_pl.errors.model import (
     CheckpointMismatchError,
     DamagedWeightsError,
@@ -18,6 +19,7 @@ from lowrank_pl.errors.model import (
     ModelFolderError,
     NonFiniteWeightsError,
     NotACheckpointError,
+    NotADecoderError,
     NoTargetError,
     NotSavableError,
     OnnxExportError,
