@@ -168,12 +168,13 @@ class CausalText(TextDataModule):
         windows = cut(ids, prefix, room, stride)
         if split == "train" and self.drop_partial:
             windows = [pair for pair in windows if len(pair[0]) == self.window]
+        lengths = [len(shown) for shown, _ in windows]
         columns = {
             "input_ids": [shown.numpy() for shown, _ in windows],
             "labels": [labels.numpy() for _, labels in windows],
-            "length": [len(shown) for shown, _ in windows],
+            "length": lengths,
         }
-        return Dataset.from_dict(columns), Truncation(len(windows), 0, max(columns["length"]))
+        return Dataset.from_dict(columns), Truncation(len(windows), 0, max(lengths))
 
     def _joined(self, tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
         if self.separator is not None:

@@ -16,8 +16,8 @@ def check_same_target(saved: SavedModel, target: TargetSpec) -> None:
     """Raises an error for a head of another size or kind, or with its classes in another order than the data's."""
     if target.kind in LANGUAGE_MODELLING:
         if saved.target is not None and saved.target.kind != target.kind:
-            told = f"it was trained for {saved.target.kind}, the data {target.name!r} are for {target.kind}"
-            raise CheckpointMismatchError(saved.source, told)
+            problem = f"it was trained for {saved.target.kind}, the data {target.name!r} are for {target.kind}"
+            raise CheckpointMismatchError(saved.source, problem)
         return
     names, told = target.label_names, saved.label_names
     count = len(told) if told else 1
