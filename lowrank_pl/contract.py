@@ -12,8 +12,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-TargetKind = Literal["classification", "regression", "token_classification", "masked_lm"]
+TargetKind = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
 MetricName = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "entity_f1", "perplexity"]
+
+
+LANGUAGE_MODELLING: tuple[TargetKind, ...] = ("masked_lm", "causal_lm")
+"""The kinds whose classes are the tokens of the vocabulary: the head comes with the pre-trained model."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class TargetSpec:
         name: Name of the task for reports, e.g. `"MRPC"`.
         kind: What is predicted.
         label_names: Class names in the order of their ids; BIO tags for token classification; empty for
-            regression and masked language modelling.
+            regression and for language modelling, whose classes are the tokens.
         metrics: Official metrics of the task. The score is their mean (STS-B: mean of Pearson and Spearman)
             unless `score` names one of them.
         score: The metric that is the score, or `None` for the mean of `metrics`.

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -20,6 +27,7 @@ from lowrank_pl.errors.model import (
     CheckpointMismatchError,
     HubUnreachableError,
     ModelFolderError,
+    NotADecoderError,
     PackageModelError,
     UnsupportedModelError,
 )
@@ -230,11 +238,25 @@ def load_pretrained(auto_class: Any, name: str, **config_overrides: Any) -> tupl
 
 
 def check_supported(auto_class: Any, name: str, config: Any) -> None:
-    """Raises an error for an architecture without a head of this kind, such as one for pictures."""
+    """Raises an error for an architecture without a head of this kind, such as one for pictures.
+
+    Raises:
+        UnsupportedModelError: it has none.
+        NotADecoderError: it is an encoder, and the head would predict tokens that it sees.
+    """
     mapping = getattr(auto_class, "_model_mapping", None)  # a class of one architecture has none
     if mapping is not None and type(config) not in mapping:
-        reads_text = config.model_type in TOKENIZER_MAPPING_NAMES
+        decodes = type(config) in getattr(AutoModelForCausalLM, "_model_mapping")  # noqa: B009, set without a type
+        reads_text = decodes or config.model_type in TOKENIZER_MAPPING_NAMES
         raise UnsupportedModelError(name, config.model_type, auto_class.__name__, reads_text)
+    if auto_class is AutoModelForCausalLM and _sees_what_follows(config):
+        raise NotADecoderError(name, config.model_type)
+
+
+def _sees_what_follows(config: Any) -> bool:
+    """Whether it is an encoder: transformers builds those for next tokens too, and leaves them to see both sides."""
+    fills_gaps = type(config) in getattr(AutoModelForMaskedLM, "_model_mapping")  # noqa: B009, set without a type
+    return fills_gaps and not (getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False))
 
 
 def _verify(folder: Path) -> None:

@@ -178,6 +178,16 @@ def test_diagnosing_finds_what_one_process_finds(runs: Runs) -> None:
     assert (runs[2] / "diagnosis" / "diagnosis.png").exists()
 
 
+def test_a_perplexity_is_that_of_one_process(runs: Runs) -> None:
+    one, two = (
+        json.loads((runs[devices] / "logs" / "runs" / "decoder" / "report.json").read_text())["metrics"]
+        for devices in (1, 2)
+    )
+    assert (one["tokens"], one["window"]) == (two["tokens"], two["window"]) == (106 - 7, 16)
+    for name in ("perplexity", "loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-6)
+
+
 def test_no_warning_asks_to_reduce_what_is_reduced(runs: Runs) -> None:
     for rank in (0, 1):
         assert json.loads((runs[2] / f"warnings-{rank}.json").read_text()) == []

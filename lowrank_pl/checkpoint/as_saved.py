@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from lowrank_pl.checkpoint.saved import SavedModel
 from lowrank_pl.surgery import conform_
-
-_GENERATION = "generation_config.json"
 
 
 def take_dtypes_(model: nn.Module, saved: SavedModel) -> None:
@@ -21,7 +17,7 @@ def take_dtypes_(model: nn.Module, saved: SavedModel) -> None:
             tensor.data = tensor.data.to(saved.state[name].dtype)
 
 
-def take_generation_config_(model: PreTrainedModel, folder: str) -> None:
-    """Lets a model generate as the saved one did, where the folder tells."""
-    if model.can_generate() and (Path(folder).expanduser() / _GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(Path(folder).expanduser()))
+def take_generation_config_(model: PreTrainedModel, saved: SavedModel) -> None:
+    """Lets a model generate as the saved one did, where the file tells."""
+    if model.can_generate() and saved.generation is not None:
+        model.generation_config = GenerationConfig.from_dict(dict(saved.generation))

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_pl.checkpoint.as_saved import take_dtypes_
+from lowrank_pl.checkpoint.as_saved import take_dtypes_, take_generation_config_
 from lowrank_pl.checkpoint.saved import SavedModel
 from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.hub import load_exactly, uninitialised
@@ -42,6 +42,7 @@ def build(saved: SavedModel, made_by: Any = None, as_saved: bool = False) -> Pre
     if as_saved:
         take_dtypes_(model, saved)
     saved.load_into_(model)
+    take_generation_config_(model, saved)
     model.eval()
     return model
 

@@ -26,6 +26,7 @@ _BEFORE_IT_WAS_TOLD: dict[TargetKind, str] = {
     "regression": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
     "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
 }
 """The Auto class of checkpoints without its name: of releases that knew these three, and of tasks whose class
 transformers does not have. For reading alone: what is written tells the task's own."""
@@ -38,6 +39,7 @@ def describe(
     compression: CompressionRecord | None,
     tokenizer: str | None = None,
     auto_class: str | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The entries a checkpoint gets beside its `state_dict`.
 
@@ -48,6 +50,7 @@ def describe(
         compression: How it was compressed, where it was.
         tokenizer: Where its tokenizer is.
         auto_class: Name of the class of transformers that makes it.
+        generation: Its generation config, where it generates.
     """
     return {
         LAYOUT_KEY: layout.to_dict(),
@@ -57,6 +60,7 @@ def describe(
             "compression": None if compression is None else compression.to_dict(),
             "tokenizer": tokenizer,
             "auto_class": auto_class,
+            "generation": None if generation is None else json.dumps(generation),
         },
     }
 
@@ -87,6 +91,7 @@ def from_checkpoint(checkpoint: Mapping[str, Any], source: str) -> SavedModel:
         CompressionRecord.from_dict(task["compression"]) if task["compression"] else None,
         tokenizer=task.get("tokenizer") or getattr(config, "_name_or_path", None) or None,
         auto_class=task.get("auto_class") or _BEFORE_IT_WAS_TOLD[target.kind],
+        generation=json.loads(task.get("generation") or "null"),
     )
 
 

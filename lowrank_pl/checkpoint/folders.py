@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import CONFIG_MAPPING
 from transformers import __version__ as transformers_version
@@ -18,6 +19,7 @@ from lowrank_pl.surgery import ModelLayout, current_names
 
 CHECKPOINT_NAME = "model.ckpt"
 ONNX_NAME = "model.onnx"
+_GENERATION = "generation_config.json"
 
 
 def read_folder(folder: Path, argument: str) -> SavedModel:
@@ -65,5 +67,21 @@ def read_folder(folder: Path, argument: str) -> SavedModel:
         state = assembled(state, int8, str(folder))
     made_by, scheme = auto_class_in(fields), None if int8 is None else int8["scheme"]
     return SavedModel(
-        str(folder), config_of(fields), layout, state, tokenizer=tokenizer, auto_class=made_by, scheme=scheme
+        str(folder),
+        config_of(fields),
+        layout,
+        state,
+        tokenizer=tokenizer,
+        auto_class=made_by,
+        scheme=scheme,
+        generation=_generation_config(folder),
     )
+
+
+def _generation_config(folder: Path) -> dict[str, Any] | None:
+    """How the model generates, where the folder tells."""
+    file = folder / _GENERATION
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found

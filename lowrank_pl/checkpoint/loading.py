@@ -7,7 +7,6 @@ from pathlib import Path
 import transformers
 from transformers import AutoModel, PreTrainedModel
 
-from lowrank_pl.checkpoint.as_saved import take_generation_config_
 from lowrank_pl.checkpoint.building import build
 from lowrank_pl.checkpoint.entries import BASE_KEY, LAYOUT_KEY
 from lowrank_pl.checkpoint.factorised import config_fields, factorised_class
@@ -41,7 +40,6 @@ def from_pretrained(folder: str) -> PreTrainedModel:
     if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
         raise CheckpointMismatchError(folder, f"transformers {transformers.__version__} has no class {name!r}")
     model = build(saved, factorised_class(base, saved.auto_class), as_saved=True)
-    take_generation_config_(model, folder)
     model.config.update(config_fields(model))
     return model
 

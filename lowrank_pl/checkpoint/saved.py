@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -29,6 +30,7 @@ class SavedModel:
         target: What it predicts, where the file tells.
         compression: How it was compressed, where it was and the file tells.
         tokenizer: Where its tokenizer is, as in `resolve_pretrained`, where the file tells.
+        generation: The generation config, where the file tells one.
         auto_class: Name of the class of transformers that makes it, such as `"AutoModelForMaskedLM"`; `None` where the
             file does not tell, as a dense folder.
         scheme: What is in eight bits, where layers are; `state` has their weights as tensors of torchao.
@@ -45,6 +47,7 @@ class SavedModel:
     tokenizer: str | None = None
     auto_class: str | None = None
     scheme: Scheme | None = None
+    generation: Mapping[str, Any] | None = None
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -69,6 +69,9 @@ class TextDataModule(BatchLoaders):
     rows_are_samples: ClassVar[bool] = True
     """Whether `max_train_samples` can choose among raw rows, to tokenise no more than needed."""
     needs_mask_token: ClassVar[bool] = False
+    needs_pad_token: ClassVar[bool] = True
+    length_argument: ClassVar[str] = "max_length"
+    """The argument that sets `max_length`, for errors."""
 
     def __init__(
         self,
@@ -270,8 +273,8 @@ class TextDataModule(BatchLoaders):
         """
         if self._loaded_tokenizer is None:
             tokenizer = load_tokenizer(self.tokenizer)
-            check_tokenizer(tokenizer, self.tokenizer, self.needs_mask_token)
-            check_length(self.max_length, tokenizer, load_config(self.tokenizer))
+            check_tokenizer(tokenizer, self.tokenizer, self.needs_mask_token, self.needs_pad_token)
+            check_length(self.max_length, tokenizer, load_config(self.tokenizer), self.length_argument)
             self._loaded_tokenizer = tokenizer
         return self._loaded_tokenizer
 

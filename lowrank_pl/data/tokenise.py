@@ -38,30 +38,34 @@ class Truncation:
         return self.truncated / max(self.samples, 1)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, mask: bool = False) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, mask: bool = False, pad: bool = True) -> None:
     """Raises an error for a tokenizer that cannot make batches.
 
     Args:
         tokenizer: The tokenizer.
         name: Its name, for the error.
         mask: Whether a mask token is needed.
+        pad: Whether a pad token is.
 
     Raises:
-        MissingTokenError: it has no pad token, or no mask token where one is needed.
+        MissingTokenError: it has no pad or mask token where one is needed.
     """
-    if tokenizer.pad_token is None:
+    if pad and tokenizer.pad_token is None:
         raise MissingTokenError(name, "pad")
     if mask and tokenizer.mask_token is None:
         raise MissingTokenError(name, "mask")
 
 
-def check_length(max_length: int, tokenizer: PreTrainedTokenizerBase, config: Any | None) -> None:
+def check_length(
+    max_length: int, tokenizer: PreTrainedTokenizerBase, config: Any | None, argument: str = "max_length"
+) -> None:
     """Raises an error for a `max_length` the model cannot take.
 
     Args:
         max_length: Tokens per sample, special tokens included.
         tokenizer: Knows its own limit, or has none.
         config: The configuration of the model if it is at hand; knows the number of positions.
+        argument: The argument that set it, for the error.
 
     Raises:
         MaxLengthError: it is under `LEAST_LENGTH` or above the limit.
@@ -78,7 +82,7 @@ def check_length(max_length: int, tokenizer: PreTrainedTokenizerBase, config: An
         limits.append(positions - offset)
     limit = min(limits, default=None)
     if max_length < LEAST_LENGTH or (limit is not None and max_length > limit):
-        raise MaxLengthError(max_length, LEAST_LENGTH, limit)
+        raise MaxLengthError(max_length, LEAST_LENGTH, limit, argument)
 
 
 def tokenise(

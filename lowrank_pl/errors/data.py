@@ -370,14 +370,40 @@ class MissingTokenError(DataError):
 
     Args:
         tokenizer: Its name.
-        token: `"pad"` or `"mask"`.
+        token: `"pad"`, `"mask"`, `"eos"` or `"bos"`.
     """
 
     def __init__(self, tokenizer: str, token: str) -> None:
-        why = {"pad": "to put sentences of different length in one batch", "mask": "for masked language modelling"}
+        why = {
+            "pad": "to put sentences of different length in one batch",
+            "mask": "for masked language modelling",
+            "eos": "between the documents of a corpus",
+            "bos": "at the start of every window",
+        }
+        instead = {
+            "eos": ", or give the text to put there as data.init_args.separator, e.g. '\\n\\n'",
+            "bos": ", or leave data.init_args.bos out",
+        }
         super().__init__(
             f"the tokenizer {tokenizer!r} has no {token} token, which is needed {why[token]}. "
-            f"Set {token}_token in its tokenizer_config.json, or choose an encoder that has one."
+            f"Set {token}_token in its tokenizer_config.json"
+            f"{instead.get(token, ', or choose an encoder that has one')}."
+        )
+
+
+class WindowError(DataError):
+    """A corpus that does not fill one window.
+
+    Args:
+        split: Of the corpus.
+        tokens: How many it has.
+        window: How many a window has.
+    """
+
+    def __init__(self, split: str, tokens: int, window: int) -> None:
+        super().__init__(
+            f"the {split} split has {tokens:,} tokens, which do not fill one window of {window:,}; at least that many "
+            f"are needed. Give more text, or lower data.init_args.window."
         )
 
 
@@ -388,15 +414,16 @@ class MaxLengthError(DataError):
         max_length: What was given.
         least: Smallest value allowed.
         limit: Largest value the tokenizer and the model allow, or `None` for none.
+        argument: The argument that set it.
     """
 
-    def __init__(self, max_length: int, least: int, limit: int | None) -> None:
+    def __init__(self, max_length: int, least: int, limit: int | None, argument: str = "max_length") -> None:
         if limit is not None and max_length > limit:
             what = "is longer than the longest input of this model"
         else:
             what = "leaves no room for a text"
         allowed = f"{least} or more" if limit is None else f"{least} to {limit}"
-        super().__init__(f"max_length={max_length} {what}; allowed is {allowed}. Check data.init_args.max_length.")
+        super().__init__(f"{argument}={max_length} {what}; allowed is {allowed}. Check data.init_args.{argument}.")
 
 
 class ArgumentRangeError(DataError):

@@ -93,15 +93,33 @@ class HubUnreachableError(LowRankError):
         )
 
 
+_ENCODERS = (
+    "text encoders such as BERT, RoBERTa, DistilBERT, ALBERT, ELECTRA, DeBERTa-v2, MPNet, ModernBERT and MobileBERT"
+)
+_DECODERS = "decoders such as Llama, Qwen, Mistral, Gemma, GPT-2, OPT and Pythia"
+
+
 class UnsupportedModelError(LowRankError):
     """A pre-trained model of an architecture that the task cannot use."""
 
     def __init__(self, name: str, kind: str, head: str | None, reads_text: bool) -> None:
         what = f"has no {head}" if reads_text else "does not read text"
+        allowed = _DECODERS if head == "AutoModelForCausalLM" else _ENCODERS
         super().__init__(
-            f"{name!r} is a model of the architecture {kind!r}, which {what}. Allowed are text encoders such as BERT, "
-            "RoBERTa, DistilBERT, ALBERT, ELECTRA, DeBERTa-v2, MPNet, ModernBERT and MobileBERT. Check "
+            f"{name!r} is a model of the architecture {kind!r}, which {what}. Allowed are {allowed}. Check "
             "model.init_args.pretrained."
+        )
+
+
+class NotADecoderError(LowRankError):
+    """An encoder that is to predict the next token, which it sees."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__(
+            f"{name!r} is a model of the architecture {kind!r}, an encoder: each of its tokens sees those that follow, "
+            f"so that predicting them means nothing. Allowed are {_DECODERS}. Check model.init_args.pretrained, or "
+            "choose the model class MaskedLM; an encoder that was trained as a decoder says is_decoder in its "
+            "config.json."
         )
 
 

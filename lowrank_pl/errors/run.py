@@ -148,7 +148,8 @@ class TargetKindError(LowRankError):
     def __init__(self, task: str, allowed: tuple[str, ...], data: str, given: str) -> None:
         super().__init__(
             f"{data!r} is a {given} data set, and {task} handles {' and '.join(allowed)}. Choose the model class "
-            "that fits: SequenceClassification (classification and regression), TokenClassification, MaskedLM."
+            "that fits: SequenceClassification (classification and regression), TokenClassification, MaskedLM, "
+            "CausalLM."
         )
 
 

@@ -72,7 +72,7 @@ def _program(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
 
     example = model_inputs(model, *_EXAMPLE)
     try:
-        with quiet():
+        with quiet(), _without_cache(model):
             program = torch.onnx.export(
                 model,
                 kwargs=example,
@@ -95,6 +95,19 @@ def _program(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
     for value in (*inner, *graph.initializers.values()):
         value.shape = value.type = None
     return program
+
+
+@contextmanager
+def _without_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Lets a decoder return logits alone: its cache is no tensor."""
+    cached = getattr(model.config, "use_cache", None)
+    try:
+        if cached:
+            model.config.use_cache = False
+        yield
+    finally:
+        if cached:
+            model.config.use_cache = cached
 
 
 def _compare(model: PreTrainedModel, path: Path) -> dict[str, Any]:

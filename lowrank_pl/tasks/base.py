@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lowrank_pl.checkpoint import SavedModel, read_saved_model
-from lowrank_pl.contract import AdoptsTarget, HasTarget, TargetKind, TargetSpec
+from lowrank_pl.contract import LANGUAGE_MODELLING, AdoptsTarget, HasTarget, TargetKind, TargetSpec
 from lowrank_pl.errors.run import MissingArgumentError, StrategyPlacementError
 from lowrank_pl.hub import load_pretrained
 from lowrank_pl.strategies import CompressionStrategy, NoCompression
@@ -194,7 +194,7 @@ class EncoderTask(DistilledModule, ABC):
 
     def _head_config(self, target: TargetSpec | None) -> dict[str, Any]:
         """Fields of the encoder's configuration that depend on the labels."""
-        if target is None or target.kind == "masked_lm":
+        if target is None or target.kind in LANGUAGE_MODELLING:
             return {}
         if target.kind == "regression":
             return {"num_labels": 1, "problem_type": "regression"}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint import SavedModel, is_quantized, outline, read_saved_model
-from lowrank_pl.contract import AdoptsTarget, ForetellsTarget, TargetKind, TargetSpec
+from lowrank_pl.contract import LANGUAGE_MODELLING, AdoptsTarget, ForetellsTarget, TargetKind, TargetSpec
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.model import ModelFolderError, QuantizedModelError
 from lowrank_pl.errors.run import TargetKindError
@@ -152,7 +152,7 @@ def _check_float(encoder: nn.Module, asked_by: str) -> None:
 
 
 def _is_complete(target: TargetSpec) -> bool:
-    return bool(target.label_names) or target.kind in ("regression", "masked_lm")
+    return bool(target.label_names) or target.kind in ("regression", *LANGUAGE_MODELLING)
 
 
 def tell_target(task: Task, datamodule: Any, ckpt_path: str | None = None) -> None:

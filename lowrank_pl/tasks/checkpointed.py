@@ -171,7 +171,9 @@ class CheckpointedModule(ScoredModule, ABC):
         if record is not None and self.is_fitting:
             record = replace(record, at_budget=record.at_budget and self.strategy.at_budget)
         layout, made_by = read_layout(self.encoder), name_in_transformers(self.auto_class)
-        checkpoint.update(describe(self.encoder.config, layout, self.target, record, self._tokenizer(), made_by))
+        generation = self.encoder.generation_config.to_diff_dict() if self.encoder.can_generate() else None
+        tokenizer = self._tokenizer()
+        checkpoint.update(describe(self.encoder.config, layout, self.target, record, tokenizer, made_by, generation))
         if self.is_fitting:
             checkpoint[random_state.RANDOM_KEY] = random_state.capture()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from lowrank_pl.checkpoint import SavedModel
-from lowrank_pl.contract import TargetSpec
+from lowrank_pl.contract import LANGUAGE_MODELLING, TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError
 from lowrank_pl.hub import load_config
 
@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 def check_same_target(saved: SavedModel, target: TargetSpec) -> None:
     """Raises an error for a head of another size or kind, or with its classes in another order than the data's."""
-    if target.kind == "masked_lm":
+    if target.kind in LANGUAGE_MODELLING:
+        if saved.target is not None and saved.target.kind != target.kind:
+            problem = f"it was trained for {saved.target.kind}, the data {target.name!r} are for {target.kind}"
+            raise CheckpointMismatchError(saved.source, problem)
         return
     names, told = target.label_names, saved.label_names
     count = len(told) if told else 1

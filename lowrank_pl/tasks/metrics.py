@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     BinaryF1Score,
@@ -14,15 +15,19 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.text import Perplexity
 
 from lowrank_pl.contract import MetricName, TargetSpec
 
 
-def build_metrics(target: TargetSpec) -> MetricCollection:
-    """The metrics of a target, under their names."""
+def build_metrics(target: TargetSpec, exact: bool = True) -> MetricCollection:
+    """The metrics of a target, under their names.
+
+    Args:
+        target: What is predicted.
+        exact: Whether long sums are float64, which not every device has.
+    """
     return MetricCollection(
-        {name: _build(name, target) for name in target.metrics},
+        {name: _build(name, target, exact) for name in target.metrics},
         compute_groups=False,
     )
 
@@ -39,7 +44,7 @@ def lower_is_better(target: TargetSpec) -> bool:
     return (target.score or target.metrics[0]) == "perplexity"
 
 
-def _build(name: MetricName, target: TargetSpec) -> Metric:
+def _build(name: MetricName, target: TargetSpec, exact: bool) -> Metric:
     classes = max(len(target.label_names), 2)
     match name:
         case "accuracy":
@@ -56,7 +61,7 @@ def _build(name: MetricName, target: TargetSpec) -> Metric:
         case "entity_f1":
             return EntityF1(target.label_names)
         case "perplexity":
-            return Perplexity(ignore_index=-100)
+            return Perplexity(torch.float64 if exact else torch.float32)
 
 
 class BinaryLogitsF1(BinaryF1Score):
@@ -65,6 +70,37 @@ class BinaryLogitsF1(BinaryF1Score):
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds a batch."""
         super().update(preds.argmax(-1), target)
+
+
+class Perplexity(Metric):
+    """`exp` of the negative log-likelihood of all predicted tokens over their number.
+
+    A sum over tokens, not a mean of batches or windows: how tokens are divided into batches, windows and processes
+    changes nothing. A token that the model holds to be impossible in float32 has a finite likelihood all the same.
+
+    Args:
+        dtype: Of the sums.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.tensor(0.0, dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Adds logits `[b, t, c]` against tokens `[b, t]`, -100 where none is predicted."""
+        losses = F.cross_entropy(preds.flatten(0, 1).float(), target.flatten(), reduction="none", ignore_index=-100)
+        self.total += losses.sum(dtype=self.total.dtype)
+        self.count += (target != -100).sum()
+
+    def compute(self) -> Tensor:
+        """NaN where nothing was predicted."""
+        return (self.total / self.count).exp()
 
 
 class EntityF1(Metric):

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_pl.checkpoint import read_saved_model
+from lowrank_pl.tasks.causal_lm import CausalLM
 from lowrank_pl.tasks.masked_lm import MaskedLM
 from lowrank_pl.tasks.sequence_classification import SequenceClassification
 from lowrank_pl.tasks.token_classification import TokenClassification
 
 _OPTION = "--ckpt_path"
-_TASKS = (SequenceClassification, TokenClassification, MaskedLM)
+_TASKS = (SequenceClassification, TokenClassification, MaskedLM, CausalLM)
 
 
 def model_arguments(words: Sequence[str]) -> list[str]:

@@ -18,7 +18,8 @@ IGNORED = -100
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropies `[b, t]` of logits `[b, t, c]`; 0 where the label is -100."""
-    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return flat.view(labels.shape)
 
 
 def mean_per_sample(losses: Tensor, labels: Tensor) -> Tensor:

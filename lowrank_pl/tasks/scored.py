@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from lowrank_pl.contract import TargetSpec
+from lowrank_pl.core.precision import float64_device
 from lowrank_pl.errors.run import MissingArgumentError
 from lowrank_pl.tasks import budget_score
 from lowrank_pl.tasks.metrics import build_metrics, score
@@ -40,6 +41,10 @@ class ScoredModule(ScheduledModule, ABC):
     def training_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The scalar that training minimises: the mean of `losses`."""
         return self.losses(logits, labels).mean()
+
+    def loss_weight(self, labels: Tensor) -> Tensor | int:
+        """How much a batch's `training_loss` counts in the loss of an epoch: by its number of samples."""
+        return len(labels)
 
     def metric_inputs(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the metrics compare."""
@@ -93,7 +98,7 @@ class ScoredModule(ScheduledModule, ABC):
             labels: Likewise.
         """
         loss = self.training_loss(logits, labels)
-        self._losses[stage].update(loss, len(labels))
+        self._losses[stage].update(loss, self.loss_weight(labels))
         self._metrics[stage].update(*self.metric_inputs(logits, labels))
 
     def _start_metrics(self, stage: str) -> None:
@@ -101,7 +106,8 @@ class ScoredModule(ScheduledModule, ABC):
             raise MissingArgumentError(
                 "what the labels mean", "Pass a datamodule that has a `target`, such as every class of lowrank_pl.data."
             )
-        self._metrics[stage] = build_metrics(self.target).to(self.device)
+        exact = float64_device(self.device) == self.device
+        self._metrics[stage] = build_metrics(self.target, exact).to(self.device)
         # Not self.log with sync_dist: it averages the counts of unequal shards as integers.
         self._losses[stage] = MeanMetric().to(self.device)
 

@@ -8,6 +8,7 @@ import pytest
 
 import lowrank_pl.errors
 from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.data import MissingTokenError, WindowError
 from lowrank_pl.errors.model import (
     CheckpointMismatchError,
     DamagedWeightsError,
@@ -18,6 +19,7 @@ from lowrank_pl.errors.model import (
     ModelFolderError,
     NonFiniteWeightsError,
     NotACheckpointError,
+    NotADecoderError,
     NoTargetError,
     NotSavableError,
     OnnxExportError,
@@ -147,6 +149,10 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (FormSpecError({"form": "low_rank"}, "the whole number 'rank'"), ["low_rank", "'rank'"], "spec()"),
     (HeadError("Bert", "it has no bias"), ["Bert", "no bias"], "recalibration"),
     (UnsupportedModelError("o/vit", "vit", "AutoModelForMaskedLM", False), ["'o/vit'", "'vit'"], "pretrained"),
+    (UnsupportedModelError("o/m", "t5", "AutoModelForCausalLM", True), ["'o/m'", "'t5'", "Llama"], "pretrained"),
+    (NotADecoderError("o/m", "bert"), ["'o/m'", "'bert', an encoder"], "MaskedLM"),
+    (MissingTokenError("o/m", "eos"), ["'o/m'", "no eos token", "between the documents"], "data.init_args.separator"),
+    (WindowError("test", 300, 512), ["the test split has 300 tokens", "512"], "lower data.init_args.window"),
     (MemoryBoundError(0.5, "a.b", 2**30), ["0.5", "'a.b'", "1 GiB"], "exclude the layer"),
     (ConstructionError("no such argument", "AdamW", "Check it."), ["AdamW", "no such argument"], "Check it."),
     (InterpolationError("a.b", "${X}/c", "${X}"), ["a.b", "'${X}/c'"], "command line"),

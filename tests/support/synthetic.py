@@ -19,6 +19,7 @@ _METRICS = {
     "regression": TargetSpec("synthetic", "regression", (), ("pearson", "spearman")),
     "token_classification": TargetSpec("synthetic", "token_classification", ("O", "B-X", "I-X"), ("entity_f1",)),
     "masked_lm": TargetSpec("synthetic", "masked_lm", (), ("perplexity",)),
+    "causal_lm": TargetSpec("synthetic", "causal_lm", (), ("perplexity",)),
 }
 
 
@@ -33,6 +34,8 @@ def _sample(kind: TargetKind, generator: torch.Generator) -> Sample:
     elif kind == "token_classification":
         labels = (ids > len(VOCAB) // 2).long()
         labels[0] = labels[-1] = -100
+    elif kind == "causal_lm":
+        labels = ids.clone()
     else:
         labels = torch.full_like(ids, -100)
         labels[1::3] = ids[1::3]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _TEXT = [
@@ -51,6 +51,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+_TOKENS: dict[str, Any] = {"vocab_size": len(VOCAB), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+# Four heads of queries share two of keys and values, as in all but the smallest models of today.
+_GROUPED: dict[str, Any] = {**_SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {**_GROUPED, "tie_word_embeddings": True},
+    "qwen2": _GROUPED,
+    "qwen3": _GROUPED,
+    "mistral": {**_GROUPED, "sliding_window": 16},
+    "gemma": _GROUPED,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "opt": {**_SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": _SIZES,
+}
+"""Decoders by family; every one but Llama ties its embeddings or not as the family does by itself."""
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A lower-casing WordPiece tokenizer with a hundred pieces and BERT's special tokens."""
@@ -78,6 +93,26 @@ def tiny_config(family: str, layers: int = 2) -> Any:
     """The configuration of a 32-wide encoder of a family (keys of `FAMILIES`) with so many layers."""
     depth = "n_layers" if family == "distilbert" else "num_hidden_layers"
     return AutoConfig.for_model(family, vocab_size=len(VOCAB), pad_token_id=0, **{**FAMILIES[family], depth: layers})
+
+
+def tiny_decoder(family: str, seed: int = 0) -> Any:
+    """A random decoder of a family (keys of `DECODERS`), 32 wide, in eval mode; no weight is zero or one."""
+    config = AutoConfig.for_model(family, **{**_TOKENS, **DECODERS[family]})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save_tiny_decoder(family: str, folder: Path, seed: int = 0) -> Path:
+    """Writes a `tiny_decoder` with its tokenizer to `folder` and returns it."""
+    tiny_decoder(family, seed).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = "[CLS]", "[SEP]"
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def save_tiny_model(family: str, folder: Path, seed: int = 0, layers: int = 2) -> Path:

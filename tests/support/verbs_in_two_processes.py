@@ -21,7 +21,8 @@ from lowrank_pl.cli import main
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.strategies import SVD
-from lowrank_pl.tasks import SequenceClassification
+from lowrank_pl.tasks import EncoderTask
+from tests.support.tiny import save_tiny_decoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPRESSING = ("svd", "fwsvd", "tfwsvd", "kronecker")
@@ -47,12 +48,12 @@ def record() -> None:
             scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
             found[f"{trainer.logger.version} test"] = scores  # type: ignore[union-attr]
 
-    before = SequenceClassification.configure_callbacks
+    before = EncoderTask.configure_callbacks
 
-    def configure_callbacks(self: SequenceClassification) -> Any:
+    def configure_callbacks(self: EncoderTask) -> Any:
         return [*before(self), Recorder()]
 
-    SequenceClassification.configure_callbacks = configure_callbacks  # type: ignore[method-assign,assignment]
+    EncoderTask.configure_callbacks = configure_callbacks  # type: ignore[method-assign,assignment]
 
 
 def weights(pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
@@ -87,6 +88,20 @@ def run(folder: Path, common: list[str], processes: int) -> None:
             )
             main(["compress", *base, *more, version("compress"), f"--output={folder / f'{name}-compressed'}"])
     main(["diagnose", *base, version("diagnose"), f"--output={folder / 'diagnosis'}"])
+    score_decoder(folder, [word for word in common if "--data" not in word and "pretrained" not in word])
+
+
+def score_decoder(folder: Path, common: list[str]) -> None:
+    """A decoder on seven windows, the last of which is not full."""
+    text = folder / "text.txt"
+    if not text.exists():  # both processes write the same
+        text.write_text(" ".join(f"{['the', 'film', 'is', 'good'][at * at % 4]} {at % 10}" for at in range(53)))
+    model = folder / f"decoder-{os.environ.get('LOCAL_RANK', '0')}"
+    save_tiny_decoder("llama", model)
+    words = ["--config", str(CONFIGS / "recipes" / "causal_lm_kronecker.yaml"), *common]
+    words += [f"--data.init_args.{split}={text}" for split in ("train", "validation", "test")]
+    words += ["--data.init_args.window=16", "--data.init_args.eval_batch_size=2"]
+    main(["test", *words, f"--model.init_args.pretrained={model}", "--trainer.logger.init_args.version=decoder"])
 
 
 def taught(teacher: Path, name: str) -> list[str]:

@@ -1,0 +1,163 @@
+"""Labels shifted once, losses and perplexity against transformers' own and against sums by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank_pl.contract import TargetSpec
+from lowrank_pl.data import CausalText
+from lowrank_pl.errors.model import CheckpointMismatchError, NotADecoderError, UnsupportedModelError
+from lowrank_pl.errors.numerics import NonFiniteError
+from lowrank_pl.errors.run import MonitorModeError, TargetKindError
+from lowrank_pl.strategies import Calibration, KroneckerSVD
+from lowrank_pl.tasks import CausalLM, MaskedLM
+from lowrank_pl.tasks.metrics import Perplexity
+from tests.support.runs import last_checkpoint, make_trainer
+from tests.support.synthetic import SyntheticData
+from tests.support.tiny import VOCAB, save_tiny_decoder
+
+TARGET = TargetSpec("text", "causal_lm", (), ("perplexity",))
+WORDS = ["the", "of", "and", "to", "is", "that", "it", "was", "good", "bad", "film", "great", "awful", "plot"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_decoder("llama", tmp_path_factory.mktemp("llama") / "model"))
+
+
+def text(folder: Path, words: int, seed: int = 0) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(WORDS), (words,), generator=generator).tolist()
+    path = folder / f"{words}-{seed}.txt"
+    path.write_text(" ".join(WORDS[at] for at in chosen))
+    return str(path)
+
+
+def corpus(folder: Path, tokenizer: str, **arguments: Any) -> CausalText:
+    files = {"train": text(folder, 90), "validation": text(folder, 53, 1), "test": text(folder, 53, 1)}
+    return CausalText(tokenizer, **{**files, "window": 16, "batch_size": 2, "eval_batch_size": 3, **arguments})
+
+
+def built(pretrained: str) -> CausalLM:
+    task = CausalLM(pretrained)
+    task.build(TARGET)
+    task.eval()
+    return task
+
+
+def batch_of(lengths: tuple[int, ...] = (9, 4, 7)) -> dict[str, Tensor]:
+    ids = torch.randint(5, len(VOCAB), (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, -100)}
+
+
+def test_the_loss_is_the_one_of_transformers(llama: str) -> None:
+    """Which shifts labels itself: shifted not at all, or twice, they would give another."""
+    task, batch = built(llama), batch_of()
+    theirs = task.encoder(**batch).loss
+    torch.testing.assert_close(task.training_loss(task(batch), batch["labels"]), theirs)
+    for row, length in enumerate((9, 4, 7)):
+        ids = batch["input_ids"][row : row + 1, :length]
+        alone = task.encoder(input_ids=ids, labels=ids).loss
+        torch.testing.assert_close(task.per_sample_losses(batch)[row], alone)
+
+
+def test_what_is_predicted_stands_where_it_is_predicted_for(llama: str) -> None:
+    task, batch = built(llama), batch_of()
+    logits = task(batch)
+    found = task.predictions(logits)
+    assert torch.equal(found[:, 1:], logits[:, :-1].argmax(-1))
+    assert bool((found[:, 0] == -100).all())
+    sure = torch.full_like(logits, -1e4).scatter_(-1, batch["input_ids"].roll(-1, 1)[..., None], 0.0)
+    drawn = task.drawn_labels(sure, batch, lambda count: torch.rand(count, dtype=torch.float64))
+    expected = batch["labels"].clone()
+    expected[:, 0] = -100
+    assert torch.equal(drawn, expected)
+    without = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(task.drawn_labels(sure, without, lambda count: torch.rand(count).double()), expected)
+
+
+def test_perplexity_is_exact_over_unequal_windows_and_parts() -> None:
+    """Two processes that have unequal shares, one of them a token that float32 holds to be impossible."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(b, t, 50, generator=generator) for b, t in ((3, 16), (1, 5), (2, 16))]
+    logits[1][0, 2] = torch.full((50,), -300.0).index_fill_(0, torch.tensor(7), 0.0)
+    labels = [torch.randint(0, 6, part.shape[:2], generator=generator) for part in logits]
+    labels[0][0, :9] = -100
+    total, count = 0.0, 0
+    for part, wanted in zip(logits, labels, strict=True):
+        each = -part.double().log_softmax(-1).gather(-1, wanted.clamp(min=0)[..., None])[..., 0]
+        total += float(each[wanted != -100].sum())
+        count += int((wanted != -100).sum())
+    shares = [Perplexity(), Perplexity()]
+    for index, pair in enumerate(zip(logits, labels, strict=True)):
+        shares[index % 2].update(*pair)
+    shares[0].merge_state(shares[1])
+    assert float(shares[0].compute()) == pytest.approx(float(torch.tensor(total / count).double().exp()), rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_test_reports_loss_perplexity_tokens_and_window(stride: int | None, llama: str, tmp_path: Path) -> None:
+    task, data = CausalLM(llama), corpus(tmp_path, llama, stride=stride)
+    (found,) = make_trainer(tmp_path).test(task, data, verbose=False)
+    ids = torch.tensor(
+        data.load_tokenizer()(Path(str(data.files["test"])).read_text(), add_special_tokens=False).input_ids
+    )
+    starts = range(0, 53, 16) if stride is None else range(0, 53 - 16 + 5, 5)
+    total, count, done = 0.0, 0, 0
+    for start in starts:
+        window = ids[start : start + 16]
+        with torch.no_grad():
+            logits = task.encoder.eval()(input_ids=window[None]).logits[0]
+        each = F.cross_entropy(logits[:-1].double(), window[1:], reduction="none")
+        new = each[max(done - start - 1, 0) :]
+        total, count, done = total + float(new.sum()), count + len(new), start + 16
+    assert (found["test/tokens"], found["test/window"]) == (count, 16) == ({None: 49, 5: 52}[stride], 16)
+    assert found["test/loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["test/perplexity"] == pytest.approx(float(torch.tensor(total / count).exp()), rel=1e-5)
+    assert found["test/score"] == pytest.approx(found["test/perplexity"])
+    assert data.describe()["predicted_tokens"]["test"] == count
+
+
+def test_lower_is_better(llama: str, tmp_path: Path) -> None:
+    data = corpus(tmp_path, llama)
+    worst = pl.callbacks.ModelCheckpoint(monitor="val/score", mode="max")
+    with pytest.raises(MonitorModeError, match="'min'"):
+        make_trainer(tmp_path, callbacks=[worst]).fit(CausalLM(llama), data)
+    best = pl.callbacks.ModelCheckpoint(monitor="val/score_at_budget", mode="min")
+    trainer = make_trainer(tmp_path, callbacks=[best], max_epochs=2)
+    pl.seed_everything(0, verbose=False)
+    trainer.fit(CausalLM(llama, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2)), data)
+    assert float(best.best_model_score) == min(float(s) for s in best.best_k_models.values())  # type: ignore[arg-type]
+    assert 1 < float(trainer.callback_metrics["val/score"]) < len(VOCAB)
+
+
+def test_wrong_models_and_data_are_refused(llama: str, tiny_bert: str, tmp_path: Path) -> None:
+    with pytest.raises(NotADecoderError, match="'bert', an encoder: each of its tokens sees those that follow"):
+        make_trainer(tmp_path).fit(CausalLM(tiny_bert), corpus(tmp_path, tiny_bert))
+    with pytest.raises(UnsupportedModelError, match="has no AutoModelForMaskedLM"):
+        make_trainer(tmp_path).fit(MaskedLM(llama), SyntheticData("masked_lm"))
+    with pytest.raises(TargetKindError, match="CausalLM handles causal_lm"):
+        make_trainer(tmp_path).fit(CausalLM(llama), SyntheticData("masked_lm"))
+    trainer = make_trainer(tmp_path)
+    trainer.fit(MaskedLM(tiny_bert), SyntheticData("masked_lm", size=8))
+    with pytest.raises(CheckpointMismatchError, match="it was trained for masked_lm, the data 'CausalText'"):
+        make_trainer(tmp_path).fit(CausalLM(init_from=last_checkpoint(trainer)), corpus(tmp_path, tiny_bert))
+
+
+def test_an_activation_that_is_not_finite_is_named_with_its_block(llama: str, tmp_path: Path) -> None:
+    strategy = KroneckerSVD(keep_ratio=0.5, calibration=Calibration(cache=False))
+    task, data = CausalLM(llama, strategy=strategy), corpus(tmp_path, llama)
+    task.build(TARGET)
+    norm: Any = task.encoder.get_submodule("model.layers.1.post_attention_layernorm")
+    norm.weight.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match=r"the input of layer 'model\.layers\.1\.mlp\.gate_proj'"):
+        make_trainer(tmp_path).compress(task, data, output=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
