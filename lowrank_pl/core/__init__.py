@@ -10,11 +10,12 @@ from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.kronecker import KroneckerGroups, kronecker_groups, kronecker_regroup, kronecker_svd
 from lowrank_pl.core.refit import refit_left
-from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
 
 __all__ = [
     "Diagnosis",
+    "EmbeddingShape",
     "Factors",
     "KroneckerGroups",
     "LinearShape",

@@ -1,4 +1,4 @@
-"""Second moments of what goes into linear layers and of the gradients at what comes out.
+"""Second moments of what goes into layers and of the gradients at what comes out.
 
 b: samples, t: tokens, m: out_features, n: in_features.
 """
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.core import LinearShape
+from lowrank_pl.core import EmbeddingShape, LinearShape
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.importance.batches import Batch
@@ -21,6 +21,7 @@ from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.importance.gram import GramSum
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
 from lowrank_pl.importance.passes import Passes, PerSampleLoss, Reduce
+from lowrank_pl.importance.token_counts import TokenCounts, frequencies
 from lowrank_pl.nn import dense_shape
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class LayerMoments(LayerImportance):
 
     Attributes:
         inputs: `C = (1/T) Σ x xᵀ` over the `T` tokens that a loss depends on, `[n, n]`, its diagonal `[n]`, blocks
-            along it `[n / s, s, s]`, or `None` where it was not asked for. Layers with one input share one tensor.
+            along it `[n / s, s, s]`, or `None` where it was not asked for. Layers with one input share one tensor. Of a
+            look-up, whose inputs are one-hot, always the diagonal `[n]`: `frequencies` of the tokens.
         outputs: `G = (1/|D|) Σ g gᵀ` over the same tokens, of the gradients of the summed per-sample losses, `[m, m]`,
             its diagonal `[m]`, blocks `[m / s, s, s]`, or `None`.
     """
@@ -63,7 +65,8 @@ class SecondMoments(Importance[LayerMoments]):
     """The two factors of K-FAC's approximation of the Fisher information, `C ⊗ G`, of every layer.
 
     One forward and one backward pass per batch. A token of which no gradient comes back, be it padding or one that the
-    head never looks at, counts for neither moment. Sums are float64, the means float32.
+    head never looks at, counts for neither moment. Sums are float64, the means float32. Of a look-up the tokens are
+    counted, as if each had been seen once more.
 
     Args:
         inputs: `full`, only the `diagonal`, blocks of so many features along the diagonal (64 are the heads of many
@@ -93,7 +96,7 @@ class SecondMoments(Importance[LayerMoments]):
     ) -> Measured[LayerMoments]:
         """See `Importance.measure`."""
         device = next(model.parameters()).device
-        shapes = {name: dense_shape(layer) for name, layer in layers.items()}
+        shapes = _shapes_of(layers)
         self._check_blocks(shapes)
         sums = self._sums(model, layers, batches, loss, expected, share=True)
         if not _agree(list(layers), sums, device, reduce_sum):
@@ -104,7 +107,8 @@ class SecondMoments(Importance[LayerMoments]):
 
     def _check_blocks(self, shapes: Mapping[str, LinearShape]) -> None:
         for name, shape in shapes.items():
-            for extent, size in ((self.inputs, shape.in_features), (self.outputs, shape.out_features)):
+            inputs = "diagonal" if isinstance(shape, EmbeddingShape) else self.inputs
+            for extent, size in ((inputs, shape.in_features), (self.outputs, shape.out_features)):
                 if isinstance(extent, int) and size % extent:
                     raise RangeError("block_size", extent, f"a divisor of {size}, the features of {name!r}")
 
@@ -118,7 +122,8 @@ class SecondMoments(Importance[LayerMoments]):
         share: bool,
     ) -> _Sums | None:
         """The sums of this process; `None` if inputs were shared that should not be."""
-        inputs = _InputSums(self.inputs, share)
+        vocabularies = {n: s.in_features for n, s in _shapes_of(layers).items() if isinstance(s, EmbeddingShape)}
+        inputs = _InputSums(self.inputs, share, vocabularies)
         own = {name: _MomentSum(name, inputs, self.outputs) for name in layers}
         try:
             with frozen_eval(model), Passes(layers, loss, own, expected) as passes:
@@ -133,8 +138,14 @@ class SecondMoments(Importance[LayerMoments]):
 
     def bytes(self, shape: LinearShape) -> int:
         """Float64 sums of both sides, were no input shared."""
-        sides = ((self.inputs, shape.in_features), (self.outputs, shape.out_features))
+        diagonal = isinstance(shape, EmbeddingShape) and self.inputs != "none"
+        sides = (("diagonal" if diagonal else self.inputs, shape.in_features), (self.outputs, shape.out_features))
         return sum(8 * size * _width(extent, size) for extent, size in sides)
+
+
+def _shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, LinearShape]:
+    """The shapes of dense layers."""
+    return {name: dense_shape(layer) for name, layer in layers.items()}
 
 
 def _width(extent: Extent, size: int) -> int:
@@ -156,12 +167,13 @@ class _InputSums:
     Which layers those are is seen in the first pass, by content, and looked at again in every further one.
     """
 
-    def __init__(self, extent: Extent, share: bool) -> None:
+    def __init__(self, extent: Extent, share: bool, vocabularies: Mapping[str, int]) -> None:
         self.extent = extent
+        self._vocabularies = vocabularies
         self._share = share
         self._leaders: dict[str, str] = {}
         self._seen: dict[str, tuple[object, ...]] = {}
-        self.sums: dict[str, GramSum] = {}
+        self.sums: dict[str, GramSum | TokenCounts] = {}
         self.tokens: dict[str, int] = {}
 
     def add(self, name: str, x: Tensor, kept: Tensor) -> None:
@@ -187,7 +199,9 @@ class _InputSums:
                 raise _InputsDifferError(f"{name!r} and {earlier!r} shared their input in the first pass only")
             return
         if leader not in self.sums:
-            self.sums[leader] = _gram(x.shape[-1], x.device, self.extent)
+            size = self._vocabularies.get(name)
+            gram = _gram(x.shape[-1], x.device, self.extent) if size is None else TokenCounts(size, x.device)
+            self.sums[leader] = gram
         self.sums[leader].add(rows)
         self.tokens[leader] = self.tokens.get(leader, 0) + len(rows)
 
@@ -253,25 +267,29 @@ def _collect(
     def over_processes(tensor: Tensor) -> Tensor:
         return tensor if reduce_sum is None else reduce_sum(tensor)
 
-    def mean_of(gram: GramSum | None, extent: Extent, size: int, count: float) -> Tensor | None:
+    def mean_of(gram: GramSum | TokenCounts | None, extent: Extent, size: int, count: float) -> Tensor | None:
         if extent == "none":
             return None
         gram = gram or _gram(size, device, extent)
-        mean = over_processes(gram.matrix()) / max(float(over_processes(gram.total.new_tensor([count]))), 1.0)
+        total, count = over_processes(gram.matrix()), float(over_processes(gram.total.new_tensor([count])))
+        mean = frequencies(total, count) if isinstance(gram, TokenCounts) else total / max(count, 1.0)
         # A mean over samples has no more digits than this, and half the memory is enough to keep it.
         return mean.float()
 
-    total = round(float(over_processes(torch.tensor([float(samples)], device=device))))
+    everywhere = round(float(over_processes(torch.tensor([float(samples)], device=device))))
     means: dict[str, Tensor | None] = {}
     layers = {}
     for name, shape in shapes.items():
         leader = inputs.leader(name)
         if leader not in means:
             tokens = inputs.tokens.get(leader, 0)
-            means[leader] = mean_of(inputs.sums.get(leader), inputs.extent, shape.in_features, tokens)
+            total = inputs.sums.get(leader)
+            if total is None and isinstance(shape, EmbeddingShape):
+                total = TokenCounts(shape.in_features, device)
+            means[leader] = mean_of(total, inputs.extent, shape.in_features, tokens)
         outputs = mean_of(sums.layers[name].outputs, sums.layers[name].extent, shape.out_features, samples)
         layers[name] = LayerMoments(means[leader], outputs)
         for what, tensor in layers[name].tensors().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"the second moment of the {what}", layer=name)
-    return Measured(layers, total)
+    return Measured(layers, everywhere)

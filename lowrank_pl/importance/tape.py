@@ -1,4 +1,4 @@
-"""Inputs and output gradients of linear layers, handed out once per layer and backward pass.
+"""Inputs and output gradients of layers, handed out once per layer and backward pass.
 
 b: samples, t: tokens, m: out_features, n: in_features.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.importance.vectorise import tap
+from lowrank_pl.nn import is_embedding
 
 Consumer = Callable[[str, Tensor, Tensor], None]
 _Shape = tuple[int, ...]
@@ -22,7 +23,7 @@ class SampleMixingError(RuntimeError):
 
 
 class LinearTape:
-    """Context manager that records `x` and `∂L/∂y` of linear layers through hooks.
+    """Context manager that records `x` and `∂L/∂y` of linear layers and look-ups through hooks.
 
     The weights need no gradient: where a layer's output would not require one, its hook makes the output the
     start of the graph. One product per sample and layer then yields the sample's weight gradient,
@@ -122,12 +123,14 @@ class LinearTape:
         return shapes
 
     def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # The one feature of a look-up's input is the number of the token.
+            given = args[0].unsqueeze(-1) if is_embedding(module) else args[0]
             if self._marker is not None:
-                return tap(args[0], output, self._marker, lambda x, y: self._recorded(name, x, y, 0))
+                return tap(given, output, self._marker, lambda x, y: self._recorded(name, x, y, 0))
             if self._rehearsal is None:
-                return self._recorded(name, args[0], output, self._batch_dim(name))
-            self._rehearsal[name].append(tuple(args[0].shape))
+                return self._recorded(name, given, output, self._batch_dim(name))
+            self._rehearsal[name].append(tuple(given.shape))
             output = self._prepared(output)
             if output._is_view():
                 self._watched.append((output, output._version))
