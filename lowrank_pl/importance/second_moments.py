@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.core import EmbeddingShape, LinearShape
+from lowrank_pl.core import EmbeddingShape, LinearShape, nearest_kronecker
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.importance.batches import Batch
@@ -22,7 +22,7 @@ from lowrank_pl.importance.gram import GramSum
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
 from lowrank_pl.importance.passes import Passes, PerSampleLoss, Reduce
 from lowrank_pl.importance.token_counts import TokenCounts, frequencies
-from lowrank_pl.nn import dense_shape
+from lowrank_pl.nn import dense_shape, is_dense_linear, is_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,9 @@ class SecondMoments(Importance[LayerMoments]):
 
     One forward and one backward pass per batch. A token of which no gradient comes back, be it padding or one that the
     head never looks at, counts for neither moment. Sums are float64, the means float32. Of a look-up the tokens are
-    counted, as if each had been seen once more.
+    counted, as if each had been seen once more. If a head puts out tokens with the same matrix, its moments are
+    measured, too, and the look-up gets the Kronecker product that is nearest to the sum of both uses; not so where one
+    side alone is asked for.
 
     Args:
         inputs: `full`, only the `diagonal`, blocks of so many features along the diagonal (64 are the heads of many
@@ -96,14 +98,16 @@ class SecondMoments(Importance[LayerMoments]):
     ) -> Measured[LayerMoments]:
         """See `Importance.measure`."""
         device = next(model.parameters()).device
-        shapes = _shapes_of(layers)
-        self._check_blocks(shapes)
-        sums = self._sums(model, layers, batches, loss, expected, share=True)
-        if not _agree(list(layers), sums, device, reduce_sum):
+        self._check_blocks(_shapes_of(layers))
+        heads = {} if self.inputs == "none" or self.inputs != self.outputs else _heads_of(model, layers)
+        both = {**layers, **{head: model.get_submodule(head) for head in heads}}
+        sums = self._sums(model, both, heads, batches, loss, expected, share=True)
+        if not _agree(list(both), sums, device, reduce_sum):
             logger.info("layers that shared their input in the first batch do not always: measuring each apart")
-            sums = self._sums(model, layers, batches, loss, expected, share=False)
+            sums = self._sums(model, both, heads, batches, loss, expected, share=False)
         assert sums is not None
-        return _collect(shapes, sums, device, reduce_sum)
+        measured = _collect(_shapes_of(both), sums, device, reduce_sum)
+        return Measured(_with_heads(measured.layers, heads), measured.num_samples)
 
     def _check_blocks(self, shapes: Mapping[str, LinearShape]) -> None:
         for name, shape in shapes.items():
@@ -116,6 +120,7 @@ class SecondMoments(Importance[LayerMoments]):
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
+        heads: Mapping[str, str],
         batches: Iterable[Batch],
         loss: PerSampleLoss,
         expected: int | None,
@@ -124,7 +129,7 @@ class SecondMoments(Importance[LayerMoments]):
         """The sums of this process; `None` if inputs were shared that should not be."""
         vocabularies = {n: s.in_features for n, s in _shapes_of(layers).items() if isinstance(s, EmbeddingShape)}
         inputs = _InputSums(self.inputs, share, vocabularies)
-        own = {name: _MomentSum(name, inputs, self.outputs) for name in layers}
+        own = {name: _MomentSum(name, inputs, "diagonal" if name in heads else self.outputs) for name in layers}
         try:
             with frozen_eval(model), Passes(layers, loss, own, expected) as passes:
                 samples = sum(passes.add(batch) for batch in batches)
@@ -140,12 +145,41 @@ class SecondMoments(Importance[LayerMoments]):
         """Float64 sums of both sides, were no input shared."""
         diagonal = isinstance(shape, EmbeddingShape) and self.inputs != "none"
         sides = (("diagonal" if diagonal else self.inputs, shape.in_features), (self.outputs, shape.out_features))
-        return sum(8 * size * _width(extent, size) for extent, size in sides)
+        # A head may be tied to a look-up, of which as much is kept.
+        return (2 if diagonal else 1) * sum(8 * size * _width(extent, size) for extent, size in sides)
 
 
 def _shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, LinearShape]:
     """The shapes of dense layers."""
     return {name: dense_shape(layer) for name, layer in layers.items()}
+
+
+def _heads_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The linear layers of a model that use the matrix of a look-up, and the name of the look-up."""
+    owners = {id(layer.weight): name for name, layer in layers.items() if is_embedding(layer)}
+    return {
+        name: owners[id(module.weight)]
+        for name, module in model.named_modules()
+        if is_dense_linear(module) and id(module.weight) in owners
+    }
+
+
+def _with_heads(measured: Mapping[str, LayerMoments], heads: Mapping[str, str]) -> dict[str, LayerMoments]:
+    """Puts what was measured of heads into the moments of the look-ups.
+
+    For a change `D [v, d]` of the matrix a look-up adds `Σ_i c_i D_i G D_iᵀ` to the loss, and a head, of whose inputs
+    `H` and whose logits' gradients `q` are the moments, `Σ_i q_i D_i H D_iᵀ`: the same form with the sides exchanged.
+    """
+    found = {name: layer for name, layer in measured.items() if name not in heads}
+    for head, name in heads.items():
+        own, other = found[name], measured[head]
+        assert own.inputs is not None
+        assert own.outputs is not None
+        assert other.inputs is not None
+        assert other.outputs is not None
+        c, g = nearest_kronecker((own.inputs, own.outputs), (other.outputs, other.inputs))
+        found[name] = LayerMoments(c.float().clamp(min=0), g.float())
+    return found
 
 
 def _width(extent: Extent, size: int) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
 
-from lowrank_pl.core import EmbeddingShape, LinearShape
+from lowrank_pl.core import EmbeddingShape, LinearShape, nearest_kronecker
 from lowrank_pl.importance import SecondMoments
+from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.token_counts import TokenCounts, frequencies
 from lowrank_pl.surgery import TargetSelector
 from tests.importance.reference import classification_loss, single_samples
@@ -75,7 +77,7 @@ def test_a_look_ups_moments_equal_autograd_one_sample_at_a_time(family: str) -> 
 
 def test_memory_and_sides() -> None:
     shape = EmbeddingShape(384, 30522)
-    assert SecondMoments().bytes(shape) == 8 * (30522 + 384**2)
+    assert SecondMoments().bytes(shape) == 2 * 8 * (30522 + 384**2)  # were a head tied to it
     assert SecondMoments("none", 64).bytes(shape) == 8 * 384 * 64
     assert SecondMoments().bytes(LinearShape(384, 30522)) == 8 * (30522**2 + 384**2)
     model, data = model_of("bert"), batches(1)
@@ -88,3 +90,44 @@ def test_memory_and_sides() -> None:
     }
     without = SecondMoments("none").measure(model, layers, data, classification_loss(model)).layers[name]
     assert without.inputs is None
+
+
+class Tied(nn.Module):
+    """Looks up, scales, and puts out with the same matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(4, 2), nn.Linear(2, 4, bias=False)
+        self.head.weight = self.words.weight
+        self.scale = 1.5
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(self.words(tokens) * self.scale)
+        return y
+
+
+def test_a_tied_heads_use_of_the_matrix_counts() -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    batch = {"input_ids": torch.tensor([[1, 2, 0], [3, 3, 1]]), "labels": torch.tensor([[0, 1, 2], [3, 2, 1]])}
+
+    def losses(given: Batch) -> Tensor:
+        return F.cross_entropy(model(given["input_ids"]).mT, given["labels"], reduction="none").sum(1)
+
+    found = SecondMoments().measure(model, {"words": model.words}, [batch], losses).layers["words"]
+    matrix = model.words.weight.detach()
+    h = matrix[batch["input_ids"]] * model.scale
+    logits = (h @ matrix.mT).requires_grad_()
+    F.cross_entropy(logits.mT, batch["labels"], reduction="none").sum().backward()
+    assert logits.grad is not None
+    q, h = logits.grad.flatten(0, 1), h.flatten(0, 1)
+    g = q @ matrix * model.scale
+    shares = frequencies(batch["input_ids"].flatten().bincount(minlength=4), 6)
+    inputs, outputs = nearest_kronecker((shares, g.mT @ g / 2), (q.square().sum(0) / 2, h.mT @ h / 6))
+    assert found.inputs is not None
+    assert found.outputs is not None
+    torch.testing.assert_close(found.inputs, inputs.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.outputs, outputs.float(), rtol=1e-4, atol=1e-6)
+    one_side = SecondMoments(outputs="none").measure(model, {"words": model.words}, [batch], losses).layers["words"]
+    assert one_side.inputs is not None
+    torch.testing.assert_close(one_side.inputs, shares.float())
