@@ -172,6 +172,6 @@ class Product(nn.Module):
 def _zero_embedding(
     size: int, width: int, padding_idx: int | None, device: torch.device | None, dtype: torch.dtype | None
 ) -> nn.Embedding:
-    return nn.Embedding.from_pretrained(
-        torch.zeros(size, width, device=device, dtype=dtype), freeze=False, padding_idx=padding_idx
-    )
+    zeros = torch.zeros(size, width, device=device, dtype=dtype)
+    made: nn.Embedding = nn.Embedding.from_pretrained(zeros, freeze=False, padding_idx=padding_idx)
+    return made

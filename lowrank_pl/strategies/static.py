@@ -93,9 +93,9 @@ class StaticStrategy(CompressionStrategy):
         if self.allocation.needs_energies and (reason := self.why_no_energies()):
             raise AllocationError(type(self.allocation).__name__, type(self).__name__, reason)
         if self.targets.embeddings and not self.cost.counts_lookups:
-            cost = type(self.cost).__name__
-            reason = f"in the unit of {cost} a dense look-up costs nothing, and two factors would only cost more"
-            raise EmbeddingsError(f"{type(self).__name__} with cost {cost}", reason)
+            unit = type(self.cost).__name__
+            reason = f"in the unit of {unit} a dense look-up costs nothing, and two factors would only cost more"
+            raise EmbeddingsError(f"{type(self).__name__} with cost {unit}", reason)
         self._written = False
 
     # What a method says.

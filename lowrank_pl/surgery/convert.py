@@ -15,12 +15,12 @@ from lowrank_pl.surgery.vocabulary import tied_heads, untie_head_
 
 def densify_(model: nn.Module) -> nn.Module:
     """Multiplies every layer in a form back to the dense layer it stands for, in place; returns the model."""
-    ties = tied_heads(model)
-    for name, layer in forms_in(model).items():
+    forms, ties = forms_in(model), tied_heads(model)
+    for name, layer in forms.items():
         if name not in ties:
             replace_module_(model, name, layer.dense())
     for head, vocabulary in ties.items():
-        untie_head_(model, head, vocabulary, model.get_submodule(head).empty_dense())
+        untie_head_(model, head, vocabulary, forms[head].empty_dense())
     return model
 
 

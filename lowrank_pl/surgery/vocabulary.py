@@ -6,6 +6,7 @@ v: size of the vocabulary, d: width, r: rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -85,7 +86,8 @@ def tie_head_(model: nn.Module, head: str, vocabulary: str) -> nn.Module:
     made = LowRankLinear.like(before, owner.rank)
     made.left.weight, made.right.weight = owner.left.weight, owner.right.weight
     # The object itself, not a copy: it may be tied, too.
-    made.left.bias = before.left.bias if isinstance(before, LowRankLinear) else before.bias
+    bias: Any = before.bias
+    made.left.bias = bias
     replace_module_(model, head, made)
     _rename_ties_(model, lambda ties: _factorised(ties, head, vocabulary))
     return before

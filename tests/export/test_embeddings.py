@@ -51,7 +51,8 @@ def test_three_ways_of_loading_agree_to_the_last_bit(compressed: tuple[Any, str]
     for model in (load_model(source), ours, remote, from_pretrained(str(tmp_path / "again"))):
         assert torch.equal(logits(model), expected)
         assert parameters(model) == size
-        decoder, words = model.get_submodule(DECODER), model.get_submodule(WORDS)
+        decoder: Any = model.get_submodule(DECODER)
+        words: Any = model.get_submodule(WORDS)
         assert decoder.left.weight is words.left.weight
         assert decoder.right.weight is words.right.weight
     assert tied_heads(ours) == {DECODER: WORDS}

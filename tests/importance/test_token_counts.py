@@ -31,9 +31,9 @@ def test_by_hand() -> None:
 
 def xlnet() -> nn.Module:
     """Goes through its tokens first, through its samples second."""
-    return XLNetForSequenceClassification(
-        XLNetConfig(vocab_size=len(VOCAB), d_model=16, n_layer=1, n_head=2, d_inner=16, num_labels=3)
-    )
+    config = XLNetConfig(vocab_size=len(VOCAB), d_model=16, n_layer=1, n_head=2, d_inner=16)
+    config.num_labels = 3
+    return XLNetForSequenceClassification(config)
 
 
 def model_of(family: str) -> nn.Module:

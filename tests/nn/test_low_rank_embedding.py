@@ -15,7 +15,8 @@ TOKENS = torch.tensor([[0, 5, 3], [1, 1, 2]])
 
 
 def look_up(padding_idx: int | None = None) -> nn.Embedding:
-    return nn.Embedding.from_pretrained(random_matrix(6, 4, seed=3), freeze=False, padding_idx=padding_idx)
+    made: nn.Embedding = nn.Embedding.from_pretrained(random_matrix(6, 4, seed=3), False, padding_idx)
+    return made
 
 
 def factorised(dense: nn.Embedding, rank: int) -> LowRankEmbedding:

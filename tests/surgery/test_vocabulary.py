@@ -37,7 +37,7 @@ def language_model(family: str = "bert") -> Any:
         return AutoModelForMaskedLM.from_config(tiny_config(family)).eval()
 
 
-def factorise_(model: nn.Module, rank: int) -> nn.Module:
+def factorise_(model: Any, rank: int) -> Any:
     name, dense = find_vocabulary(model)
     heads = heads_tied_to(model, name)
     made = LowRankEmbedding.empty({"rank": rank}, dense)
@@ -117,14 +117,14 @@ class Scaled(nn.Embedding):
 def test_what_cannot_be_factorised_is_refused() -> None:
     with pytest.raises(VocabularyError, match="no method get_input_embeddings"):
         find_vocabulary(nn.Sequential(nn.Embedding(4, 2)))
-    model = tiny_model("bert")
+    model: Any = tiny_model("bert")
     model.bert.embeddings.word_embeddings = Scaled(4, 2)
     with pytest.raises(VocabularyError, match="returns a Scaled"):
         find_vocabulary(model)
     model.bert.embeddings.word_embeddings = nn.Embedding(4, 2, max_norm=1.0)
     with pytest.raises(VocabularyError, match=r"'bert\.embeddings\.word_embeddings' has max_norm=1\.0"):
         TargetSelector(embeddings=True).select(model)
-    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    sizes: dict[str, Any] = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     shared = T5EncoderModel(T5Config(vocab_size=len(VOCAB), **sizes))
     with pytest.raises(VocabularyError, match=r"shares its matrix with '.*embed_tokens', a Embedding"):
         TargetSelector(embeddings=True).select(shared)
