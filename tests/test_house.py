@@ -236,12 +236,12 @@ def test_the_front_door() -> None:
 
 def test_only_nn_asks_for_the_form_of_a_layer() -> None:
     """Whoever else did would have to be found and changed for every new form."""
-    pattern = re.compile(r"isinstance\([^()]*,\s*\(?[^()]*\b(LowRankLinear|SVDLinear|ElasticLinear)\b")
+    pattern = re.compile(r"isinstance\([^()]*,\s*\(?[^()]*\b(LowRankLinear|LowRankEmbedding|SVDLinear|ElasticLinear)\b")
     assert pattern.search("if isinstance(layer, (nn.Linear, SVDLinear)):")
     found = {
         name
         for name, path in modules().items()
         if room_of(name) != "nn" and pattern.search(path.read_text(encoding="utf-8"))
     }
-    own = {"lowrank_pl.surgery.groups", "lowrank_pl.strategies.metric_groups"}
-    assert found == own, "only RankDyna's own forms are asked for, by what changes their ranks"
+    own = {"lowrank_pl.surgery.groups", "lowrank_pl.strategies.metric_groups", "lowrank_pl.surgery.vocabulary"}
+    assert found == own, "only RankDyna's own forms, by what changes their ranks, and factors that two layers share"

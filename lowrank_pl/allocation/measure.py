@@ -21,6 +21,8 @@ class Measure(ABC):
     """What a linear layer costs, dense and at a rank, in whole units, never less at a higher rank."""
 
     unit: ClassVar[str]
+    counts_lookups: ClassVar[bool] = False
+    """Whether it says what a look-up costs, too."""
 
     def options(self) -> dict[str, Any]:
         """What identifies it in reports, as primitives."""
@@ -83,6 +85,7 @@ class Parameters(Measure):
     """`m n` dense, `r (m + n)` factorised: the measure of the papers."""
 
     unit = "parameters"
+    counts_lookups = True
 
     def dense(self, shape: LinearShape) -> int:
         """`m n`."""

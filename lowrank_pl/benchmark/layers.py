@@ -14,7 +14,7 @@ from lowrank_pl.allocation.measure import TABLE_VERSION
 from lowrank_pl.benchmark.timing import timed_in_turn
 from lowrank_pl.core import LinearShape
 from lowrank_pl.nn import LowRankLinear, dense_shape, forms_in
-from lowrank_pl.surgery import TargetSelector
+from lowrank_pl.surgery import TargetSelector, tied_heads
 from lowrank_pl.surgery.targets import TARGETED
 
 _POINTS = 10
@@ -92,7 +92,9 @@ class LayerTimes:
 
 def linear_shapes(model: nn.Module, targets: TargetSelector) -> list[LinearShape]:
     """The distinct shapes of a model's targeted layers, factorised or not, in their order."""
-    found = [form.shape for form in forms_in(model).values()]
+    tied = tied_heads(model)
+    forms = {name: form for name, form in forms_in(model).items() if name not in tied}
+    found = [form.shape for form in forms.values() if form.stands_for is LinearShape]
     names = [name for name, reason in targets.explain(model).items() if reason == TARGETED]
     return list(dict.fromkeys([*found, *(dense_shape(model.get_submodule(name)) for name in names)]))
 

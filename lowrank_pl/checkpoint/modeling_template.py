@@ -1,4 +1,4 @@
-"""A factorised encoder: linear layers as two thin factors, with the ranks that config.json names.
+"""A factorised encoder: layers as two thin factors, with the ranks that config.json names.
 
 Written by lowrank_pl beside the weights; it needs torch and transformers alone. Load with
 `AutoModelFor….from_pretrained(folder, trust_remote_code=True)`.
@@ -33,10 +33,59 @@ class LowRankLinear(nn.Module):
         """The dense weight, for code that asks a linear layer for it."""
         return self.left.weight @ self.right.weight
 
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, which `left` adds."""
+        bias: nn.Parameter | None = self.left.bias
+        return bias
+
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in] → [..., out]`."""
         y: Tensor = self.left(self.right(input))
         return y
+
+
+class Product(nn.Module):
+    """`y = x · weight`, `[..., rank] → [..., width]`."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., rank] → [..., width]`."""
+        return input @ self.weight
+
+
+class LowRankEmbedding(nn.Module):
+    """`y = right(left(token))`: a look-up of `[tokens, rank]`, then a product with `[rank, width]`."""
+
+    def __init__(self, dense: nn.Embedding, rank: int) -> None:
+        super().__init__()
+        kind: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
+        self.num_embeddings, self.embedding_dim = dense.weight.shape
+        self.padding_idx = dense.padding_idx
+        with torch.device("meta"):
+            self.left = nn.Embedding(self.num_embeddings, rank, dense.padding_idx)
+        self.left.weight = nn.Parameter(torch.zeros(self.left.weight.shape, **kind))
+        self.right = Product(nn.Parameter(torch.zeros(rank, self.embedding_dim, **kind)))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix, for code that asks a look-up for it."""
+        return self.left.weight @ self.right.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[...] → [..., width]`."""
+        y: Tensor = self.right(self.left(input))
+        return y
+
+
+# By what config.json calls a form: the class, and the layers that it stands for.
+FORMS: dict[str, tuple[Any, Any]] = {
+    "low_rank": (LowRankLinear, (nn.Linear, Conv1D)),
+    "low_rank_embedding": (LowRankEmbedding, nn.Embedding),
+}
 
 
 class LowRankModel(Base):
@@ -49,13 +98,31 @@ class LowRankModel(Base):
             raise ValueError(f"layout version {layout['version']} is not {LAYOUT_VERSION}, the one this file reads")
         for name, spec in layout["modules"].items():
             old = self.get_submodule(name)
-            if spec["form"] != "low_rank" or not isinstance(old, (nn.Linear, Conv1D)):
+            form, stands_for = FORMS.get(spec["form"], (None, ()))
+            if form is None or not isinstance(old, stands_for):
                 raise ValueError(f"config.json has a {spec['form']} layer at {name!r}, the model {type(old).__name__}")
-            new = LowRankLinear(old, spec["rank"])
+            new = form(old, spec["rank"])
             for parent in list(self.modules()):  # under every name, where a layer is shared
                 for child, module in parent._modules.items():
                     if module is old:
                         parent._modules[child] = new
+
+        for name, spec in layout["modules"].items():
+            if "tied" in spec:
+                self._tie(name, spec["tied"])
+
+    def _tie(self, head: str, vocabulary: str) -> None:
+        """Gives a head that puts out tokens the factors of the look-up, and tells transformers."""
+        for part in ("left", "right"):
+            shared = self.get_submodule(f"{vocabulary}.{part}").weight
+            self.get_submodule(f"{head}.{part}").weight = shared
+        names = {f"{head}.bias": f"{head}.left.bias"}
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = dict(getattr(self, attribute, None) or {})
+            ties = {t: s for t, s in ties.items() if {t, s} != {f"{head}.weight", f"{vocabulary}.weight"}}
+            ties = {names.get(t, t): names.get(s, s) for t, s in ties.items()}
+            ties |= {f"{head}.{part}.weight": f"{vocabulary}.{part}.weight" for part in ("left", "right")}
+            setattr(self, attribute, ties)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -8,13 +8,20 @@ from lowrank_pl.core.diagnosis import Diagnosis, compare_methods, diagnose
 from lowrank_pl.core.diagnostics import relative_error
 from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
-from lowrank_pl.core.kronecker import KroneckerGroups, kronecker_groups, kronecker_regroup, kronecker_svd
+from lowrank_pl.core.kronecker import (
+    KroneckerGroups,
+    kronecker_groups,
+    kronecker_regroup,
+    kronecker_svd,
+    nearest_kronecker,
+)
 from lowrank_pl.core.refit import refit_left
-from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
 
 __all__ = [
     "Diagnosis",
+    "EmbeddingShape",
     "Factors",
     "KroneckerGroups",
     "LinearShape",
@@ -24,6 +31,7 @@ __all__ = [
     "kronecker_groups",
     "kronecker_regroup",
     "kronecker_svd",
+    "nearest_kronecker",
     "refit_left",
     "relative_error",
     "singular_values",

@@ -152,6 +152,35 @@ def kronecker_svd(
     return groups.factors(rank).like(weight)
 
 
+def nearest_kronecker(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The product `a ⊗ b` that is nearest to `a₁ ⊗ b₁ + a₂ ⊗ b₂` in the Frobenius norm.
+
+    A sum of products is a matrix of as many rows as `a` has entries and rank two; its best approximation of rank one
+    follows from an SVD of `[2, 2]`. Where all four are positive semi-definite, so are both results.
+
+    Args:
+        first: `a₁` and `b₁`, of any shape.
+        second: `a₂` and `b₂`, of the same shapes.
+
+    Returns:
+        `a` with the sum of its entries 1, where it is not zero, and `b`, in float64.
+
+    References:
+        Van Loan and Pitsianis, Approximation with Kronecker products, in Linear Algebra for Large Scale and Real-Time
+        Applications, Kluwer, 1993.
+    """
+    lefts, rights = (
+        torch.stack([double(part).flatten() for part in pair], 1) for pair in zip(first, second, strict=True)
+    )
+    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(lefts), torch.linalg.qr(rights)
+    u, sigma, vh = torch.linalg.svd(r_left @ r_right.mT)
+    a, b = q_left @ u[:, 0], q_right @ vh[0] * sigma[0]
+    total = a.sum()
+    if bool(total != 0):
+        a, b = a / total, b * total
+    return a.view(first[0].shape), b.view(first[1].shape)
+
+
 @dataclass(frozen=True)
 class _Root:
     """`L` with `scale · L Lᵀ` the damped moment: triangular, a diagonal as a vector, or `None` for the identity."""

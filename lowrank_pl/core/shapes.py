@@ -46,3 +46,12 @@ class LinearShape:
         """Raises `RankError` unless `1 <= rank <= min(m, n)`."""
         if not 1 <= rank <= self.full_rank:
             raise RankError(rank, self.full_rank, layer)
+
+
+@dataclass(frozen=True)
+class EmbeddingShape(LinearShape):
+    """The weight of a look-up, seen as a linear layer of one-hot inputs: `m` is the width, `n` the vocabulary's size.
+
+    What a rank costs in parameters is the same. What differs: the input is a token's number, so the second moment of
+    the inputs is a diagonal of frequencies, and a dense look-up multiplies nothing.
+    """

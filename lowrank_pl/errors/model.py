@@ -49,6 +49,17 @@ class TiedWeightError(LowRankError):
         )
 
 
+class VocabularyError(LowRankError):
+    """The vocabulary's matrix is to be factorised, and the model does not have it in a way that allows it."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(
+            f"the vocabulary of {model} cannot be factorised: {problem}. Allowed is an nn.Embedding that "
+            "get_input_embeddings() returns, alone or with an nn.Linear of transformers' own that puts out tokens with "
+            "the same matrix. Set model.init_args.strategy.init_args.targets.embeddings to false."
+        )
+
+
 class OverrideError(LowRankError):
     """A per-layer override matches nothing or says contradictory things."""
 
@@ -173,7 +184,7 @@ class UnknownFormError(LowRankError):
         where = f" of layer {layer!r} in {source}" if layer is not None else ""
         super().__init__(
             f"the form {given!r}{where} is unknown; known are {_some(known, 8)}. Import the module that defines it (a "
-            "subclass of lowrank_pl.nn.LinearForm) first, or upgrade lowrank-pl."
+            "subclass of lowrank_pl.nn.LayerForm) first, or upgrade lowrank-pl."
         )
 
 

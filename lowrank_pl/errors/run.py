@@ -393,6 +393,17 @@ class FrozenFactorsError(LowRankError):
         )
 
 
+class EmbeddingsError(LowRankError):
+    """The vocabulary is to be factorised by what cannot do that."""
+
+    def __init__(self, asked_of: str, reason: str) -> None:
+        super().__init__(
+            f"targets.embeddings=True was asked of {asked_of}, which does not factorise the vocabulary: {reason}. "
+            "Allowed are KroneckerSVD and SVD, with a budget in Parameters. Set "
+            "model.init_args.strategy.init_args.targets.init_args.embeddings to false, or use one of them."
+        )
+
+
 class AllocationError(LowRankError):
     """Ranks are to follow the loss, and the method knows nothing of it."""
 

@@ -1,4 +1,4 @@
-"""Second moments of what goes into linear layers and of the gradients at what comes out.
+"""Second moments of what goes into layers and of the gradients at what comes out.
 
 b: samples, t: tokens, m: out_features, n: in_features.
 """
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.core import LinearShape
+from lowrank_pl.core import EmbeddingShape, LinearShape, nearest_kronecker
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.importance.batches import Batch
@@ -21,7 +21,8 @@ from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.importance.gram import GramSum
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
 from lowrank_pl.importance.passes import Passes, PerSampleLoss, Reduce
-from lowrank_pl.nn import dense_shape
+from lowrank_pl.importance.token_counts import TokenCounts, frequencies
+from lowrank_pl.nn import dense_shape, is_dense_linear, is_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class LayerMoments(LayerImportance):
 
     Attributes:
         inputs: `C = (1/T) Σ x xᵀ` over the `T` tokens that a loss depends on, `[n, n]`, its diagonal `[n]`, blocks
-            along it `[n / s, s, s]`, or `None` where it was not asked for. Layers with one input share one tensor.
+            along it `[n / s, s, s]`, or `None` where it was not asked for. Layers with one input share one tensor. Of a
+            look-up, whose inputs are one-hot, always the diagonal `[n]`: `frequencies` of the tokens.
         outputs: `G = (1/|D|) Σ g gᵀ` over the same tokens, of the gradients of the summed per-sample losses, `[m, m]`,
             its diagonal `[m]`, blocks `[m / s, s, s]`, or `None`.
     """
@@ -63,7 +65,10 @@ class SecondMoments(Importance[LayerMoments]):
     """The two factors of K-FAC's approximation of the Fisher information, `C ⊗ G`, of every layer.
 
     One forward and one backward pass per batch. A token of which no gradient comes back, be it padding or one that the
-    head never looks at, counts for neither moment. Sums are float64, the means float32.
+    head never looks at, counts for neither moment. Sums are float64, the means float32. Of a look-up the tokens are
+    counted, as if each had been seen once more. If a head puts out tokens with the same matrix, its moments are
+    measured, too, and the look-up gets the Kronecker product that is nearest to the sum of both uses; not so where one
+    side alone is asked for.
 
     Args:
         inputs: `full`, only the `diagonal`, blocks of so many features along the diagonal (64 are the heads of many
@@ -93,29 +98,33 @@ class SecondMoments(Importance[LayerMoments]):
     ) -> Measured[LayerMoments]:
         """See `Importance.measure`."""
         device = next(model.parameters()).device
-        shapes = {name: dense_shape(layer) for name, layer in layers.items()}
         for extent, sides in ((self.inputs, "in"), (self.outputs, "out")):
             if isinstance(extent, int):
-                check_blocks("block_size", extent, shapes, (sides,))
-        sums = self._sums(model, layers, batches, loss, expected, share=True)
-        if not _agree(list(layers), sums, device, reduce_sum):
+                check_blocks("block_size", extent, _shapes_of(layers), (sides,))
+        heads = {} if self.inputs == "none" or self.inputs != self.outputs else _heads_of(model, layers)
+        both = {**layers, **{head: model.get_submodule(head) for head in heads}}
+        sums = self._sums(model, both, heads, batches, loss, expected, share=True)
+        if not _agree(list(both), sums, device, reduce_sum):
             logger.info("layers that shared their input in the first batch do not always: measuring each apart")
-            sums = self._sums(model, layers, batches, loss, expected, share=False)
+            sums = self._sums(model, both, heads, batches, loss, expected, share=False)
         assert sums is not None
-        return _collect(shapes, sums, device, reduce_sum)
+        measured = _collect(_shapes_of(both), sums, device, reduce_sum)
+        return Measured(_with_heads(measured.layers, heads), measured.num_samples)
 
     def _sums(
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
+        heads: Mapping[str, str],
         batches: Iterable[Batch],
         loss: PerSampleLoss,
         expected: int | None,
         share: bool,
     ) -> _Sums | None:
         """The sums of this process; `None` if inputs were shared that should not be."""
-        inputs = _InputSums(self.inputs, share)
-        own = {name: _MomentSum(name, inputs, self.outputs) for name in layers}
+        vocabularies = {n: s.in_features for n, s in _shapes_of(layers).items() if isinstance(s, EmbeddingShape)}
+        inputs = _InputSums(self.inputs, share, vocabularies)
+        own = {name: _MomentSum(name, inputs, "diagonal" if name in heads else self.outputs) for name in layers}
         try:
             with frozen_eval(model), Passes(layers, loss, own, expected) as passes:
                 samples = sum(passes.add(batch) for batch in batches)
@@ -129,16 +138,54 @@ class SecondMoments(Importance[LayerMoments]):
 
     def bytes(self, shape: LinearShape) -> int:
         """Float64 sums of both sides, were no input shared."""
-        sides = ((self.inputs, shape.in_features), (self.outputs, shape.out_features))
-        return sum(8 * size * _width(extent, size) for extent, size in sides)
+        diagonal = isinstance(shape, EmbeddingShape) and self.inputs != "none"
+        sides = (("diagonal" if diagonal else self.inputs, shape.in_features), (self.outputs, shape.out_features))
+        # A head may be tied to a look-up, of which as much is kept.
+        return (2 if diagonal else 1) * sum(8 * size * _width(extent, size) for extent, size in sides)
+
+
+def _shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, LinearShape]:
+    """The shapes of dense layers."""
+    return {name: dense_shape(layer) for name, layer in layers.items()}
+
+
+def _heads_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The linear layers of a model that use the matrix of a look-up, and the name of the look-up."""
+    owners = {id(layer.weight): name for name, layer in layers.items() if is_embedding(layer)}
+    return {
+        name: owners[id(module.weight)]
+        for name, module in model.named_modules()
+        if is_dense_linear(module) and id(module.weight) in owners
+    }
+
+
+def _with_heads(measured: Mapping[str, LayerMoments], heads: Mapping[str, str]) -> dict[str, LayerMoments]:
+    """Puts what was measured of heads into the moments of the look-ups.
+
+    For a change `D [v, d]` of the matrix a look-up adds `Σ_i c_i D_i G D_iᵀ` to the loss, and a head, of whose inputs
+    `H` and whose logits' gradients `q` are the moments, `Σ_i q_i D_i H D_iᵀ`: the same form with the sides exchanged.
+    """
+    found = {name: layer for name, layer in measured.items() if name not in heads}
+    for head, name in heads.items():
+        own, other = found[name], measured[head]
+        assert own.inputs is not None
+        assert own.outputs is not None
+        assert other.inputs is not None
+        assert other.outputs is not None
+        c, g = nearest_kronecker((own.inputs, own.outputs), (other.outputs, other.inputs))
+        found[name] = LayerMoments(c.float().clamp(min=0), g.float())
+    return found
 
 
 def check_blocks(
     argument: str, block_size: int, shapes: Mapping[str, LinearShape], sides: Iterable[str] = ("in", "out")
 ) -> None:
-    """Raises `RangeError` for blocks that do not divide the features of a layer's sides, `in` and `out`."""
+    """Raises `RangeError` for blocks that do not divide the features of a layer's sides, `in` and `out`.
+
+    The moment of a look-up's inputs is always a diagonal.
+    """
     for name, shape in shapes.items():
-        for side in sides:
+        for side in (side for side in sides if side == "out" or not isinstance(shape, EmbeddingShape)):
             size = shape.in_features if side == "in" else shape.out_features
             if size % block_size:
                 raise RangeError(argument, block_size, f"a divisor of {size}, the features of {name!r}")
@@ -163,12 +210,13 @@ class _InputSums:
     Which layers those are is seen in the first pass, by content, and looked at again in every further one.
     """
 
-    def __init__(self, extent: Extent, share: bool) -> None:
+    def __init__(self, extent: Extent, share: bool, vocabularies: Mapping[str, int]) -> None:
         self.extent = extent
+        self._vocabularies = vocabularies
         self._share = share
         self._leaders: dict[str, str] = {}
         self._seen: dict[str, tuple[object, ...]] = {}
-        self.sums: dict[str, GramSum] = {}
+        self.sums: dict[str, GramSum | TokenCounts] = {}
         self.tokens: dict[str, int] = {}
 
     def add(self, name: str, x: Tensor, kept: Tensor) -> None:
@@ -194,7 +242,9 @@ class _InputSums:
                 raise _InputsDifferError(f"{name!r} and {earlier!r} shared their input in the first pass only")
             return
         if leader not in self.sums:
-            self.sums[leader] = _gram(x.shape[-1], x.device, self.extent)
+            size = self._vocabularies.get(name)
+            gram = _gram(x.shape[-1], x.device, self.extent) if size is None else TokenCounts(size, x.device)
+            self.sums[leader] = gram
         self.sums[leader].add(rows)
         self.tokens[leader] = self.tokens.get(leader, 0) + len(rows)
 
@@ -260,25 +310,29 @@ def _collect(
     def over_processes(tensor: Tensor) -> Tensor:
         return tensor if reduce_sum is None else reduce_sum(tensor)
 
-    def mean_of(gram: GramSum | None, extent: Extent, size: int, count: float) -> Tensor | None:
+    def mean_of(gram: GramSum | TokenCounts | None, extent: Extent, size: int, count: float) -> Tensor | None:
         if extent == "none":
             return None
         gram = gram or _gram(size, device, extent)
-        mean = over_processes(gram.matrix()) / max(float(over_processes(gram.total.new_tensor([count]))), 1.0)
+        total, count = over_processes(gram.matrix()), float(over_processes(gram.total.new_tensor([count])))
+        mean = frequencies(total, count) if isinstance(gram, TokenCounts) else total / max(count, 1.0)
         # A mean over samples has no more digits than this, and half the memory is enough to keep it.
         return mean.float()
 
-    total = round(float(over_processes(torch.tensor([float(samples)], device=device))))
+    everywhere = round(float(over_processes(torch.tensor([float(samples)], device=device))))
     means: dict[str, Tensor | None] = {}
     layers = {}
     for name, shape in shapes.items():
         leader = inputs.leader(name)
         if leader not in means:
             tokens = inputs.tokens.get(leader, 0)
-            means[leader] = mean_of(inputs.sums.get(leader), inputs.extent, shape.in_features, tokens)
+            total = inputs.sums.get(leader)
+            if total is None and isinstance(shape, EmbeddingShape):
+                total = TokenCounts(shape.in_features, device)
+            means[leader] = mean_of(total, inputs.extent, shape.in_features, tokens)
         outputs = mean_of(sums.layers[name].outputs, sums.layers[name].extent, shape.out_features, samples)
         layers[name] = LayerMoments(means[leader], outputs)
         for what, tensor in layers[name].tensors().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(f"the second moment of the {what}", layer=name)
-    return Measured(layers, total)
+    return Measured(layers, everywhere)

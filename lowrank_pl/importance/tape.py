@@ -1,4 +1,4 @@
-"""Inputs and output gradients of linear layers, handed out once per layer and backward pass.
+"""Inputs and output gradients of layers, handed out once per layer and backward pass.
 
 b: samples, t: tokens, m: out_features, n: in_features.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.importance.vectorise import tap
-from lowrank_pl.nn import input_of
+from lowrank_pl.nn import input_of, is_embedding
 
 Consumer = Callable[[str, Tensor, Tensor], None]
 _Shape = tuple[int, ...]
@@ -24,7 +24,7 @@ class SampleMixingError(RuntimeError):
 
 
 class LinearTape:
-    """Context manager that records `x` and `∂L/∂y` of linear layers through hooks.
+    """Context manager that records `x` and `∂L/∂y` of linear layers and look-ups through hooks.
 
     The weights need no gradient: where a layer's output would not require one, its hook makes the output the
     start of the graph. One product per sample and layer then yields the sample's weight gradient,
@@ -124,8 +124,10 @@ class LinearTape:
         return shapes
 
     def _forward_hook(self, name: str) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             given = input_of(args, kwargs)
+            if is_embedding(module):  # the one feature of a look-up's input is the number of the token
+                given = given.unsqueeze(-1)
             if self._marker is not None:
                 return tap(given, output, self._marker, lambda x, y: self._recorded(name, x, y, 0))
             if self._rehearsal is None:

@@ -19,7 +19,7 @@ from lowrank_pl.contract import DescribesData, TargetSpec
 from lowrank_pl.files import replace_text
 from lowrank_pl.nn import dense_shape, forms_in
 from lowrank_pl.strategies.base import as_compressible
-from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord, TargetSelector
+from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord, TargetSelector, tied_heads
 from lowrank_pl.tasks import Distillation
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "torchmetrics")
@@ -43,7 +43,8 @@ def layer_records(task: pl.LightningModule) -> tuple[LayerRecord, ...]:
     module = as_compressible(task)
     if module.compression is not None:
         return module.compression.layers
-    factored = {name: form for name, form in forms_in(module.encoder).items() if form.is_final}
+    tied = tied_heads(module.encoder)
+    factored = {n: form for n, form in forms_in(module.encoder).items() if form.is_final and n not in tied}
     if factored:
         return tuple(LayerRecord.of(name, m.shape, m.spec(), type(m)) for name, m in factored.items())
     strategy = getattr(task, "strategy", None)

@@ -1,8 +1,9 @@
-"""Layers that stand in for a linear layer. Needs torch alone."""
+"""Layers that stand in for a linear layer, or for a look-up. Needs torch alone."""
 
 from lowrank_pl.nn.elastic_linear import ElasticLinear
 from lowrank_pl.nn.form import (
     Deployed,
+    LayerForm,
     LinearForm,
     Spec,
     forms_in,
@@ -11,14 +12,18 @@ from lowrank_pl.nn.form import (
     shape_of,
     whole_number,
 )
+from lowrank_pl.nn.low_rank_embedding import LowRankEmbedding
 from lowrank_pl.nn.low_rank_linear import LowRankLinear
 from lowrank_pl.nn.svd_linear import SVDLinear
-from lowrank_pl.nn.view import dense_shape, dense_weight, input_of, is_dense_linear
+from lowrank_pl.nn.two_factors import two_factors
+from lowrank_pl.nn.view import dense_shape, dense_weight, input_of, is_dense_linear, is_embedding
 
 __all__ = [
     "Deployed",
     "ElasticLinear",
+    "LayerForm",
     "LinearForm",
+    "LowRankEmbedding",
     "LowRankLinear",
     "SVDLinear",
     "Spec",
@@ -28,7 +33,9 @@ __all__ = [
     "forms_in_training",
     "input_of",
     "is_dense_linear",
+    "is_embedding",
     "outside_forms",
     "shape_of",
+    "two_factors",
     "whole_number",
 ]

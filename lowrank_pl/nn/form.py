@@ -1,4 +1,4 @@
-"""What stands in for a linear layer. m: out_features, n: in_features."""
+"""What stands in for a linear layer, or for a look-up. m: out_features, n: in_features."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lowrank_pl.nn.view import dense_shape, dense_weight, empty_dense
 Spec = dict[str, int | str]
 """What distinguishes two layers of one form and shape, as primitives: `{"rank": 64}`."""
 
-Self = TypeVar("Self", bound="LinearForm")
+Self = TypeVar("Self", bound="LayerForm")
+Linear = TypeVar("Linear", bound="LinearForm")
 
 
-class LinearForm(nn.Module, ABC):
-    """`y = W x + bias`, with a `W [m, n]` that is stored in some other way than as one dense matrix.
+class LayerForm(nn.Module, ABC):
+    """A layer whose weight `W [m, n]` is stored in some other way than as one dense matrix.
 
     A new form is a subclass in a file of its own, which `lowrank_pl.nn` imports. Its `name` stands in checkpoints, and
     by it the class is found again among the subclasses: there is nothing to register. What a form costs, how it is
@@ -31,37 +32,23 @@ class LinearForm(nn.Module, ABC):
     Attributes:
         name: What the form is called in checkpoints.
         is_final: Whether it is a form to deploy, or one of training that `compact` brings to such a form.
-        in_features: n.
-        out_features: m.
-        dense_class: The class of the dense layer that it stands for: `nn.Linear`, or transformers' `Conv1D`.
+        stands_for: The kind of shape that the layers have in whose place it can be put.
+        dense_class: The class of the dense layer that it stands for, such as `nn.Linear` or transformers' `Conv1D`.
     """
 
     name: ClassVar[str]
     is_final: ClassVar[bool] = True
-    in_features: int
-    out_features: int
+    stands_for: ClassVar[type[LinearShape]] = LinearShape
     dense_class: type[nn.Module]
 
-    if TYPE_CHECKING:  # a parameter of this name could not be registered where the class had the property
-
-        @property
-        def bias(self) -> nn.Parameter | None:
-            """The bias `[m]`."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.dense_class = nn.Linear
-
     @staticmethod
-    def by_name(name: str) -> type[LinearForm]:
+    def by_name(name: str) -> type[LayerForm]:
         """The form that is called so in checkpoints, found among all subclasses that have been imported.
 
         Raises:
             UnknownFormError: there is none.
         """
-        known = {form.name: form for form in _subclasses(LinearForm) if "name" in vars(form)}
+        known = {form.name: form for form in _subclasses(LayerForm) if "name" in vars(form)}
         if name not in known:
             raise UnknownFormError(name, sorted(known))
         return known[name]
@@ -71,22 +58,6 @@ class LinearForm(nn.Module, ABC):
     @abstractmethod
     def spec(self) -> Spec:
         """What `empty` needs to build the like of this layer."""
-
-    @classmethod
-    @abstractmethod
-    def build(
-        cls: type[Self],
-        spec: Mapping[str, Any],
-        shape: LinearShape,
-        bias: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Self:
-        """A layer filled with zeros.
-
-        Raises:
-            FormSpecError, RankError: the spec is none of this form, or not possible for the shape.
-        """
 
     @property
     def rank(self) -> int:
@@ -146,19 +117,13 @@ class LinearForm(nn.Module, ABC):
         """The bias from a layer's state dict alone."""
         return state.get("bias")
 
-    # What follows from it.
-
     @property
+    @abstractmethod
     def shape(self) -> LinearShape:
         """The shape of the dense weight this layer stands for."""
-        return LinearShape(self.out_features, self.in_features)
-
-    @property
-    def reference(self) -> nn.Parameter:
-        """The parameter that device, dtype and `requires_grad` of the weight are read off."""
-        return next(self.parameters())
 
     @classmethod
+    @abstractmethod
     def empty(cls: type[Self], spec: Mapping[str, Any], like: nn.Module) -> Self:
         """A layer to be filled, in the place of another one.
 
@@ -168,21 +133,19 @@ class LinearForm(nn.Module, ABC):
                 are kept.
 
         Raises:
-            FormSpecError, RankError: see `build`.
+            FormSpecError, RankError: the spec is none of this form, or not possible for the shape.
         """
-        reference = reference_of(like)
-        made = cls.build(spec, shape_of(like), like.bias is not None, reference.device, reference.dtype)
-        made.dense_class = like.dense_class if isinstance(like, LinearForm) else type(like)
-        _take_over_(made, like)
-        return made
 
+    @abstractmethod
     def empty_dense(self) -> nn.Module:
         """The dense layer that this one stands for, of the architecture's own class; only the bias has its values."""
-        made = empty_dense(
-            self.dense_class, self.shape, self.bias is not None, self.reference.device, self.reference.dtype
-        )
-        _take_over_(made, self)
-        return made
+
+    # What follows from it.
+
+    @property
+    def reference(self) -> nn.Parameter:
+        """The parameter that device, dtype and `requires_grad` of the weight are read off."""
+        return next(self.parameters())
 
     @torch.no_grad()
     def dense(self) -> nn.Module:
@@ -223,6 +186,77 @@ class LinearForm(nn.Module, ABC):
         return {"weight": weight, **({} if bias is None else {"bias": bias})}
 
 
+class LinearForm(LayerForm):
+    """`y = W x + bias`, with a `W [m, n]` that is stored in some other way than as one dense matrix.
+
+    Attributes:
+        in_features: n.
+        out_features: m.
+    """
+
+    in_features: int
+    out_features: int
+
+    if TYPE_CHECKING:  # a parameter of this name could not be registered where the class had the property
+
+        @property
+        def bias(self) -> nn.Parameter | None:
+            """The bias `[m]`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dense_class = nn.Linear
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls: type[Linear],
+        spec: Mapping[str, Any],
+        shape: LinearShape,
+        bias: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Linear:
+        """A layer filled with zeros.
+
+        Raises:
+            FormSpecError, RankError: the spec is none of this form, or not possible for the shape.
+        """
+
+    @property
+    def shape(self) -> LinearShape:
+        """The shape of the dense weight this layer stands for."""
+        return LinearShape(self.out_features, self.in_features)
+
+    @classmethod
+    def empty(cls: type[Linear], spec: Mapping[str, Any], like: nn.Module) -> Linear:
+        """A layer to be filled, in the place of another one.
+
+        Args:
+            spec: As `spec` returns it.
+            like: A dense layer or any form: its features, bias (with values), device, dtype, mode and `requires_grad`
+                are kept.
+
+        Raises:
+            FormSpecError, RankError: see `build`.
+        """
+        reference = reference_of(like)
+        made = cls.build(spec, shape_of(like), like.bias is not None, reference.device, reference.dtype)
+        made.dense_class = like.dense_class if isinstance(like, LinearForm) else type(like)
+        take_over_(made, like)
+        return made
+
+    def empty_dense(self) -> nn.Module:
+        """The dense layer that this one stands for, of the architecture's own class; only the bias has its values."""
+        made = empty_dense(
+            self.dense_class, self.shape, self.bias is not None, self.reference.device, self.reference.dtype
+        )
+        take_over_(made, self)
+        return made
+
+
 @dataclass(frozen=True)
 class Deployed:
     """A layer in its final form, apart from any module.
@@ -233,19 +267,19 @@ class Deployed:
         state: Its state dict.
     """
 
-    form: type[LinearForm]
+    form: type[LayerForm]
     spec: Spec
     state: dict[str, Tensor]
 
 
 def shape_of(layer: nn.Module) -> LinearShape:
     """The shape of the weight of a dense layer or of a form."""
-    return layer.shape if isinstance(layer, LinearForm) else dense_shape(layer)
+    return layer.shape if isinstance(layer, LayerForm) else dense_shape(layer)
 
 
 def reference_of(layer: nn.Module) -> Tensor:
     """The parameter that device, dtype and `requires_grad` of a dense layer's or a form's weight are read off."""
-    return layer.reference if isinstance(layer, LinearForm) else dense_weight(layer)
+    return layer.reference if isinstance(layer, LayerForm) else dense_weight(layer)
 
 
 def outside_forms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -255,16 +289,16 @@ def outside_forms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if inside is not None and name.startswith(inside):
             continue
         yield name, module
-        if isinstance(module, LinearForm):
+        if isinstance(module, LayerForm):
             inside = f"{name}." if name else ""
 
 
-def forms_in(model: nn.Module) -> dict[str, LinearForm]:
+def forms_in(model: nn.Module) -> dict[str, LayerForm]:
     """Every form in a model by its fully qualified name; one with several names under its first."""
-    return {name: module for name, module in outside_forms(model) if isinstance(module, LinearForm)}
+    return {name: module for name, module in outside_forms(model) if isinstance(module, LayerForm)}
 
 
-def forms_in_training(model: nn.Module) -> dict[str, LinearForm]:
+def forms_in_training(model: nn.Module) -> dict[str, LayerForm]:
     """Those among `forms_in` that are still to be brought to the form that is deployed."""
     return {name: form for name, form in forms_in(model).items() if not form.is_final}
 
@@ -288,17 +322,17 @@ def whole_number(form: str, spec: Mapping[str, Any], key: str) -> int:
 
 
 @torch.no_grad()
-def _take_over_(made: nn.Module, like: nn.Module) -> None:
+def take_over_(made: nn.Module, like: nn.Module) -> None:
     """Copies the bias, and gives weights and bias the flags of those that they stand in for."""
     made.requires_grad_(reference_of(like).requires_grad)
-    own, given = made.bias, like.bias
+    own, given = getattr(made, "bias", None), getattr(like, "bias", None)
     if isinstance(own, nn.Parameter) and isinstance(given, nn.Parameter):
         own.copy_(given)
         own.requires_grad_(given.requires_grad)
     made.train(like.training)
 
 
-def _subclasses(form: type[Any]) -> Iterator[type[LinearForm]]:
+def _subclasses(form: type[Any]) -> Iterator[type[LayerForm]]:
     for subclass in form.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)

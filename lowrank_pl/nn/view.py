@@ -1,4 +1,7 @@
-"""Dense linear layers seen alike, whichever way round their class stores the weight. m: outputs, n: inputs."""
+"""Dense layers seen alike, whichever way round their class stores the weight. m: outputs, n: inputs.
+
+A look-up in a matrix `E [v, d]` is a linear layer of one-hot inputs with the weight `Eᵀ`: `m = d`, `n = v`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
 
 
 def is_dense_linear(module: nn.Module) -> bool:
@@ -21,16 +24,22 @@ def is_dense_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_transposed(type(module))
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module is a plain look-up that a form can stand for; subclasses have a forward of their own."""
+    return type(module) is nn.Embedding
+
+
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight of a dense layer as `[m, n]`: the parameter itself, or a view of it that shares its memory."""
     weight: Any = layer.weight
-    found: Tensor = weight.mT if is_transposed(type(layer)) else weight
+    found: Tensor = weight.mT if is_transposed(type(layer)) or is_embedding(layer) else weight
     return found
 
 
 def dense_shape(layer: nn.Module) -> LinearShape:
     """The shape of a dense layer's weight."""
-    return LinearShape(*dense_weight(layer).shape)
+    kind = EmbeddingShape if is_embedding(layer) else LinearShape
+    return kind(*dense_weight(layer).shape)
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

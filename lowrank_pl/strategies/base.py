@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowrank_pl.allocation import Allocation, Measure, Parameters
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.run import (
+    EmbeddingsError,
     NotCompressibleError,
     NothingToCompressError,
     NoTrainingStepError,
@@ -114,9 +115,16 @@ class CompressionStrategy(pl.Callback, ABC):
 
     def __init__(self, targets: TargetSelector | None = None) -> None:
         self.targets = targets or TargetSelector()
+        if self.targets.embeddings and (reason := self.why_no_embeddings()):
+            raise EmbeddingsError(type(self).__name__, reason)
         self.adopted = False  # set by the task that owns it
         self._mark: str | None = None
         self._fit_has_ended = False
+
+    @classmethod
+    def why_no_embeddings(cls) -> str:
+        """Why the method cannot factorise the vocabulary's matrix; empty where it can."""
+        return "it is for linear layers alone"
 
     @property
     def measure(self) -> Measure:

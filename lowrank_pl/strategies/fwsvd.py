@@ -69,6 +69,11 @@ class FWSVD(StaticStrategy):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean importance")
         self.damping = damping
 
+    @classmethod
+    def why_no_embeddings(cls) -> str:
+        """Rows of tokens that were not seen would get any values."""
+        return "the Fisher information is zero for every token that the calibration samples lack"
+
     @property
     def importance(self) -> Importance[LayerFisher]:
         """Sums of the Fisher information."""

@@ -94,6 +94,11 @@ class KroneckerSVD(StaticStrategy):
             return ""
         return "the moments of inputs say how much outputs change, not how much the loss does"
 
+    @classmethod
+    def why_no_embeddings(cls) -> str:
+        """Empty: a look-up is a linear layer of one-hot inputs, whose moment is a diagonal of frequencies."""
+        return ""
+
     def decompose(self, weight: Tensor, measured: LayerImportance | None, samples: int) -> Decomposition:
         """One decomposition for all ranks."""
         del samples

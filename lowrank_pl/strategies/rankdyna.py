@@ -137,6 +137,14 @@ class RankDyna(CompressionStrategy):
         self._compiling: ExitStack | None = None
         self._rewarming: Rewarming | None = None
 
+    @classmethod
+    def why_no_embeddings(cls) -> str:
+        """Its forms of training are those of linear layers."""
+        return (
+            "ranks that shrink in training are those of linear layers; compress the vocabulary with KroneckerSVD and "
+            "targets.include=[] before the run (init_from) or after it"
+        )
+
     @property
     def measure(self) -> Measure:
         """The unit of the budget."""

@@ -39,7 +39,8 @@ class Refit:
     have changed them. Layer by layer, in the order in which they are called, the right factor is kept, and left factor
     and bias are chosen so that the layer puts out, from what it gets now, what the dense layer puts out from what it
     gets in the dense model, on the calibration samples. To fit all layers at once does not work: each changes what
-    those after it get. For the same reason layers that are called several times in a pass stay as they are.
+    those after it get. For the same reason layers that are called several times in a pass stay as they are. A look-up
+    always gets the same tokens: its factors are the least-squares fit to them as they come out of the decomposition.
 
     Args:
         max_samples: How many of the calibration samples are used at most. For every block they go through both models
@@ -61,6 +62,7 @@ class Refit:
         pl_module: pl.LightningModule,
         calibration: Calibration,
         dense: Mapping[str, nn.Module],
+        linears: Iterable[str] | None = None,
     ) -> str:
         """Changes the factors in place; every process must call it, and all get the same.
 
@@ -69,6 +71,7 @@ class Refit:
             pl_module: With the factorised encoder.
             calibration: Which samples.
             dense: The layers that the factorised ones stand for, by name.
+            linears: Which of them are fitted; all by default. The others are only part of the model around them.
 
         Returns:
             What was done, for the report.
@@ -78,7 +81,7 @@ class Refit:
             NonFiniteError: an activation is NaN or Inf.
         """
         encoder = as_compressible(pl_module).encoder
-        forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in dense}
+        forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in linears or dense}
         batches = calibration_batches(trainer, calibration, "refit", self.max_samples)
         kept = _Calls(trainer, encoder, dense, _model(pl_module, calibration))
         with isolate_rng(), frozen_eval(encoder), torch.no_grad(), _every_layer_called(encoder):

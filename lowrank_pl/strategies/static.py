@@ -15,10 +15,11 @@ from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.core import relative_error
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.core.elementwise.solver import DIVERGED
+from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import AllocationError, ResumeMismatchError
+from lowrank_pl.errors.run import AllocationError, EmbeddingsError, ResumeMismatchError
 from lowrank_pl.importance import Importance, LayerImportance, Nothing
-from lowrank_pl.nn import LowRankLinear, dense_weight
+from lowrank_pl.nn import LayerForm, dense_shape, dense_weight, is_embedding, two_factors
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.calibration import Calibration, measure_importance
 from lowrank_pl.strategies.decomposition import Decomposition, Factorised
@@ -31,7 +32,10 @@ from lowrank_pl.surgery import (
     LayerRecord,
     TargetSelector,
     conform_,
+    heads_tied_to,
     replace_module_,
+    tie_head_,
+    untie_head_,
 )
 
 logger = logging.getLogger(__name__)
@@ -88,6 +92,10 @@ class StaticStrategy(CompressionStrategy):
         self.refit = Refit() if refit is True else refit or None
         if self.allocation.needs_energies and (reason := self.why_no_energies()):
             raise AllocationError(type(self.allocation).__name__, type(self).__name__, reason)
+        if self.targets.embeddings and not self.cost.counts_lookups:
+            unit = type(self.cost).__name__
+            reason = f"in the unit of {unit} a dense look-up costs nothing, and two factors would only cost more"
+            raise EmbeddingsError(f"{type(self).__name__} with cost {unit}", reason)
         self._written = False
 
     # What a method says.
@@ -185,6 +193,7 @@ class StaticStrategy(CompressionStrategy):
         uniform = request.uniform()
         if not self.allocation.needs_energies:
             layers = {name: layer for name, layer in layers.items() if uniform.ranks[name] is not None}
+        heads = self._tied_heads(encoder, layers)
         before = (
             None if self.recalibration is None else self.recalibration.outputs(trainer, pl_module, self.calibration)
         )
@@ -194,15 +203,21 @@ class StaticStrategy(CompressionStrategy):
         told = self._exchange(trainer, encoder, layers, allocation, decompositions, notes)
         options = self.options() | ({} if samples is None else {"calibration_samples": samples})
         exchanged = {name: layers[name] for name in told}
+        heads = {head: vocabulary for head, vocabulary in heads.items() if vocabulary in told}
+        dense_heads = {head: tie_head_(encoder, head, vocabulary) for head, vocabulary in heads.items()}
         try:
-            if self.refit is not None and told:
-                notes |= {"refit": self.refit.fit_(trainer, pl_module, self.calibration, exchanged)}
-                told = {n: one | refitted_errors(layers[n], encoder.get_submodule(n)) for n, one in told.items()}
+            linears = [name for name, layer in exchanged.items() if not is_embedding(layer)]
+            if self.refit is not None and linears:
+                dense = exchanged | dense_heads
+                notes |= {"refit": self.refit.fit_(trainer, pl_module, self.calibration, dense, linears)}
+                told |= {n: told[n] | refitted_errors(layers[n], encoder.get_submodule(n)) for n in linears}
             if self.recalibration is not None and before is not None:
                 notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
         except BaseException:
             for name, layer in exchanged.items():
                 replace_module_(encoder, name, layer)
+            for head, layer in dense_heads.items():
+                untie_head_(encoder, head, heads[head], layer)
             raise
         self._written = True
         spent = allocation.total_cost(self.cost)
@@ -210,6 +225,18 @@ class StaticStrategy(CompressionStrategy):
         records = self._records(allocation, told)
         module.compression = CompressionRecord(type(self).__name__, options, records, tuple(notes.values()), cost=cost)
         self.mark_prepared(pl_module)
+
+    def _tied_heads(self, encoder: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+        """The heads that use the matrix of a targeted look-up, and its name.
+
+        Raises:
+            HeadError: such a head is to be recalibrated, which would change the look-up.
+        """
+        looked_up = [name for name, layer in layers.items() if is_embedding(layer)]
+        heads = {head: name for name in looked_up for head in heads_tied_to(encoder, name)}
+        if heads and self.recalibration is not None:
+            raise HeadError(type(encoder).__name__, f"{next(iter(heads))!r} has the matrix of the vocabulary")
+        return heads
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raises an error for resuming from a checkpoint of another method, or of this one with other options.
@@ -313,7 +340,7 @@ class StaticStrategy(CompressionStrategy):
         owners = {name: owner for name, owner in self._owners(trainer, layers).items() if name in ranks}
 
         def write(name: str) -> tuple[dict[str, Any], str | None]:
-            made = LowRankLinear.like(layers[name], ranks[name])
+            made = _empty(layers[name], ranks[name])
             told, note = _write_factors(name, layers[name], made, decompositions.pop(name).at(ranks[name]))
             replace_module_(encoder, name, made)
             return told, note
@@ -321,7 +348,7 @@ class StaticStrategy(CompressionStrategy):
         written = work_shared(trainer, owners, write, "Factorisation")
         for name, owner in owners.items():
             if owner != trainer.global_rank:
-                replace_module_(encoder, name, LowRankLinear.like(layers[name], ranks[name]))
+                replace_module_(encoder, name, _empty(layers[name], ranks[name]))
             for parameter in encoder.get_submodule(name).parameters():
                 send_(trainer, parameter.data, owner)
         notes |= {f"{name} solver": note for name, (_, note) in written.items() if note is not None}
@@ -335,8 +362,12 @@ class StaticStrategy(CompressionStrategy):
         )
 
 
+def _empty(layer: nn.Module, rank: int) -> LayerForm:
+    return two_factors(dense_shape(layer)).empty({"rank": rank}, layer)
+
+
 def _write_factors(
-    name: str, layer: nn.Module, made: LowRankLinear, found: Factorised
+    name: str, layer: nn.Module, made: LayerForm, found: Factorised
 ) -> tuple[dict[str, Any], str | None]:
     """Writes factors into an empty layer; returns the fields of its record, and a note."""
     made.assign_(found.factors)

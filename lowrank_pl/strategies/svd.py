@@ -13,6 +13,11 @@ from lowrank_pl.strategies.static import StaticStrategy
 class SVD(StaticStrategy):
     """Minimises `‖W − AB‖_F` per layer; needs no data. See `StaticStrategy` for the arguments."""
 
+    @classmethod
+    def why_no_embeddings(cls) -> str:
+        """Empty: a matrix is a matrix."""
+        return ""
+
     def decompose(self, weight: Tensor, measured: LayerImportance | None, samples: int) -> Decomposition:
         """Truncated SVD."""
         del measured, samples

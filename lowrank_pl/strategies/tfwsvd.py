@@ -73,6 +73,11 @@ class TFWSVD(StaticStrategy):
         self.solver = solver or PreconditionedLBFGS()
         self.shrinkage = shrinkage
 
+    @classmethod
+    def why_no_embeddings(cls) -> str:
+        """Rows of tokens that were not seen would get any values."""
+        return "the Fisher information of every weight is zero for every token that the calibration samples lack"
+
     @property
     def importance(self) -> Importance[LayerFisher]:
         """The whole Fisher information."""

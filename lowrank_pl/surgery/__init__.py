@@ -8,6 +8,7 @@ from lowrank_pl.surgery.reform import ChangeOfBasis, follow_, reform_
 from lowrank_pl.surgery.swap import Exchange, replace_module_
 from lowrank_pl.surgery.targets import TargetSelector
 from lowrank_pl.surgery.version_1 import current_names
+from lowrank_pl.surgery.vocabulary import find_vocabulary, heads_tied_to, tie_head_, tied_heads, untie_head_
 
 __all__ = [
     "ChangeOfBasis",
@@ -22,10 +23,15 @@ __all__ = [
     "conform_",
     "current_names",
     "densify_",
+    "find_vocabulary",
     "follow_",
+    "heads_tied_to",
     "keep_groups_",
     "read_layout",
     "reform_",
     "replace_module_",
     "svd_layers",
+    "tie_head_",
+    "tied_heads",
+    "untie_head_",
 ]

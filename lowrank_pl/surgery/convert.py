@@ -7,15 +7,20 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor, nn
 
 from lowrank_pl.errors.model import CheckpointMismatchError
-from lowrank_pl.nn import LinearForm, forms_in
+from lowrank_pl.nn import LayerForm, forms_in
 from lowrank_pl.surgery.layout import TRANSPOSED, ModelLayout
 from lowrank_pl.surgery.swap import replace_module_
+from lowrank_pl.surgery.vocabulary import tied_heads, untie_head_
 
 
 def densify_(model: nn.Module) -> nn.Module:
     """Multiplies every layer in a form back to the dense layer it stands for, in place; returns the model."""
-    for name, layer in forms_in(model).items():
-        replace_module_(model, name, layer.dense())
+    forms, ties = forms_in(model), tied_heads(model)
+    for name, layer in forms.items():
+        if name not in ties:
+            replace_module_(model, name, layer.dense())
+    for head, vocabulary in ties.items():
+        untie_head_(model, head, vocabulary, forms[head].empty_dense())
     return model
 
 
@@ -46,12 +51,12 @@ def compact_state(
         source: Where it came from, for messages.
 
     Raises:
-        UnknownFormError: see `LinearForm.by_name`.
+        UnknownFormError: see `LayerForm.by_name`.
         CheckpointMismatchError: a tensor of such a layer is missing.
     """
     found, modules = dict(state), dict(layout.modules)
     for name, spec in layout.modules.items():
-        form = LinearForm.by_name(str(spec["form"]))
+        form = LayerForm.by_name(str(spec["form"]))
         if form.is_final:
             continue
         try:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from lowrank_pl.errors.model import CheckpointMismatchError, FormSpecError, LayoutVersionError, UnknownFormError
-from lowrank_pl.nn import LinearForm, Spec, forms_in, is_dense_linear, outside_forms
+from lowrank_pl.nn import LayerForm, Spec, forms_in, is_dense_linear, is_embedding, outside_forms, shape_of
 from lowrank_pl.nn.view import is_transposed
 from lowrank_pl.surgery.swap import replace_module_
+from lowrank_pl.surgery.vocabulary import TIED, tie_head_, tied_heads
 
 LAYOUT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -70,7 +71,9 @@ def in_words(spec: Spec | None) -> str:
 
 def read_layout(model: nn.Module) -> ModelLayout:
     """Reads the layout off a model."""
-    return ModelLayout({name: _entry(layer) for name, layer in forms_in(model).items()})
+    ties = tied_heads(model)
+    entries = {name: _entry(layer) for name, layer in forms_in(model).items()}
+    return ModelLayout({n: {**entry, **({TIED: ties[n]} if n in ties else {})} for n, entry in entries.items()})
 
 
 def conform_(model: nn.Module, layout: ModelLayout, source: str = "the checkpoint") -> None:
@@ -83,20 +86,24 @@ def conform_(model: nn.Module, layout: ModelLayout, source: str = "the checkpoin
         UnknownFormError: a layer has a form that is not defined here.
         FormSpecError, RankError: a layer has a size that its form cannot have.
     """
-    modules = {name: m for name, m in outside_forms(model) if isinstance(m, LinearForm) or is_dense_linear(m)}
+    modules = {name: m for name, m in outside_forms(model) if _can_change(m)}
     everything = dict(model.named_modules())
     for name, spec in layout.modules.items():
-        if name not in modules:
+        fits = name in modules and _form_of(spec, name, source).stands_for is type(shape_of(modules[name]))
+        if not fits:
             found = type(everything[name]).__name__ if name in everything else "nothing"
             problem = f"it has a layer of form {spec['form']!r} at {name!r}, where the model has {found}"
             raise CheckpointMismatchError(source, problem)
-    replacements = {}
+    present, replacements = read_layout(model).modules, {}
+    tied = {name: str(spec[TIED]) for name, spec in layout.modules.items() if TIED in spec}
     for name, module in modules.items():
-        present = _entry(module) if isinstance(module, LinearForm) else None
-        if present != (wanted := layout.modules.get(name)):
+        if present.get(name) != (wanted := layout.modules.get(name)) and name not in tied:
             replacements[name] = _empty(module, wanted, name, source)
     for name, replacement in replacements.items():
         replace_module_(model, name, replacement)
+    for head, vocabulary in tied.items():
+        if tied_heads(model).get(head) != vocabulary:
+            tie_head_(model, head, vocabulary)
 
 
 def _from_version_1(name: str, entry: Any) -> Spec:
@@ -112,7 +119,18 @@ def _from_version_2(name: str, entry: Any) -> Spec:
     return dict(entry)
 
 
-def _entry(layer: LinearForm) -> Spec:
+def _can_change(module: nn.Module) -> bool:
+    return isinstance(module, LayerForm) or is_dense_linear(module) or is_embedding(module)
+
+
+def _form_of(spec: Spec, name: str, source: str) -> type[LayerForm]:
+    try:
+        return LayerForm.by_name(str(spec["form"]))
+    except UnknownFormError as error:
+        raise UnknownFormError(error.given, error.known, name, source) from None
+
+
+def _entry(layer: LayerForm) -> Spec:
     # A form of training may become dense again where there is nothing but a file.
     transposed = not layer.is_final and is_transposed(layer.dense_class)
     return {"form": layer.name, **layer.spec(), **({TRANSPOSED: 1} if transposed else {})}
@@ -121,10 +139,7 @@ def _entry(layer: LinearForm) -> Spec:
 def _empty(module: nn.Module, wanted: Spec | None, name: str, source: str) -> nn.Module:
     """An empty layer of a form and size, in the place of another."""
     if wanted is None:
-        assert isinstance(module, LinearForm)
+        assert isinstance(module, LayerForm)
         return module.empty_dense()
-    try:
-        form = LinearForm.by_name(str(wanted["form"]))
-    except UnknownFormError as error:
-        raise UnknownFormError(error.given, error.known, name, source) from None
-    return form.empty({key: value for key, value in wanted.items() if key not in ("form", TRANSPOSED)}, module)
+    spec = {key: value for key, value in wanted.items() if key not in ("form", TRANSPOSED, TIED)}
+    return _form_of(wanted, name, source).empty(spec, module)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowrank_pl.core.shapes import LinearShape
-from lowrank_pl.nn import LinearForm, LowRankLinear
+from lowrank_pl.nn import LayerForm, two_factors
 
 DENSE = "dense"
 
@@ -46,7 +46,7 @@ class LayerRecord:
         name: str,
         shape: LinearShape,
         spec: Mapping[str, int | str] | int | None,
-        form: type[LinearForm] = LowRankLinear,
+        form: type[LayerForm] | None = None,
         **measured: Any,
     ) -> LayerRecord:
         """The record of a layer in a form, or dense; the one place where a form's cost gets into reports.
@@ -55,12 +55,13 @@ class LayerRecord:
             name: Fully qualified name.
             shape: Of the dense weight.
             spec: What the form's `spec()` returns, or the rank of two factors; `None` where the layer is dense.
-            form: Of the layer.
+            form: Of the layer; by default that in two factors.
             measured: `error`, `weighted_error`, `losses`, `outcome`.
         """
         size = (name, shape.out_features, shape.in_features)
         if spec is None:
             return cls(*size, shape.full_rank, DENSE, shape.dense_params, **measured)
+        form = form or two_factors(shape)
         told = {"rank": spec} if isinstance(spec, int) else spec
         return cls(*size, form.rank_of(told, shape), form.name, form.parameters_of(told, shape), **measured)
 

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are factorised, and why the others are not."""
+"""Which linear layers of a model are factorised, whether its vocabulary is, and why the others are not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import nn
 
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.model import NoTargetError, TiedWeightError
-from lowrank_pl.nn import dense_shape, forms_in, is_dense_linear, outside_forms
+from lowrank_pl.nn import dense_shape, forms_in, is_dense_linear, is_embedding, outside_forms
+from lowrank_pl.surgery.vocabulary import find_vocabulary, heads_tied_to
 
 TARGETED = "targeted"
 
@@ -22,11 +23,17 @@ class TargetSelector:
             default takes every linear inside a transformer block, that is below a numbered entry of an
             `nn.ModuleList`: embeddings, pooler and heads stay dense, as in the papers.
         exclude: Globs of names to leave dense, applied after `include`.
+        embeddings: Whether the vocabulary's matrix is factorised, too, whatever `include` says: that of
+            `get_input_embeddings()`, never those of positions or token types. What a `keep_ratio` is a share of then
+            counts it, and a head that is tied to it shares its factors.
     """
 
-    def __init__(self, include: list[str] | None = None, exclude: list[str] | None = None) -> None:
+    def __init__(
+        self, include: list[str] | None = None, exclude: list[str] | None = None, embeddings: bool = False
+    ) -> None:
         self.include = include
         self.exclude: Sequence[str] = exclude or []
+        self.embeddings = embeddings
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns the targets in module order; a module with several names appears once, under its first.
@@ -34,28 +41,39 @@ class TargetSelector:
         Raises:
             NoTargetError: nothing matches.
             TiedWeightError: a target shares its weight with another module.
+            VocabularyError: the vocabulary is asked for and cannot be factorised.
         """
         reasons = self.explain(model)
         modules = dict(model.named_modules())
-        targets = {name: module for name, module in _linears(model) if reasons[name] == TARGETED}
+        targets = {name: module for name, module in self._candidates(model) if reasons[name] == TARGETED}
         if not targets:
             raise NoTargetError(type(model).__name__, self.include, self.exclude, list(reasons), len(forms_in(model)))
-        self._refuse_tied(targets, modules)
+        self._refuse_tied({name: layer for name, layer in targets.items() if not is_embedding(layer)}, modules)
+        for name, layer in targets.items():
+            if is_embedding(layer):
+                heads_tied_to(model, name)
         return targets
 
     def explain(self, model: nn.Module) -> dict[str, str]:
-        """For every linear of the model: `"targeted"`, or why it stays dense."""
+        """For every linear of the model, and the vocabulary if it is asked for: `"targeted"`, or why it stays dense."""
         blocks = tuple(_block_prefixes(model))
         reasons = {}
-        for name, _ in _linears(model):
+        for name, layer in self._candidates(model):
             if excluded := [glob for glob in self.exclude if fnmatchcase(name, glob)]:
                 reasons[name] = f"excluded by {excluded[0]!r}"
+            elif is_embedding(layer):
+                reasons[name] = TARGETED
             elif self.include is not None:
                 matched = any(fnmatchcase(name, glob) for glob in self.include)
                 reasons[name] = TARGETED if matched else "not matched by include"
             else:
                 reasons[name] = TARGETED if name.startswith(blocks) else "outside the transformer blocks"
         return reasons
+
+    def _candidates(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The linears in module order, and before them the vocabulary."""
+        vocabulary = [find_vocabulary(model)] if self.embeddings else []
+        return [*(found for found in vocabulary if is_embedding(found[1])), *_linears(model)]
 
     @staticmethod
     def shapes(targets: Mapping[str, nn.Module]) -> dict[str, LinearShape]:

@@ -13,6 +13,7 @@ from lowrank_pl.allocation import Allocator, Global, RankRequest, uniform_ranks
 from lowrank_pl.core import Factors, compare_methods, kronecker_groups
 from lowrank_pl.core.diagnosis import Diagnosis
 from lowrank_pl.core.elementwise import ElementwiseSolver
+from lowrank_pl.errors.run import EmbeddingsError
 from lowrank_pl.importance import (
     Fisher,
     FullFisher,
@@ -49,6 +50,8 @@ class Diagnoser(pl.Callback):
     def __init__(
         self, keep_ratio: float, strategy: CompressionStrategy, solver: ElementwiseSolver | None = None
     ) -> None:
+        if strategy.targets.embeddings:
+            raise EmbeddingsError("diagnose", "it compares methods that are for linear layers alone")
         self.keep_ratio = keep_ratio
         self.strategy = strategy
         self.solver = solver

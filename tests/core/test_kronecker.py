@@ -13,6 +13,7 @@ from lowrank_pl.core import (
     kronecker_groups,
     kronecker_regroup,
     kronecker_svd,
+    nearest_kronecker,
     truncated_svd,
 )
 from lowrank_pl.errors.numerics import ImportanceError, NonFiniteError, RangeError, RankError, ShapeError
@@ -225,3 +226,16 @@ def test_factors_that_do_not_fit_each_other_are_refused() -> None:
         kronecker_regroup(random_matrix(M, 2), random_matrix(3, N))
     with pytest.raises(NonFiniteError):
         kronecker_regroup(random_matrix(M, 2) * math.nan, random_matrix(2, N))
+
+
+def test_the_nearest_kronecker_product_to_a_sum_of_two() -> None:
+    a, b = torch.tensor([1.0, 3.0]), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    exact = nearest_kronecker((a, b), (2 * a, 0.5 * b))
+    torch.testing.assert_close(exact[0], torch.tensor([0.25, 0.75]).double())
+    torch.testing.assert_close(torch.kron(exact[0][:, None], exact[1]), 2 * torch.kron(a[:, None], b).double())
+    other, moment = torch.tensor([4.0, 0.5]), torch.tensor([[1.0, 0.0], [0.0, 5.0]])
+    wanted = torch.outer(a, b.flatten()) + torch.outer(other, moment.flatten())
+    left, right = nearest_kronecker((a, b), (other, moment))
+    torch.testing.assert_close(torch.outer(left, right.flatten()), truncated_svd(wanted.double(), 1).product())
+    assert bool((left > 0).all())
+    assert bool((torch.linalg.eigvalsh(right) > 0).all())

@@ -33,6 +33,7 @@ from lowrank_pl.errors.model import (
     TiedWeightError,
     UnknownFormError,
     UnsupportedModelError,
+    VocabularyError,
 )
 from lowrank_pl.errors.numerics import (
     BatchShapeError,
@@ -56,6 +57,7 @@ from lowrank_pl.errors.run import (
     BudgetNotReachedError,
     CalibrationError,
     ConstructionError,
+    EmbeddingsError,
     EngineError,
     FrozenFactorsError,
     HiddenOptimizerStateError,
@@ -137,6 +139,7 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (NoTargetError("Bert", None, [], [], 0), ["Bert", "default"], "targets.include"),
     (NoTargetError("Bert", None, [], [], 7), ["Bert", "7 layers"], "NoCompression"),
     (TiedWeightError("a", "b"), ["'a'", "'b'"], "targets.exclude"),
+    (VocabularyError("Bert", "it has none"), ["Bert", "it has none"], "targets.embeddings"),
     (OverrideError("*.x", "matches nothing", ["a"]), ["'*.x'", "matches nothing", "'a'"], "init_args.overrides"),
     (ModelFolderError("/m", "config.json", ["b", "a"]), ["'/m'", "config.json", "'a', 'b'"], "save_pretrained"),
     (ModelFolderError("/m", "config.json", []), ["nothing"], "save_pretrained"),
@@ -158,6 +161,7 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (InterpolationError("a.b", "${X}/c", "${X}"), ["a.b", "'${X}/c'"], "command line"),
     (OptimizerArgumentsError("lr is -1"), ["lr is -1"], "optimizer"),
     (AllocationError("Global", "SVD", "it looks away"), ["Global", "SVD", "it looks away"], "Uniform"),
+    (EmbeddingsError("FWSVD", "it sees none"), ["FWSVD", "it sees none"], "embeddings to false"),
     (NonFiniteWeightsError("a.ckpt", "x.weight"), ["'a.ckpt'", "'x.weight'", "NaN or Inf"], "earlier checkpoint"),
     (EngineError("compile", "cpu", "no g++", "a compiler"), ["compile", "cpu", "no g++"], "leave compile out"),
     (BenchmarkResumeError("out", "threads differ"), ["'out'", "threads differ"], "new --output"),
