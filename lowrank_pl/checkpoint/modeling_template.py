@@ -1,4 +1,4 @@
-"""A factorised encoder: linear layers as two thin factors, with the ranks that config.json names.
+"""A factorised encoder: linear layers as two factors or by pivot rows, with the ranks that config.json names.
 
 Written by lowrank_pl beside the weights; it needs torch and transformers alone. Load with
 `AutoModelFor….from_pretrained(folder, trust_remote_code=True)`.
@@ -19,13 +19,9 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, dense: nn.Linear | Conv1D, rank: int) -> None:
         super().__init__()
-        m, n = dense.weight.T.shape if isinstance(dense, Conv1D) else dense.weight.shape
-        kind: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
-        with torch.device("meta"):  # no random weights: the real ones are loaded
-            self.left = nn.Linear(rank, m, dense.bias is not None)
-            self.right = nn.Linear(n, rank, False)
-        for linear in (self.left, self.right):
-            linear.weight = nn.Parameter(torch.zeros(linear.weight.shape, **kind))
+        m, n = shape(dense)
+        self.left = empty(rank, m, dense)
+        self.right = empty(n, rank, dense)
         self.left.bias = dense.bias
 
     @property
@@ -39,6 +35,53 @@ class LowRankLinear(nn.Module):
         return y
 
 
+class PivotedLinear(nn.Module):
+    """`y = [p; others(p)][order] + bias`, `p = pivots(x)`: linears with the weights `[r, in]` and `[out - r, r]`."""
+
+    order: Tensor
+
+    def __init__(self, dense: nn.Linear | Conv1D, rank: int) -> None:
+        super().__init__()
+        m, n = shape(dense)
+        self.pivots = empty(n, rank, dense)
+        self.others = empty(rank, m - rank, dense) if rank < m else None
+        self.bias = dense.bias
+        self.register_buffer("order", torch.zeros(m, dtype=torch.int32, device=dense.weight.device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that asks a linear layer for it."""
+        rows: Tensor = self.pivots.weight
+        if self.others is not None:
+            rows = torch.cat([rows, self.others.weight @ rows])
+        return rows.index_select(0, self.order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in] → [..., out]`."""
+        y: Tensor = self.pivots(x)
+        if self.others is not None:
+            y = torch.cat([y, self.others(y)], -1)
+        y = y.index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def shape(dense: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Outputs and inputs of a layer."""
+    m, n = dense.weight.T.shape if isinstance(dense, Conv1D) else dense.weight.shape
+    return m, n
+
+
+def empty(n: int, m: int, dense: nn.Linear | Conv1D) -> nn.Linear:
+    """A linear without bias, to be loaded: nothing random is drawn."""
+    with torch.device("meta"):
+        linear = nn.Linear(n, m, False)
+    linear.weight = nn.Parameter(torch.zeros(m, n, dtype=dense.weight.dtype, device=dense.weight.device))
+    return linear
+
+
+FORMS = {"low_rank": LowRankLinear, "pivoted": PivotedLinear}
+
+
 class LowRankModel(Base):
     """The architecture of its parent with factorised layers."""
 
@@ -49,9 +92,9 @@ class LowRankModel(Base):
             raise ValueError(f"layout version {layout['version']} is not {LAYOUT_VERSION}, the one this file reads")
         for name, spec in layout["modules"].items():
             old = self.get_submodule(name)
-            if spec["form"] != "low_rank" or not isinstance(old, (nn.Linear, Conv1D)):
+            if spec["form"] not in FORMS or not isinstance(old, (nn.Linear, Conv1D)):
                 raise ValueError(f"config.json has a {spec['form']} layer at {name!r}, the model {type(old).__name__}")
-            new = LowRankLinear(old, spec["rank"])
+            new = FORMS[spec["form"]](old, spec["rank"])
             for parent in list(self.modules()):  # under every name, where a layer is shared
                 for child, module in parent._modules.items():
                     if module is old:

@@ -9,6 +9,7 @@ from lowrank_pl.core.diagnostics import relative_error
 from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.kronecker import KroneckerGroups, kronecker_groups, kronecker_regroup, kronecker_svd
+from lowrank_pl.core.pivoted import Pivoted, pivoted
 from lowrank_pl.core.refit import refit_left
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
@@ -18,12 +19,14 @@ __all__ = [
     "Factors",
     "KroneckerGroups",
     "LinearShape",
+    "Pivoted",
     "axis_weighted_svd",
     "compare_methods",
     "diagnose",
     "kronecker_groups",
     "kronecker_regroup",
     "kronecker_svd",
+    "pivoted",
     "refit_left",
     "relative_error",
     "singular_values",
