@@ -59,6 +59,12 @@ class PivotedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in] → [..., out]`."""
         y: Tensor = self.pivots(x)
+        rank, m = self.pivots.weight.shape[0], self.order.shape[0]
+        many = rank < x.numel() // x.shape[-1] and rank**2 < 64 * m
+        if many and self.others is not None and not torch.compiler.is_compiling():  # fewer passes over the outputs
+            k = self.others.weight
+            left = torch.cat([torch.eye(rank, dtype=k.dtype, device=k.device), k]).index_select(0, self.order)
+            return nn.functional.linear(y, left, self.bias)
         if self.others is not None:
             y = torch.cat([y, self.others(y)], -1)
         y = y.index_select(-1, self.order)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.pivoted import pivoted
@@ -134,9 +135,26 @@ class PivotedLinear(LinearForm):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., n] → [..., m]`."""
         p: Tensor = self.pivots(x)
+        if self._left_is_cheaper(x.numel() // self.in_features):
+            assert self.others is not None
+            weight = self.others.weight
+            identity = torch.eye(self._rank, dtype=weight.dtype, device=weight.device)
+            left = torch.cat([identity, weight]).index_select(0, self.order)
+            return F.linear(p, left, self.bias)
         rows = p if self.others is None else torch.cat([p, self.others(p)], -1)
         y = rows.index_select(-1, self.order)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _left_is_cheaper(self, tokens: int) -> bool:
+        """Whether to put the rows of `[I; K]` in order once, and multiply by it, instead of the outputs of every token.
+
+        For each token that is `r²` multiplications more, and no outputs that are written three times.
+        """
+        others = self.others
+        # Exported files stay small, compilers fuse what is written; what a tool put in the place of a linear is called.
+        if torch.compiler.is_compiling() or type(others) is not nn.Linear or others._forward_hooks:
+            return False
+        return type(others.weight) is nn.Parameter and self._rank < tokens and self._rank**2 < 64 * self.out_features
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -343,7 +343,7 @@ class StaticStrategy(CompressionStrategy):
         owners = {name: owner for name, owner in self._owners(trainer, layers).items() if name in factorised}
 
         def restate(name: str) -> None:
-            replace_module_(encoder, name, restated(cast(LowRankLinear, encoder.get_submodule(name)), form))
+            replace_module_(encoder, name, restated(encoder.get_submodule(name), form))
 
         work_shared(trainer, owners, restate, "Pivot rows")
         for name, owner in owners.items():

@@ -42,10 +42,7 @@ def compact_(
         if layer.is_final:
             continue
         made = layer.dense() if name in dense else layer.compact()
-        if isinstance(made, LowRankLinear):
-            other = None if like is None else like.get_submodule(name)
-            made = restated(made, form, other if isinstance(other, LinearForm) else None)
-        replace_module_(model, name, made)
+        replace_module_(model, name, restated(made, form, None if like is None else like.get_submodule(name)))
     return model
 
 
@@ -76,7 +73,7 @@ def compact_state(
             continue
         try:
             final = None if name in dense else form.compact_state(state, name)
-            if final is not None and final.form is LowRankLinear and forms.get(name) in get_args(FinalForm):
+            if final is not None and forms.get(name) in get_args(FinalForm):
                 final = restated_state(final, final_form(forms[name]))
             if final is None:
                 kept = form.dense_state(state, name, bool(spec.get(TRANSPOSED)))

@@ -43,6 +43,18 @@ def test_the_function_is_that_of_two_factors(bias: bool, rank: int) -> None:
     assert len(linears) == (2 if rank < 4 else 1)  # an empty one would stop tools that look for them
 
 
+def test_many_tokens_are_computed_the_other_way_alike() -> None:
+    layer, few, many = pivoted(), random_matrix(3, 5, seed=2), random_matrix(4, 5, seed=2)
+    torch.testing.assert_close(layer(many), F.linear(many, layer.product(), layer.bias))
+    assert layer.others is not None
+    seen: list[int] = []
+    handle = layer.others.register_forward_hook(lambda _, args, output: seen.append(len(args[0])))
+    torch.testing.assert_close(layer(many), F.linear(many, layer.product(), layer.bias))
+    layer(few)
+    assert seen == [4, 3]  # whoever looks at the linear sees it called
+    handle.remove()
+
+
 def test_gradients_are_those_of_the_product() -> None:
     layer, x = pivoted().double(), random_matrix(7, 5, seed=3).double()
     assert layer.others is not None
