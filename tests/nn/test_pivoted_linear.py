@@ -58,7 +58,8 @@ def test_many_tokens_are_computed_the_other_way_alike() -> None:
 def test_gradients_are_those_of_the_product() -> None:
     layer, x = pivoted().double(), random_matrix(7, 5, seed=3).double()
     assert layer.others is not None
-    parameters = [layer.pivots.weight, layer.others.weight, layer.bias]
+    assert layer.bias is not None
+    parameters: list[torch.Tensor] = [layer.pivots.weight, layer.others.weight, layer.bias]
     own = torch.autograd.grad(layer(x).square().sum(), parameters)
     through = torch.autograd.grad(F.linear(x, layer.product(), layer.bias).square().sum(), parameters)
     for one, other in zip(own, through, strict=True):

@@ -17,7 +17,7 @@ from lowrank_pl.errors.run import ResumeMismatchError
 from lowrank_pl.export import export, from_pretrained
 from lowrank_pl.importance import FirstOrder
 from lowrank_pl.monitoring import ReportWriter
-from lowrank_pl.nn import PivotedLinear, forms_in, forms_in_training
+from lowrank_pl.nn import FinalForm, PivotedLinear, forms_in, forms_in_training
 from lowrank_pl.strategies import FWSVD, SVD, CompressionStrategy, KroneckerSVD, RankDyna, Recalibration
 from lowrank_pl.strategies.any_module import compress
 from lowrank_pl.surgery import densify_
@@ -147,11 +147,12 @@ def test_what_is_refused(tiny_bert: str, tmp_path: Path) -> None:
     with pytest.raises(RangeError, match="form='elastic' is out of range: allowed is 'low_rank' or 'pivoted'"):
         SVD(keep_ratio=0.5, form="elastic")  # type: ignore[arg-type]
     entry = {"out": 8, "in": 8, "dense_nanoseconds": 90, "ranks": [2, 4], "nanoseconds": [30, 50]}
-    tables = {}
-    for form in ("low_rank", "pivoted"):
+    tables: dict[FinalForm, Path] = {}
+    forms: list[FinalForm] = ["low_rank", "pivoted"]
+    for form in forms:
         tables[form] = tmp_path / f"{form}.json"
         tables[form].write_text(json.dumps({"version": 1, "form": form, "shapes": [entry]}))
-    for form, other in (("pivoted", "low_rank"), ("low_rank", "pivoted")):
+    for form, other in zip(forms, reversed(forms), strict=True):
         for made in (SVD, RankDyna):
             with pytest.raises(FormCostError, match=f"in the form '{other}' cost, and the strategy's form is '{form}'"):
                 made(keep_ratio=0.5, cost=Latency(str(tables[other])), form=form)
