@@ -58,10 +58,11 @@ class Global(Allocator):
             name: RankChoice(shape, self._lowest(uniform.ranks[name], shape, request)) for name, shape in free.items()
         }
         chosen = best_ranks(choices, energies, _budget(request, uniform, free), request.multiple_of, request.cost)
-        return Allocation(dict(request.shapes), {n: chosen.get(n, uniform.ranks[n]) for n in request.shapes})
+        ranks = {n: chosen.get(n, uniform.ranks[n]) for n in request.shapes}
+        return Allocation(dict(request.shapes), ranks, uniform.form)
 
     def _lowest(self, uniform: int | None, shape: LinearShape, request: RankRequest) -> int:
-        share = shape.break_even_rank if uniform is None else uniform
+        share = min(request.cost.break_even(shape), shape.full_rank) if uniform is None else uniform
         lowest, step = max(1, int(self.floor * share)), request.multiple_of
         multiple = -(-lowest // step) * step
         return multiple if multiple <= share else lowest

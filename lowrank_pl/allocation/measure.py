@@ -7,12 +7,14 @@ import json
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lowrank_pl.core.shapes import LinearShape
-from lowrank_pl.errors.numerics import LatencyTableError
+from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
+from lowrank_pl.errors.numerics import FormCostError, LatencyTableError
+from lowrank_pl.nn import LinearForm, LowRankLinear, two_factors
 
 TABLE_VERSION = 1
 
@@ -23,6 +25,28 @@ class Measure(ABC):
     unit: ClassVar[str]
     counts_lookups: ClassVar[bool] = False
     """Whether it says what a look-up costs, too."""
+    knows_every_form: ClassVar[bool] = False
+    """Whether `factored` follows `form`."""
+    _form: type[LinearForm] = LowRankLinear
+
+    @property
+    def form(self) -> type[LinearForm]:
+        """The form of factorised layers that `factored` is the cost of."""
+        return self._form
+
+    def in_form(self, form: type[LinearForm]) -> Measure:
+        """The same measure of layers in another form.
+
+        Raises:
+            FormCostError: it does not know what they cost.
+        """
+        if form is self.form:
+            return self
+        if not self.knows_every_form:
+            raise FormCostError(type(self).__name__, self.form.name, form.name)
+        made = copy(self)
+        made._form = form
+        return made
 
     def options(self) -> dict[str, Any]:
         """What identifies it in reports, as primitives."""
@@ -31,7 +55,8 @@ class Measure(ABC):
 
     def identity(self) -> str:
         """What two measures that cost everything the same have in common; another for any other."""
-        told = ", ".join(f"{name}={value!r}" for name, value in self.options().items() if name != "class")
+        named = {"form": self.form.name} if self.form is not LowRankLinear else {}
+        told = ", ".join(f"{name}={value!r}" for name, value in (self.options() | named).items() if name != "class")
         return f"{type(self).__name__}({told})" if told else type(self).__name__
 
     @abstractmethod
@@ -40,7 +65,7 @@ class Measure(ABC):
 
     @abstractmethod
     def factored(self, shape: LinearShape, rank: int) -> int:
-        """Of the two factors at a rank.
+        """Of a layer in `form` at a rank.
 
         Raises:
             RankError: unless `1 <= rank <= min(m, n)`.
@@ -55,7 +80,7 @@ class Measure(ABC):
         return sum(self.dense(shape) for shape in shapes.values())
 
     def break_even(self, shape: LinearShape) -> int:
-        """The smallest rank at which the factors cost no less than the dense weight; full rank + 1 if none does."""
+        """The smallest rank at which a factorised layer costs no less than a dense one; full rank + 1 if none does."""
         low, high = 1, shape.full_rank + 1
         while low < high:
             middle = (low + high) // 2
@@ -66,7 +91,7 @@ class Measure(ABC):
         return low
 
     def largest_rank(self, shape: LinearShape, budget: float) -> int:
-        """The largest rank whose factors cost no more than a budget; 0 if already the first costs more."""
+        """The largest rank that costs no more than a budget; 0 if already the first costs more."""
         low, high = 0, shape.full_rank
         while low < high:
             middle = (low + high + 1) // 2
@@ -82,36 +107,41 @@ class Measure(ABC):
 
 
 class Parameters(Measure):
-    """`m n` dense, `r (m + n)` factorised: the measure of the papers."""
+    """`m n` dense, `r (m + n)` in two factors, `r (m + n − r)` in the pivoted form."""
 
     unit = "parameters"
     counts_lookups = True
+    knows_every_form = True
 
     def dense(self, shape: LinearShape) -> int:
         """`m n`."""
         return shape.dense_params
 
     def factored(self, shape: LinearShape, rank: int) -> int:
-        """`r (m + n)`."""
-        return shape.factored_params(rank)
+        """As the form says."""
+        shape.check_rank(rank)
+        form = two_factors(shape) if isinstance(shape, EmbeddingShape) else self.form  # a look-up has no other
+        return form.parameters_of({"rank": rank}, shape)
 
 
 class Flops(Measure):
-    """Floating-point operations per token: `2 m n` dense, `2 r (m + n)` factorised.
+    """Floating-point operations per token: `2 m n` dense, `2 r (m + n)` in two factors.
 
     Where every targeted layer sees every token, as inside an encoder's blocks, this is twice the parameters and the
     ranks are the same; it stands here for those who think in FLOPs.
     """
 
     unit = "FLOPs per token"
+    knows_every_form = True
 
     def dense(self, shape: LinearShape) -> int:
         """`2 m n`."""
         return 2 * shape.dense_params
 
     def factored(self, shape: LinearShape, rank: int) -> int:
-        """`2 r (m + n)`."""
-        return 2 * shape.factored_params(rank)
+        """As the form says."""
+        shape.check_rank(rank)
+        return self.form.flops_of({"rank": rank}, shape)
 
 
 @dataclass(frozen=True)
@@ -141,7 +171,8 @@ class Latency(Measure):
     rank the better choice at any budget; it is raised to the highest time before it, so that costs never fall.
 
     Args:
-        table: The file `latency.json` of a benchmark, of the device, data type and number of tokens to serve.
+        table: The file `latency.json` of a benchmark, of the device, data type and number of tokens to serve, and of
+            layers in the strategy's `form`.
 
     Attributes:
         digest: SHA-256 of the times in it, for reports: another table gives other ranks.
@@ -157,7 +188,13 @@ class Latency(Measure):
         content, self._curves = _read(Path(table).expanduser())
         times = sorted((m, n, c.dense, c.ranks, c.nanoseconds) for (m, n), c in self._curves.items())
         self.digest = hashlib.sha256(repr(times).encode()).hexdigest()
+        self._form_name = str(content.get("form", LowRankLinear.name))
         self.circumstances = {name: content.get(name) for name in ("device", "dtype", "threads", "tokens")}
+
+    @property
+    def form(self) -> type[LinearForm]:
+        """The form that was measured."""
+        return LinearForm.by_name(self._form_name)
 
     def identity(self) -> str:
         """By the times of the table, wherever its file lies."""

@@ -12,6 +12,7 @@ from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
 from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.nn import LinearForm, LowRankLinear
 
 
 @dataclass
@@ -38,14 +39,16 @@ class Allocation:
     Attributes:
         shapes: Every targeted layer.
         ranks: Rank per layer, `None` where it stays dense.
+        form: Of the factorised layers.
     """
 
     shapes: dict[str, LinearShape]
     ranks: dict[str, int | None]
+    form: type[LinearForm] = LowRankLinear
 
     def parameters(self, name: str) -> int:
         """Parameters of a layer's weight under this allocation."""
-        return self.cost(name, Parameters())
+        return self.cost(name, Parameters().in_form(self.form))
 
     def cost(self, name: str, measure: Measure) -> int:
         """What a layer costs under this allocation, in the unit of a measure."""
@@ -58,7 +61,7 @@ class Allocation:
     @property
     def kept(self) -> int:
         """Parameters of all layers under this allocation."""
-        return self.total_cost(Parameters())
+        return self.total_cost(Parameters().in_form(self.form))
 
     @property
     def dense(self) -> int:
@@ -83,7 +86,7 @@ def uniform_ranks(
 
     Args:
         shapes: The targeted layers.
-        keep_ratio: Share of what each dense layer costs: in parameters the largest rank with
+        keep_ratio: Share of what each dense layer costs: in parameters of two factors the largest rank with
             `r (m + n) <= keep_ratio · m n`. At 1 everything stays dense.
         rank_ratio: The papers' measure instead: `r = int(rank_ratio · min(m, n))`.
         multiple_of: Round ranks to a multiple (hardware likes 8 or 16): down, and where the multiple above is nearer
@@ -92,7 +95,8 @@ def uniform_ranks(
         cost: What ranks cost; parameters by default.
 
     Returns:
-        Ranks; a layer whose factors would cost as much as its dense weight stays dense.
+        Ranks; a layer that would cost as much as its dense weight stays dense: in two factors from the break-even rank
+        on, in the pivoted form only at the full rank.
 
     Raises:
         MissingArgumentError: neither or both of the ratios are given.
@@ -119,7 +123,7 @@ def uniform_ranks(
             rank = _rank_by_ratio(shape, override.keep_ratio, None, multiple_of, cost)
         # At or above break-even the dense weight is cheaper.
         ranks[name] = None if rank is None or rank >= cost.break_even(shape) else rank
-    allocation = Allocation(dict(shapes), ranks)
+    allocation = Allocation(dict(shapes), ranks, cost.form)
     if keep_ratio is not None:
         names = [name for name in shapes if name not in chosen]
         _fit_budget(allocation, keep_ratio, multiple_of, names, cost)

@@ -31,6 +31,7 @@ from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import OutputNotWritableError
 from lowrank_pl.files import OutputFolder
+from lowrank_pl.nn import FinalForm, final_form
 from lowrank_pl.surgery import TargetSelector
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,6 +50,7 @@ def benchmark(
     seconds: float = 0.3,
     layers: bool = True,
     resume: bool = False,
+    form: FinalForm = "low_rank",
 ) -> Path:
     """Times models against the first of them, and layers of their shapes at many ranks.
 
@@ -71,6 +73,7 @@ def benchmark(
         seconds: How long at least, each time.
         layers: Whether to time layers.
         resume: Go on in the folder of a stopped run, measuring only what it lacks.
+        form: In which form layers are timed, for strategies with the same `form`; models are timed in their own.
 
     Returns:
         The folder.
@@ -85,6 +88,7 @@ def benchmark(
     folder = output_folder(output)
     threads = torch.get_num_threads() if threads is None else threads
     whole = {"batch_sizes": batch_sizes, "lengths": lengths, "rounds": [rounds], "threads": [threads]}
+    final_form(form)
     check_request(folder, models, engines, device, whole, resume)
     before = read_stopped(folder.path) if resume else None
     if not seconds > 0:
@@ -96,7 +100,7 @@ def benchmark(
     sizes = [(batch, length) for batch in batch_sizes for length in lengths]
     for name, model in loaded.items():
         check_runs(name, model, engines, inputs_for(model, 1, max(lengths)))
-    work = Workload(max(batch_sizes) * max(lengths), _DTYPES[dtype], device, threads, rounds, seconds)
+    work = Workload(max(batch_sizes) * max(lengths), _DTYPES[dtype], device, threads, rounds, seconds, form)
     shapes = [shape for model in loaded.values() for shape in linear_shapes(model, TargetSelector())] if layers else []
     shapes = list(dict.fromkeys(shapes))
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in loaded.items()}
@@ -125,7 +129,9 @@ def _measure(
     done = {found.cell for found in measured}
     cells = {engine: [size for size in sizes if (engine, *size) not in done] for engine in engines}
     shapes = [shape for shape in shapes if shape not in {layer.shape for layer in times}]
-    total = sum(map(len, cells.values())) * len(loaded) * work.rounds + number_of_measurements(shapes, work.rounds)
+    total = sum(map(len, cells.values())) * len(loaded) * work.rounds + number_of_measurements(
+        shapes, work.rounds, work.form
+    )
     folder = output.begun()  # what cannot be written should not be measured for minutes
     results = replace(results, measurements=measured, layers=times)  # which grow
     try:
@@ -194,6 +200,7 @@ def _circumstances(work: Workload, models: dict[str, str]) -> dict[str, Any]:
         "threads": work.threads,
         "rounds": work.rounds,
         "seconds": work.seconds,
+        **({} if work.form == "low_rank" else {"form": work.form}),
         "lowrank_pl": __version__,
         **{name: version(name) for name in packages if importlib.util.find_spec(name) is not None},
         "models": models,

@@ -61,9 +61,9 @@ def _layers(axes: Any, results: Results) -> None:
         shape = layer.shape
         ratio = [seconds / layer.dense for seconds in layer.factored.values()]
         [line] = axes.plot(list(layer.factored), ratio, ".-", label=f"{shape.out_features} x {shape.in_features}")
-        axes.axvline(shape.break_even_rank, color=line.get_color(), linestyle=":", linewidth=0.8)
+        axes.axvline(layer.break_even_by_parameters, color=line.get_color(), linestyle=":", linewidth=0.8)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xlabel(f"rank at {results.layers[0].tokens} tokens (dotted: break-even by parameters)")
-    axes.set_ylabel("time of two factors / time of the dense")
+    axes.set_ylabel("time factorised / time of the dense")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3)

@@ -1,4 +1,4 @@
-"""From which rank on a layer in two factors is slower than a dense one, by measurement. m: outputs, n: inputs."""
+"""From which rank on a factorised layer is slower than a dense one, by measurement. m: outputs, n: inputs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank_pl.allocation.measure import TABLE_VERSION
+from lowrank_pl.allocation.measure import TABLE_VERSION, Parameters
 from lowrank_pl.benchmark.timing import timed_in_turn
 from lowrank_pl.core import LinearShape
-from lowrank_pl.nn import LowRankLinear, dense_shape, forms_in
+from lowrank_pl.nn import FinalForm, dense_shape, final_form, forms_in
 from lowrank_pl.surgery import TargetSelector, tied_heads
 from lowrank_pl.surgery.targets import TARGETED
 
@@ -33,6 +33,7 @@ class Workload:
         threads: Of the CPU.
         rounds: See `timed_in_turn`.
         seconds: See `timed_in_turn`.
+        form: Of factorised layers.
     """
 
     tokens: int
@@ -41,6 +42,7 @@ class Workload:
     threads: int
     rounds: int
     seconds: float
+    form: FinalForm = "low_rank"
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,20 @@ class LayerTimes:
         shape: Of the weight.
         tokens: Rows of the input.
         dense: Seconds of `nn.Linear`, a whole number of nanoseconds.
-        factored: Seconds of `LowRankLinear` by rank, ascending, likewise.
+        factored: Seconds of a factorised layer by rank, ascending, likewise.
+        form: Of the factorised layers.
     """
 
     shape: LinearShape
     tokens: int
     dense: float
     factored: dict[int, float]
+    form: FinalForm = "low_rank"
+
+    @property
+    def break_even_by_parameters(self) -> int:
+        """The smallest rank at which a factorised layer has no fewer parameters than a dense one."""
+        return Parameters().in_form(final_form(self.form)).break_even(self.shape)
 
     @property
     def break_even(self) -> float | None:
@@ -77,7 +86,8 @@ class LayerTimes:
     def from_entry(cls, entry: dict[str, Any]) -> LayerTimes:
         """From a line of benchmark.json."""
         times = dict(zip(map(int, entry["ranks"]), (t / 1e9 for t in entry["nanoseconds"]), strict=True))
-        return cls(LinearShape(entry["out"], entry["in"]), entry["tokens"], entry["dense_nanoseconds"] / 1e9, times)
+        shape, dense = LinearShape(entry["out"], entry["in"]), entry["dense_nanoseconds"] / 1e9
+        return cls(shape, entry["tokens"], dense, times, entry.get("form", "low_rank"))
 
     def entry(self) -> dict[str, Any]:
         """A line of the table that `Latency` reads."""
@@ -99,18 +109,19 @@ def linear_shapes(model: nn.Module, targets: TargetSelector) -> list[LinearShape
     return list(dict.fromkeys([*found, *(dense_shape(model.get_submodule(name)) for name in names)]))
 
 
-def ranks_to_measure(shape: LinearShape) -> list[int]:
+def ranks_to_measure(shape: LinearShape, form: FinalForm = "low_rank") -> list[int]:
     """About ten ranks from small to beyond the arithmetic break-even, multiples of 8 where there is room for them."""
-    last = min(shape.full_rank, int(_BEYOND * shape.break_even_rank) + 1)
+    break_even = Parameters().in_form(final_form(form)).break_even(shape)
+    last = min(shape.full_rank, int(_BEYOND * break_even) + 1)
     step = _STEP if last >= _STEP * _POINTS else 1
     spread = [round(last * (i + 1) / _POINTS / step) * step for i in range(_POINTS)]
     # The lowest and the full rank too, so that a budget in time rests on no extrapolation.
     return sorted({1, *(min(max(rank, 1), shape.full_rank) for rank in spread), shape.full_rank})
 
 
-def number_of_measurements(shapes: Sequence[LinearShape], rounds: int) -> int:
+def number_of_measurements(shapes: Sequence[LinearShape], rounds: int, form: FinalForm = "low_rank") -> int:
     """How often `measure_layer` calls `done` for all shapes."""
-    return sum(rounds * (1 + len(ranks_to_measure(shape))) for shape in shapes)
+    return sum(rounds * (1 + len(ranks_to_measure(shape, form))) for shape in shapes)
 
 
 @torch.inference_mode()
@@ -119,8 +130,9 @@ def measure_layer(shape: LinearShape, work: Workload, done: Callable[[], object]
     kind: Any = {"device": work.device, "dtype": work.dtype}
     x = torch.randn(work.tokens, shape.in_features, **kind)
     layers: dict[str, nn.Module] = {"dense": nn.Linear(shape.in_features, shape.out_features, **kind)}
-    for rank in ranks_to_measure(shape):
-        layer = LowRankLinear(shape.in_features, shape.out_features, rank, **kind)
+    form = final_form(work.form)
+    for rank in ranks_to_measure(shape, work.form):
+        layer = form.build({"rank": rank}, shape, True, torch.device(work.device), work.dtype)
         for parameter in layer.parameters():  # zeros could be faster than numbers
             parameter.normal_(std=0.02)
         layers[str(rank)] = layer
@@ -129,7 +141,7 @@ def measure_layer(shape: LinearShape, work: Workload, done: Callable[[], object]
     # Rounded as they are written, so that what is derived from them is the same before and after reading.
     medians = {name: _nanoseconds(found.median) / 1e9 for name, found in times.items()}
     dense = medians.pop("dense")
-    return LayerTimes(shape, work.tokens, dense, {int(rank): median for rank, median in medians.items()})
+    return LayerTimes(shape, work.tokens, dense, {int(rank): time for rank, time in medians.items()}, work.form)
 
 
 def _nanoseconds(seconds: float) -> int:
@@ -151,5 +163,6 @@ def latency_table(times: Sequence[LayerTimes], work: Workload) -> dict[str, Any]
         "dtype": str(work.dtype).removeprefix("torch."),
         "device": work.device,
         "threads": work.threads,
+        "form": work.form,
     }
     return {"version": TABLE_VERSION, **circumstances, "shapes": [entry.entry() for entry in times]}

@@ -104,7 +104,8 @@ class Results:
                 {
                     **layer.entry(),
                     "tokens": layer.tokens,
-                    "break_even_by_parameters": layer.shape.break_even_rank,
+                    "form": layer.form,
+                    "break_even_by_parameters": layer.break_even_by_parameters,
                     "break_even_measured": layer.break_even,
                 }
                 for layer in self.layers
@@ -138,7 +139,8 @@ class Results:
             lines.append(f"* {name}: {count:,} parameters, {size:,.1f} MiB ({paths.get(name, '')})")
         lines += ["", *self._models(), ""]
         if self.layers:
-            lines += ["Ranks up to which two thin factors are faster than the dense layer:", "", *self._layers(), ""]
+            what = {"low_rank": "two thin factors are", "pivoted": "the pivoted form is"}[self.layers[0].form]
+            lines += [f"Ranks up to which {what} faster than the dense layer:", "", *self._layers(), ""]
         return "\n".join(lines)
 
     def _models(self) -> list[str]:
@@ -158,5 +160,6 @@ class Results:
             shape, measured = layer.shape, layer.break_even
             told = f"above {max(layer.factored)}" if measured is None else f"{measured:.0f}"
             size = f"{shape.out_features} x {shape.in_features}"
-            lines.append(f"| {size} | {layer.tokens} | {1e3 * layer.dense:.3f} | {shape.break_even_rank} | {told} |")
+            by_parameters = layer.break_even_by_parameters
+            lines.append(f"| {size} | {layer.tokens} | {1e3 * layer.dense:.3f} | {by_parameters} | {told} |")
         return lines

@@ -19,13 +19,9 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, dense: nn.Linear | Conv1D, rank: int) -> None:
         super().__init__()
-        m, n = dense.weight.T.shape if isinstance(dense, Conv1D) else dense.weight.shape
-        kind: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
-        with torch.device("meta"):  # no random weights: the real ones are loaded
-            self.left = nn.Linear(rank, m, dense.bias is not None)
-            self.right = nn.Linear(n, rank, False)
-        for linear in (self.left, self.right):
-            linear.weight = nn.Parameter(torch.zeros(linear.weight.shape, **kind))
+        m, n = shape(dense)
+        self.left = empty(rank, m, dense)
+        self.right = empty(n, rank, dense)
         self.left.bias = dense.bias
 
     @property
@@ -81,9 +77,60 @@ class LowRankEmbedding(nn.Module):
         return y
 
 
+class PivotedLinear(nn.Module):
+    """`y = [p; others(p)][order] + bias`, `p = pivots(x)`: linears with the weights `[r, in]` and `[out - r, r]`."""
+
+    order: Tensor
+
+    def __init__(self, dense: nn.Linear | Conv1D, rank: int) -> None:
+        super().__init__()
+        m, n = shape(dense)
+        self.pivots = empty(n, rank, dense)
+        self.others = empty(rank, m - rank, dense) if rank < m else None
+        self.bias = dense.bias
+        self.register_buffer("order", torch.zeros(m, dtype=torch.int32, device=dense.weight.device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that asks a linear layer for it."""
+        rows: Tensor = self.pivots.weight
+        if self.others is not None:
+            rows = torch.cat([rows, self.others.weight @ rows])
+        return rows.index_select(0, self.order)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in] → [..., out]`."""
+        y: Tensor = self.pivots(input)
+        rank, m = self.pivots.weight.shape[0], self.order.shape[0]
+        many = rank < input.numel() // input.shape[-1] and rank**2 < 64 * m
+        if many and self.others is not None and not torch.compiler.is_compiling():  # fewer passes over the outputs
+            k = self.others.weight
+            left = torch.cat([torch.eye(rank, dtype=k.dtype, device=k.device), k]).index_select(0, self.order)
+            return nn.functional.linear(y, left, self.bias)
+        if self.others is not None:
+            y = torch.cat([y, self.others(y)], -1)
+        y = y.index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def shape(dense: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Outputs and inputs of a layer."""
+    m, n = dense.weight.T.shape if isinstance(dense, Conv1D) else dense.weight.shape
+    return m, n
+
+
+def empty(n: int, m: int, dense: nn.Linear | Conv1D) -> nn.Linear:
+    """A linear without bias, to be loaded: nothing random is drawn."""
+    with torch.device("meta"):
+        linear = nn.Linear(n, m, False)
+    linear.weight = nn.Parameter(torch.zeros(m, n, dtype=dense.weight.dtype, device=dense.weight.device))
+    return linear
+
+
 # By what config.json calls a form: the class, and the layers that it stands for.
 FORMS: dict[str, tuple[Any, Any]] = {
     "low_rank": (LowRankLinear, (nn.Linear, Conv1D)),
+    "pivoted": (PivotedLinear, (nn.Linear, Conv1D)),
     "low_rank_embedding": (LowRankEmbedding, nn.Embedding),
 }
 

@@ -13,6 +13,7 @@ from lowrank_pl.checkpoint.int8 import Scheme, is_int8
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.model import CheckpointMismatchError, QuantizedModelError
 from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, conform_
+from lowrank_pl.surgery.record import DENSE
 
 ENCODER_PREFIX = "encoder."
 """What a task's state dict puts before the names of the model in it."""
@@ -65,8 +66,9 @@ class SavedModel:
     def compacted(self) -> SavedModel:
         """The same with layers in a form of training brought to the form that is deployed."""
         records = self.compression.layers if self.compression is not None else ()
-        dense = [layer.name for layer in records if layer.kind == "dense"]
-        state, layout = compact_state(self.state, self.layout, dense, self.source)
+        forms = {layer.name: layer.kind for layer in records}
+        dense = [name for name, kind in forms.items() if kind == DENSE]
+        state, layout = compact_state(self.state, self.layout, dense, self.source, forms)
         return self if layout == self.layout else replace(self, layout=layout, state=state)
 
     def replace_in(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

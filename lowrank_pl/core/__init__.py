@@ -15,6 +15,7 @@ from lowrank_pl.core.kronecker import (
     kronecker_svd,
     nearest_kronecker,
 )
+from lowrank_pl.core.pivoted import Pivoted, pivoted
 from lowrank_pl.core.refit import refit_left
 from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
@@ -25,6 +26,7 @@ __all__ = [
     "Factors",
     "KroneckerGroups",
     "LinearShape",
+    "Pivoted",
     "axis_weighted_svd",
     "compare_methods",
     "diagnose",
@@ -32,6 +34,7 @@ __all__ = [
     "kronecker_regroup",
     "kronecker_svd",
     "nearest_kronecker",
+    "pivoted",
     "refit_left",
     "relative_error",
     "singular_values",

@@ -42,6 +42,11 @@ class LinearShape:
         self.check_rank(rank)
         return rank * self.params_per_rank
 
+    def pivoted_params(self, rank: int) -> int:
+        """Parameters of the pivoted form at a rank: `r (m + n − r)`, at the full rank as many as dense."""
+        self.check_rank(rank)
+        return rank * (self.params_per_rank - rank)
+
     def check_rank(self, rank: int, layer: str | None = None) -> None:
         """Raises `RankError` unless `1 <= rank <= min(m, n)`."""
         if not 1 <= rank <= self.full_rank:

@@ -110,6 +110,17 @@ class LatencyTableError(LowRankError):
         )
 
 
+class FormCostError(LowRankError):
+    """A cost that does not know the form in which layers are to be deployed."""
+
+    def __init__(self, cost: str, known: str, form: str) -> None:
+        super().__init__(
+            f"cost: {cost} tells what layers in the form {known!r} cost, and the strategy's form is {form!r}. Allowed "
+            f"are Parameters and Flops, or Latency with a table of `lowrank-pl benchmark --form {form}`; or set "
+            f"form: {known}."
+        )
+
+
 class BudgetUnitError(LowRankError):
     """A budget in parameters together with a cost that is none."""
 

@@ -125,8 +125,8 @@ def _distance_line(told: Mapping[str, Any]) -> str:
 
 def _closing_lines(model: PreTrainedModel) -> list[str]:
     layers = forms_in(model)
-    rows = [f"| {name} | {layer.rank} |" for name, layer in layers.items()]
-    table = ["", "| layer | rank |", "|---|---|", *rows] if layers else []
+    rows = [f"| {name} | {layer.rank} | {layer.name} |" for name, layer in layers.items()]
+    table = ["", "| layer | rank | form |", "|---|---|---|", *rows] if layers else []
     return [*table, "", f"`sha256sum -c {CHECKSUMS}` tells whether the weights are those that were exported."]
 
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lowrank_pl.allocation import Parameters
 from lowrank_pl.core import LinearShape
 from lowrank_pl.monitoring.rank_flow import dense_parameters, flow_figure, kept_by_kind
 from lowrank_pl.monitoring.rank_picture import grid_position, rank_heatmap
@@ -131,11 +132,12 @@ def _writers(trainer: pl.Trainer) -> list[TensorBoardLogger]:
 
 def _table(plan: RankPlan, history: list[Reallocation]) -> str:
     ranks = history[-1].ranks if history else {}
+    parameters = Parameters().in_form(plan.cost.measure.form)
     lines = ["| layer | out | in | full rank | break-even | rank | parameters |", "|---|---|---|---|---|---|---|"]
     for layer in plan.records(ranks):
         shape = plan.shapes[layer.name]
         rank = layer.kind if layer.kind == DENSE else str(layer.rank)
-        sizes = (shape.out_features, shape.in_features, shape.full_rank, shape.break_even_rank, rank)
+        sizes = (shape.out_features, shape.in_features, shape.full_rank, parameters.break_even(shape), rank)
         lines.append(f"| {layer.name} | {' | '.join(str(size) for size in sizes)} | {layer.parameters:,} |")
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_pl.surgery import LayerRecord
+from lowrank_pl.surgery.record import DENSE
 
 
 def grid_position(name: str) -> tuple[str, str]:
@@ -38,7 +39,7 @@ def rank_heatmap(layers: Sequence[LayerRecord]) -> Any:
         row, column = rows.index(block), columns.index(kind)
         share = layer.rank / min(layer.out_features, layer.in_features)
         values[row][column] = share
-        text = str(layer.rank) if layer.kind == "low_rank" else "dense"
+        text = "dense" if layer.kind == DENSE else str(layer.rank)
         axes.text(column, row, text, ha="center", va="center", color="white" if share < 0.6 else "black", fontsize=8)
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(columns)), [kind.replace(".", "\n") for kind in columns], fontsize=7)
@@ -53,5 +54,5 @@ def rank_heatmap(layers: Sequence[LayerRecord]) -> Any:
 
 def save_rank_picture(layers: Sequence[LayerRecord], path: Path) -> None:
     """Writes the heat map as PNG; nothing where no layer is factorised."""
-    if any(layer.kind == "low_rank" for layer in layers):
+    if any(layer.kind != DENSE for layer in layers):
         rank_heatmap(layers).savefig(path, dpi=130)

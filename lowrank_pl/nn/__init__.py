@@ -1,6 +1,7 @@
 """Layers that stand in for a linear layer, or for a look-up. Needs torch alone."""
 
 from lowrank_pl.nn.elastic_linear import ElasticLinear
+from lowrank_pl.nn.final_form import FinalForm, final_form, restated
 from lowrank_pl.nn.form import (
     Deployed,
     LayerForm,
@@ -14,6 +15,7 @@ from lowrank_pl.nn.form import (
 )
 from lowrank_pl.nn.low_rank_embedding import LowRankEmbedding
 from lowrank_pl.nn.low_rank_linear import LowRankLinear
+from lowrank_pl.nn.pivoted_linear import PivotedLinear
 from lowrank_pl.nn.svd_linear import SVDLinear
 from lowrank_pl.nn.two_factors import two_factors
 from lowrank_pl.nn.view import dense_shape, dense_weight, input_of, is_dense_linear, is_embedding
@@ -21,20 +23,24 @@ from lowrank_pl.nn.view import dense_shape, dense_weight, input_of, is_dense_lin
 __all__ = [
     "Deployed",
     "ElasticLinear",
+    "FinalForm",
     "LayerForm",
     "LinearForm",
     "LowRankEmbedding",
     "LowRankLinear",
+    "PivotedLinear",
     "SVDLinear",
     "Spec",
     "dense_shape",
     "dense_weight",
+    "final_form",
     "forms_in",
     "forms_in_training",
     "input_of",
     "is_dense_linear",
     "is_embedding",
     "outside_forms",
+    "restated",
     "shape_of",
     "two_factors",
     "whole_number",

@@ -84,6 +84,15 @@ class LayerForm(nn.Module, ABC):
             ShapeError: the factors have another shape or rank.
         """
 
+    def assign_like_(self: Self, factors: Factors, other: Self) -> None:
+        """`assign_`, with everything that factors leave open decided as in another layer of the same form.
+
+        The parameters of both layers then stand for the same things, so that one may be copied or averaged into the
+        other. Two factors leave nothing open.
+        """
+        del other
+        self.assign_(factors)
+
     @classmethod
     @abstractmethod
     def rank_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.core.factors import Factors
+from lowrank_pl.core.precision import double
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import ShapeError
 from lowrank_pl.nn.form import LinearForm, Spec, whole_number
@@ -103,6 +104,11 @@ class LowRankLinear(LinearForm):
                 raise ShapeError(f"factors.{name}", tuple(given.shape), str(list(own[name].shape)))
         for name, values in zip(own, factors.balanced(), strict=True):
             own[name].copy_(values)
+
+    @torch.no_grad()
+    def factors(self) -> Factors:
+        """Both factors in singular form, float64."""
+        return Factors.from_product(double(self.left.weight), double(self.right.weight))
 
     def product(self) -> Tensor:
         """The dense weight `[m, n]` this layer computes with."""

@@ -25,25 +25,25 @@ _FREE = {
 
 
 class LazyProduct(Tensor):
-    """`left [m, r] @ right [r, n]`.
+    """`left [m, r] @ right [r, n]`; with an order, its rows `[right; left @ right]` in that order.
 
     T5's feed-forward asks its output layer for `weight.dtype` in every forward; a product each time would cost more
     than the layer itself. Every other use multiplies the factors first, and gradients reach them.
     """
 
-    _factors: tuple[Tensor, Tensor]
+    _factors: tuple[Tensor, Tensor, Tensor | None]
 
     @staticmethod
-    def __new__(cls, left: Tensor, right: Tensor) -> LazyProduct:
+    def __new__(cls, left: Tensor, right: Tensor, order: Tensor | None = None) -> LazyProduct:
         """Remembers the factors."""
         made: LazyProduct = Tensor._make_wrapper_subclass(
             cls,
-            (left.shape[0], right.shape[1]),
+            (left.shape[0] if order is None else order.shape[0], right.shape[1]),
             dtype=left.dtype,
             device=left.device,
             requires_grad=left.requires_grad or right.requires_grad,
         )
-        made._factors = (left, right)
+        made._factors = (left, right, order)
         return made
 
     @classmethod
@@ -75,5 +75,5 @@ class LazyProduct(Tensor):
 def _multiplied(value: Any) -> Any:
     if not isinstance(value, LazyProduct):
         return value
-    left, right = value._factors
-    return left @ right
+    left, right, order = value._factors
+    return left @ right if order is None else torch.cat([right, left @ right]).index_select(0, order)

@@ -20,6 +20,7 @@ from lowrank_pl.importance.batches import Batch
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.kept_batches import KeptBatches
 from lowrank_pl.surgery import CompressionRecord, read_layout
+from lowrank_pl.surgery.record import DENSE
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,7 +78,7 @@ def check_factorised(encoder: nn.Module, record: CompressionRecord | None) -> No
     if record is None:
         return
     layout = read_layout(encoder).modules
-    if missing := [layer.name for layer in record.layers if layer.kind == "low_rank" and layer.name not in layout]:
+    if missing := [layer.name for layer in record.layers if layer.kind != DENSE and layer.name not in layout]:
         raise NotFactorisedError(record.method, missing)
 
 

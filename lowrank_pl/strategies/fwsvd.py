@@ -12,6 +12,7 @@ from lowrank_pl.core import axis_weighted_svd, relative_error
 from lowrank_pl.core.axis_weighted import DEFAULT_DAMPING
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import FisherSums, Importance, LayerFisher, LayerImportance
+from lowrank_pl.nn import FinalForm
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByRank, Decomposition, Factorised
 from lowrank_pl.strategies.fisher_energies import fisher_energies
@@ -42,6 +43,7 @@ class FWSVD(StaticStrategy):
         allocation: Which layer gets which rank; see `StaticStrategy`. `Global` needs side `output` or `both`.
         recalibration: See `StaticStrategy`.
         refit: See `StaticStrategy`.
+        form: See `StaticStrategy`.
     """
 
     def __init__(
@@ -58,12 +60,23 @@ class FWSVD(StaticStrategy):
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
         refit: Refit | bool | None = False,
+        form: FinalForm = "low_rank",
     ) -> None:
         if side not in ("input", "output", "both"):
             raise RangeError("side", side, "'input', 'output' or 'both'")
         self.side = side
         super().__init__(
-            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration, refit
+            keep_ratio,
+            rank_ratio,
+            multiple_of,
+            overrides,
+            targets,
+            calibration,
+            cost,
+            allocation,
+            recalibration,
+            refit,
+            form,
         )
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean importance")

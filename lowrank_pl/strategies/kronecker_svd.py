@@ -12,6 +12,7 @@ from lowrank_pl.core import LinearShape, kronecker_groups
 from lowrank_pl.core.kronecker import DEFAULT_DAMPING
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import Extent, Importance, LayerImportance, LayerMoments, SecondMoments
+from lowrank_pl.nn import FinalForm
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByGroups, Decomposition
 from lowrank_pl.strategies.recalibration import Recalibration
@@ -48,6 +49,7 @@ class KroneckerSVD(StaticStrategy):
         diagonal: Take only the diagonals of the moments: less memory, and close to FWSVD.
         block_size: Take only blocks of so many features along the diagonals, e.g. 64 for the heads of many encoders:
             between the two. It divides the features of every targeted layer.
+        form: See `StaticStrategy`.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class KroneckerSVD(StaticStrategy):
         diagonal: bool = False,
         refit: Refit | bool | None = True,
         block_size: int | None = None,
+        form: FinalForm = "low_rank",
     ) -> None:
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean of the diagonal")
@@ -79,7 +82,17 @@ class KroneckerSVD(StaticStrategy):
         self.block_size = block_size
         allocation = allocation or (Uniform() if side == "input" else Global())
         super().__init__(
-            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration, refit
+            keep_ratio,
+            rank_ratio,
+            multiple_of,
+            overrides,
+            targets,
+            calibration,
+            cost,
+            allocation,
+            recalibration,
+            refit,
+            form,
         )
 
     @property
@@ -104,7 +117,7 @@ class KroneckerSVD(StaticStrategy):
         del samples
         assert isinstance(measured, LayerMoments)
         groups = kronecker_groups(weight, measured.inputs, measured.outputs, self.damping)
-        # At break-even the dense weight is kept instead, so no more than as many groups as it has numbers.
+        # At break-even the dense weight is kept instead; in the pivoted form that is the full rank.
         shape = LinearShape(*weight.shape)
         count = min(shape.full_rank, max(1, self.cost.break_even(shape) - 1))
         return ByGroups(groups.first(count), self.side != "input")

@@ -153,7 +153,8 @@ class RankPlan:
         """The layers as a report shows them."""
         dense = set(self.dense_layers(ranks))
         return tuple(
-            LayerRecord.of(name, self.shapes[name], None if name in dense else rank) for name, rank in ranks.items()
+            LayerRecord.of(name, self.shapes[name], None if name in dense else rank, self.cost.measure.form)
+            for name, rank in ranks.items()
         )
 
 

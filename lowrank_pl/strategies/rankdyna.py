@@ -22,7 +22,7 @@ from lowrank_pl.errors.run import (
     ResumeMismatchError,
 )
 from lowrank_pl.importance import GroupSensitivity, KroneckerSensitivity, Sensitivity
-from lowrank_pl.nn import forms_in_training
+from lowrank_pl.nn import FinalForm, final_form, forms_in_training
 from lowrank_pl.strategies.averaging import averaged_models, match_ranks_
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.compiling import varying_ranks
@@ -78,6 +78,10 @@ class RankDyna(CompressionStrategy):
         cost: In what the budget is measured, and groups are paid: `Parameters`, `Flops`, or `Latency` with a table of
             times.
         targets: Which layers to factorise.
+        form: In what layers end: `low_rank`, two factors, or `pivoted`, the same functions with `r (m + n − r)`
+            parameters, which is what the budget counts from the start. Training itself is in two factors; with
+            `KroneckerSensitivity` they have to fit into the place of the dense weight, so ranks end below
+            `m n / (m + n)`, or dense.
     """
 
     shrinks: ClassVar[bool] = True
@@ -97,8 +101,11 @@ class RankDyna(CompressionStrategy):
         allow_dense: bool = True,
         cost: Measure | None = None,
         targets: TargetSelector | None = None,
+        form: FinalForm = "low_rank",
     ) -> None:
         super().__init__(targets)
+        self.form = form
+        measure = (cost or Parameters()).in_form(final_form(form))
         self.budget = Budget(keep_ratio, parameters, model_parameters)
         if not 0 < start_ratio <= 1:
             raise RangeError("start_ratio", start_ratio, "0 < start_ratio <= 1, a share of the full rank")
@@ -120,11 +127,11 @@ class RankDyna(CompressionStrategy):
                     allowed = f"{neutral!r} with KroneckerSensitivity, or another sensitivity such as FirstOrder"
                     raise RangeError(name, value, allowed)
             self.schedule = schedule or CubicSchedule()
-            self.cost = Cost(True, cost or Parameters())  # layers are dense first, whatever they are in the end
+            self.cost = Cost(True, measure)  # layers are dense first, whatever they are in the end
             self._training = MetricGroups(self.sensitivity, floor, multiple_of, allow_dense)
         elif isinstance(self.sensitivity, GroupSensitivity):
             self.schedule = schedule or CubicSchedule(warmup=0.05, cooldown=0.5, interval=0.02)
-            self.cost = Cost(allow_dense, cost or Parameters())
+            self.cost = Cost(allow_dense, measure)
             self._training = SingularGroups(self.sensitivity, per_parameter, multiple_of)
         else:
             allowed = "KroneckerSensitivity, or a GroupSensitivity such as FirstOrder"
@@ -361,16 +368,20 @@ class RankDyna(CompressionStrategy):
         # Whoever saves a checkpoint now saves the averaged weights, beside the layout of the model.
         match_ranks_(trainer, ranks)
         for model in averaged_models(trainer):
-            self.finalize(as_compressible(model).encoder)
+            self.finalize(as_compressible(model).encoder, module.encoder)
 
-    def finalize(self, encoder: nn.Module) -> ModelLayout:
-        """Turns the layers into two factors of exact rank each, or into dense ones where that is allowed and smaller.
+    def finalize(self, encoder: nn.Module, like: nn.Module | None = None) -> ModelLayout:
+        """Turns the layers into the final form of exact rank, or into dense ones where that is allowed and smaller.
+
+        Args:
+            encoder: The model, or an averaged copy of it.
+            like: For a copy, the model, finalised: parameters of both stand for the same things.
 
         Returns:
             The layout of the encoder after it.
         """
         ranks = {name: layer.rank for name, layer in forms_in_training(encoder).items()}
-        compact_(encoder, self._plan.dense_layers(ranks))
+        compact_(encoder, self._plan.dense_layers(ranks), final_form(self.form), like)
         return read_layout(encoder)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -419,6 +430,7 @@ class RankDyna(CompressionStrategy):
             "multiple_of": self.multiple_of,
             "allow_dense": self.allow_dense,
             "cost": self.cost.measure.options(),
+            "form": self.form,
         }
 
     def _take_over(self) -> None:

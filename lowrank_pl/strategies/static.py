@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
@@ -19,7 +19,17 @@ from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import AllocationError, EmbeddingsError, ResumeMismatchError
 from lowrank_pl.importance import Importance, LayerImportance, Nothing
-from lowrank_pl.nn import LayerForm, dense_shape, dense_weight, is_embedding, two_factors
+from lowrank_pl.nn import (
+    FinalForm,
+    LayerForm,
+    LowRankLinear,
+    dense_shape,
+    dense_weight,
+    final_form,
+    is_embedding,
+    restated,
+    two_factors,
+)
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.calibration import Calibration, measure_importance
 from lowrank_pl.strategies.decomposition import Decomposition, Factorised
@@ -62,6 +72,8 @@ class StaticStrategy(CompressionStrategy):
             are close to the dense model's; none by default.
         refit: Fit left factors and biases anew to the outputs of the dense layers, on inputs as the factorised model
             gives them: `true` for `Refit()`, or one with other settings. Only KroneckerSVD does unless it is asked for.
+        form: In what layers end: `low_rank`, two factors, or `pivoted`, the same functions with `r (m + n − r)` instead
+            of `r (m + n)` parameters, so higher ranks within the same keep_ratio.
     """
 
     def __init__(
@@ -76,6 +88,7 @@ class StaticStrategy(CompressionStrategy):
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
         refit: Refit | bool | None = False,
+        form: FinalForm = "low_rank",
     ) -> None:
         super().__init__(targets)
         check_share(keep_ratio, rank_ratio, multiple_of)
@@ -84,7 +97,8 @@ class StaticStrategy(CompressionStrategy):
         self.multiple_of = multiple_of
         self.overrides: Sequence[LayerOverride] = overrides or []
         self.calibration = calibration or Calibration()
-        self.cost = cost or Parameters()
+        self.form = form
+        self.cost = (cost or Parameters()).in_form(final_form(form))
         self.allocation = allocation or Uniform()
         self.recalibration = recalibration
         if not isinstance(refit, (Refit, bool, type(None))):
@@ -127,6 +141,7 @@ class StaticStrategy(CompressionStrategy):
             "multiple_of": self.multiple_of,
             "overrides": [vars(override) for override in self.overrides],
             "cost": self.cost.options(),
+            "form": self.form,
             "allocation": self.allocation.options(),
             **({"labels": self.calibration.labels} if self.importance.needs_data else {}),
             **({} if self.recalibration is None else {"recalibration": self.recalibration.options()}),
@@ -211,6 +226,7 @@ class StaticStrategy(CompressionStrategy):
                 dense = exchanged | dense_heads
                 notes |= {"refit": self.refit.fit_(trainer, pl_module, self.calibration, dense, linears)}
                 told |= {n: told[n] | refitted_errors(layers[n], encoder.get_submodule(n)) for n in linears}
+            self._restate(trainer, encoder, layers, told)
             if self.recalibration is not None and before is not None:
                 notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
         except BaseException:
@@ -354,10 +370,31 @@ class StaticStrategy(CompressionStrategy):
         notes |= {f"{name} solver": note for name, (_, note) in written.items() if note is not None}
         return {name: told for name, (told, _) in written.items()}
 
+    def _restate(
+        self, trainer: pl.Trainer, encoder: nn.Module, layers: Mapping[str, nn.Module], factorised: Collection[str]
+    ) -> None:
+        """Brings two factors, as refit needs them, to the form in which layers are to be."""
+        form = final_form(self.form)
+        if form is LowRankLinear:
+            return
+        linears = {name: layer for name, layer in layers.items() if name in factorised and not is_embedding(layer)}
+        owners = self._owners(trainer, linears)
+
+        def restate(name: str) -> None:
+            replace_module_(encoder, name, restated(encoder.get_submodule(name), form))
+
+        work_shared(trainer, owners, restate, "Pivot rows")
+        for name, owner in owners.items():
+            layer = cast(LowRankLinear, encoder.get_submodule(name))
+            if owner != trainer.global_rank:
+                replace_module_(encoder, name, form.empty(layer.spec(), layer))
+            for tensor in encoder.get_submodule(name).state_dict().values():
+                send_(trainer, tensor, owner)
+
     def _records(self, allocation: Allocation, told: Mapping[str, dict[str, Any]]) -> tuple[LayerRecord, ...]:
         exact = {"error": 0.0, "weighted_error": 0.0 if self.importance.needs_data else None}
         return tuple(
-            LayerRecord.of(name, shape, allocation.ranks[name], **told.get(name, exact))
+            LayerRecord.of(name, shape, allocation.ranks[name], allocation.form, **told.get(name, exact))
             for name, shape in allocation.shapes.items()
         )
 

@@ -12,6 +12,7 @@ from lowrank_pl.core.axis_weighted import DEFAULT_DAMPING
 from lowrank_pl.core.elementwise import ElementwiseSolver, PreconditionedLBFGS, shrink_importance, weighted_low_rank
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import FullFisher, Importance, LayerFisher, LayerImportance
+from lowrank_pl.nn import FinalForm
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByRank, Decomposition, Factorised
 from lowrank_pl.strategies.fisher_energies import fisher_energies
@@ -48,6 +49,7 @@ class TFWSVD(StaticStrategy):
             with both sides.
         recalibration: See `StaticStrategy`.
         refit: See `StaticStrategy`.
+        form: See `StaticStrategy`.
     """
 
     def __init__(
@@ -64,9 +66,20 @@ class TFWSVD(StaticStrategy):
         allocation: Allocator | None = None,
         recalibration: Recalibration | None = None,
         refit: Refit | bool | None = False,
+        form: FinalForm = "low_rank",
     ) -> None:
         super().__init__(
-            keep_ratio, rank_ratio, multiple_of, overrides, targets, calibration, cost, allocation, recalibration, refit
+            keep_ratio,
+            rank_ratio,
+            multiple_of,
+            overrides,
+            targets,
+            calibration,
+            cost,
+            allocation,
+            recalibration,
+            refit,
+            form,
         )
         if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise RangeError("shrinkage", shrinkage, "0 <= shrinkage <= 1, the share that is replaced")

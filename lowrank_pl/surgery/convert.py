@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
+from typing import get_args
 
 from torch import Tensor, nn
 
 from lowrank_pl.errors.model import CheckpointMismatchError
-from lowrank_pl.nn import LayerForm, forms_in
+from lowrank_pl.nn import LayerForm, LinearForm, LowRankLinear, forms_in, restated
+from lowrank_pl.nn.final_form import FinalForm, final_form, restated_state
 from lowrank_pl.surgery.layout import TRANSPOSED, ModelLayout
 from lowrank_pl.surgery.swap import replace_module_
 from lowrank_pl.surgery.vocabulary import tied_heads, untie_head_
@@ -24,7 +27,12 @@ def densify_(model: nn.Module) -> nn.Module:
     return model
 
 
-def compact_(model: nn.Module, dense: Collection[str] = ()) -> nn.Module:
+def compact_(
+    model: nn.Module,
+    dense: Collection[str] = (),
+    form: type[LinearForm] = LowRankLinear,
+    like: nn.Module | None = None,
+) -> nn.Module:
     """Brings every layer in a form of training to the form that is deployed, in place; returns the model.
 
     Parameters are new objects: no optimizer may need them afterwards.
@@ -32,15 +40,23 @@ def compact_(model: nn.Module, dense: Collection[str] = ()) -> nn.Module:
     Args:
         model: The model.
         dense: Names of layers in a form of training that become dense instead.
+        form: In which the others end, where their own final form is two factors.
+        like: A model that has been compacted so, for an averaged copy of it: parameters stand for the same things.
     """
     for name, layer in forms_in(model).items():
-        if not layer.is_final:
-            replace_module_(model, name, layer.dense() if name in dense else layer.compact())
+        if layer.is_final:
+            continue
+        made = layer.dense() if name in dense else layer.compact()
+        replace_module_(model, name, restated(made, form, None if like is None else like.get_submodule(name)))
     return model
 
 
 def compact_state(
-    state: Mapping[str, Tensor], layout: ModelLayout, dense: Collection[str] = (), source: str = "the checkpoint"
+    state: Mapping[str, Tensor],
+    layout: ModelLayout,
+    dense: Collection[str] = (),
+    source: str = "the checkpoint",
+    forms: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], ModelLayout]:
     """What `compact_` would make of a model, from its state dict and layout: the same but for forms of training.
 
@@ -49,6 +65,7 @@ def compact_state(
         layout: Of the same model.
         dense: Names of layers in a form of training that become dense.
         source: Where it came from, for messages.
+        forms: By layer, the name of the `FinalForm` in which it ends where its own final form is two factors.
 
     Raises:
         UnknownFormError: see `LayerForm.by_name`.
@@ -61,6 +78,8 @@ def compact_state(
             continue
         try:
             final = None if name in dense else form.compact_state(state, name)
+            if final is not None and forms.get(name) in get_args(FinalForm):
+                final = restated_state(final, final_form(forms[name]))
             if final is None:
                 kept = form.dense_state(state, name, bool(spec.get(TRANSPOSED)))
                 del modules[name]

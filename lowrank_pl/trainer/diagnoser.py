@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.allocation import Allocator, Global, RankRequest, uniform_ranks
+from lowrank_pl.allocation import Allocator, Global, Measure, Parameters, RankRequest, uniform_ranks
 from lowrank_pl.core import Factors, compare_methods, kronecker_groups
 from lowrank_pl.core.diagnosis import Diagnosis
 from lowrank_pl.core.elementwise import ElementwiseSolver
@@ -67,11 +67,14 @@ class Diagnoser(pl.Callback):
         Raises:
             NoTargetError, TiedWeightError, BudgetError: no such choice of layers, or no such budget.
         """
-        allocation = uniform_ranks(TargetSelector.shapes(self.strategy.targets.select(encoder)), self.keep_ratio)
+        shapes, cost = TargetSelector.shapes(self.strategy.targets.select(encoder)), self._cost()
+        allocation = uniform_ranks(shapes, self.keep_ratio, cost=cost)
         # A layer that would stay dense is compared at the highest rank that is cheaper than that.
-        return {
-            name: rank or max(1, allocation.shapes[name].break_even_rank - 1) for name, rank in allocation.ranks.items()
-        }
+        return {name: rank or max(1, cost.break_even(shapes[name]) - 1) for name, rank in allocation.ranks.items()}
+
+    def _cost(self) -> Measure:
+        """Parameters, in the form in which the strategy's layers end."""
+        return Parameters().in_form(self.strategy.measure.form)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures and diagnoses."""
@@ -126,7 +129,7 @@ class Diagnoser(pl.Callback):
     ) -> None:
         configured = strategy.allocation if isinstance(strategy, StaticStrategy) else None
         allocator: Allocator = configured if isinstance(configured, Global) else Global()
-        request = RankRequest(TargetSelector.shapes(layers), self.keep_ratio)
+        request = RankRequest(TargetSelector.shapes(layers), self.keep_ratio, cost=self._cost())
         self.global_ranks = allocator.allocate(request, energies).ranks
         self.energy_lost = {
             "uniform": _share_lost(energies, request.uniform().ranks),

@@ -21,27 +21,28 @@ def inspect_model(encoder: nn.Module, strategy: CompressionStrategy) -> str:
         strategy: Whose targets and plan are shown.
 
     Returns:
-        Text with one line per layer: shape, dense parameters, cost of one rank, break-even rank, planned rank and
-        parameters, or why the layer stays dense; then the floor of the whole model and the plan's totals.
+        Text with one line per layer: shape, dense parameters, cost of the first rank, break-even rank, planned rank and
+        parameters in the strategy's form, or why the layer stays dense; then the floor of the whole model and the
+        plan's totals.
     """
     reasons = strategy.targets.explain(encoder)
     shapes = {name: _shape(encoder, name) for name in reasons}
     targets = {name: shapes[name] for name, reason in reasons.items() if reason == TARGETED}
     plan = _plan(encoder, strategy)
+    planned = Parameters().in_form(strategy.measure.form)
     header = ("layer", "out", "in", "dense", "per rank", "break-even", "rank", "kept", "status")
     rows: list[tuple[str, ...]] = [header]
     for name, shape in shapes.items():
         rank, kept = _planned(plan, name)
         status = reasons[name]
-        if status == TARGETED and shape.params_per_rank >= shape.dense_params:
+        if status == TARGETED and planned.factored(shape, 1) >= shape.dense_params:
             status = "targeted, infeasible: one rank costs as much as the dense weight"
-        sizes = (shape.out_features, shape.in_features, shape.dense_params, shape.params_per_rank)
-        rows.append((name, *(f"{size:,}" for size in sizes), str(shape.break_even_rank), rank, kept, status))
+        rows.append((name, *_sizes(shape, planned), rank, kept, status))
     for name, form in forms_in(encoder).items():
-        s = form.shape
-        kept = f"{form.parameters_of(form.spec(), s):,}"
-        numbers = [f"{size:,}" for size in (s.out_features, s.in_features, s.dense_params, s.params_per_rank)]
-        rows.append((name, *numbers, str(s.break_even_rank), str(form.rank), kept, "factorised already"))
+        kept = f"{form.parameters_of(form.spec(), form.shape):,}"
+        parameters = Parameters().in_form(type(form)) if form.is_final else planned
+        status = f"factorised already ({form.name})"
+        rows.append((name, *_sizes(form.shape, parameters), str(form.rank), kept, status))
     return "\n".join([_table(rows), "", *_summary(encoder, strategy, targets, plan)])
 
 
@@ -51,6 +52,11 @@ def _plan(encoder: nn.Module, strategy: CompressionStrategy) -> Allocation | Non
         return strategy.plan(encoder)
     except LowRankError:
         return None
+
+
+def _sizes(shape: LinearShape, parameters: Measure) -> tuple[str, ...]:
+    sizes = (shape.out_features, shape.in_features, shape.dense_params, parameters.factored(shape, 1))
+    return (*(f"{size:,}" for size in sizes), str(parameters.break_even(shape)))
 
 
 def _planned(plan: Allocation | None, name: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from lowrank_pl.allocation import Allocation, Flops, Global, Latency, LayerOverr
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, LatencyTableError, NonFiniteError, RangeError, ShapeError
+from lowrank_pl.nn import PivotedLinear
 
 SHAPES = {"a": LinearShape(6, 6), "b": LinearShape(12, 4), "c": LinearShape(5, 10)}
 
@@ -68,11 +69,12 @@ def latency(tmp_path: Path, shapes: dict[str, LinearShape]) -> Latency:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("ratio", [0.35, 0.5, 0.66, 0.8, 0.95])
 @pytest.mark.parametrize("floor", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("unit", ["parameters", "flops", "latency"])
+@pytest.mark.parametrize("unit", ["parameters", "flops", "pivoted", "latency"])
 def test_within_one_step_of_the_best_by_trying_all(
     seed: int, ratio: float, floor: float, unit: str, tmp_path: Path
 ) -> None:
-    cost: Measure = {"parameters": Parameters(), "flops": Flops()}.get(unit) or latency(tmp_path, SHAPES)
+    known = {"parameters": Parameters(), "flops": Flops(), "pivoted": Parameters().in_form(PivotedLinear)}
+    cost: Measure = known.get(unit) or latency(tmp_path, SHAPES)
     energies = energies_of(SHAPES, seed)
     request = RankRequest(SHAPES, keep_ratio=ratio, cost=cost)
     try:
@@ -82,7 +84,9 @@ def test_within_one_step_of_the_best_by_trying_all(
     allocation = Global(floor).allocate(request, energies)
     budget = ratio * sum(cost.dense(shape) for shape in SHAPES.values()) + 1e-6
     assert cost_of(allocation, cost) <= budget
-    lows = {n: max(1, int(floor * (uniform.ranks[n] or s.break_even_rank))) for n, s in SHAPES.items()}
+    lows = {
+        n: max(1, int(floor * (uniform.ranks[n] or min(cost.break_even(s), s.full_rank)))) for n, s in SHAPES.items()
+    }
     best = best_by_trying(SHAPES, energies, lows, budget, cost)
     # What a greedy choice misses is less than the one step that did not fit: a rank, or from the last rank to dense.
     steps = [float(max(energies[n][lows[n]], energies[n][cost.break_even(s) - 2 :].sum())) for n, s in SHAPES.items()]

@@ -24,6 +24,7 @@ from lowrank_pl.allocation import (
 )
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, LatencyTableError, RankError
+from lowrank_pl.nn import LowRankLinear, PivotedLinear
 
 UP, SQUARE = LinearShape(16, 4), LinearShape(8, 8)
 SHAPES = {"up": UP, "square": SQUARE}
@@ -48,13 +49,18 @@ def latency(tmp_path: Path) -> Latency:
 
 
 @pytest.mark.parametrize("shape", [UP, SQUARE, LinearShape(3, 5), LinearShape(1, 7), LinearShape(384, 1536)])
-@pytest.mark.parametrize("measure", [Parameters(), Flops()], ids=["parameters", "flops"])
+@pytest.mark.parametrize(
+    "measure",
+    [Parameters(), Flops(), Parameters().in_form(PivotedLinear), Flops().in_form(PivotedLinear)],
+    ids=["parameters", "flops", "pivoted", "pivoted_flops"],
+)
 def test_break_even_and_largest_rank_say_what_a_search_through_all_ranks_says(
     measure: Measure, shape: LinearShape
 ) -> None:
     costs = {rank: measure.factored(shape, rank) for rank in range(1, shape.full_rank + 1)}
     dearer = [rank for rank, cost in costs.items() if cost >= measure.dense(shape)]
-    assert measure.break_even(shape) == min(dearer) == shape.break_even_rank
+    expected = shape.full_rank if measure.form is PivotedLinear else shape.break_even_rank
+    assert measure.break_even(shape) == min(dearer) == expected
     for budget in (0, costs[1] - 1, costs[1], measure.dense(shape) / 2, 10 * measure.dense(shape)):
         assert measure.largest_rank(shape, budget) == max([0, *(r for r, cost in costs.items() if cost <= budget)])
 
@@ -66,6 +72,19 @@ def test_a_layer_costs_what_its_state_costs(latency: Latency) -> None:
         allocation = Allocation(SHAPES, {"up": 2, "square": None})
         assert allocation.total_cost(measure) == at_two + measure.dense(SQUARE)
     assert (allocation.parameters("up"), allocation.kept, allocation.dense) == (40, 104, 128)
+
+
+def test_a_measure_in_another_form_is_another_one() -> None:
+    parameters = Parameters().in_form(PivotedLinear)
+    assert (parameters.dense(UP), parameters.factored(UP, 2), parameters.factored(UP, 4)) == (64, 36, 64)
+    assert (parameters.options(), parameters.identity()) == ({"class": "Parameters"}, "Parameters(form='pivoted')")
+    assert Parameters().identity() == "Parameters"
+    assert parameters.in_form(LowRankLinear).factored(UP, 2) == 40
+    allocation = uniform_ranks(SHAPES, 0.7, cost=parameters)
+    assert allocation.ranks == {"up": 2, "square": 3}
+    assert (allocation.form, allocation.kept) == (PivotedLinear, 36 + 3 * 13)
+    with pytest.raises(RankError):
+        parameters.factored(UP, 5)
 
 
 def test_flops_choose_what_parameters_choose() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from lowrank_pl.benchmark.layers import (
 )
 from lowrank_pl.checkpoint import load_model
 from lowrank_pl.core import LinearShape
-from lowrank_pl.nn import LowRankLinear
+from lowrank_pl.nn import LowRankLinear, PivotedLinear
 from lowrank_pl.surgery import TargetSelector, replace_module_
 
 SHAPE = LinearShape(64, 32)
@@ -55,6 +56,20 @@ def test_ranks_reach_beyond_break_even_where_there_are_any(shape: LinearShape) -
     assert any(shape.break_even_rank <= rank <= 1.4 * shape.break_even_rank + 1 for rank in ranks)
     if shape.full_rank > 100:
         assert all(rank % 8 == 0 for rank in ranks[1:])
+
+
+def test_layers_are_timed_in_the_form_that_is_asked_for(tmp_path: Path) -> None:
+    assert ranks_to_measure(LinearShape(384, 1536), "pivoted")[-3:] == [
+        304,
+        344,
+        384,
+    ]  # no break-even but the full rank
+    work, calls = replace(WORK, form="pivoted"), []
+    found = measure_layer(LinearShape(8, 6), work, lambda: calls.append(1))
+    assert (found.form, found.break_even_by_parameters) == ("pivoted", 6)
+    assert len(calls) == number_of_measurements([found.shape], work.rounds, "pivoted")
+    (tmp_path / "latency.json").write_text(json.dumps(latency_table([found], work)))
+    assert Latency(str(tmp_path / "latency.json")).form is PivotedLinear
 
 
 def test_measured_times_make_a_table_that_latency_reads(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from lowrank_pl.errors.numerics import (
     BatchShapeError,
     BudgetError,
     BudgetUnitError,
+    FormCostError,
     ImportanceError,
     LatencyTableError,
     LossShapeError,
@@ -90,6 +91,7 @@ from lowrank_pl.errors.run import (
 
 # The error, what was given (quoted in the message), and where to turn.
 CASES: list[tuple[LowRankError, list[str], str]] = [
+    (FormCostError("Latency", "low_rank", "pivoted"), ["'low_rank'", "'pivoted'"], "benchmark --form pivoted"),
     (BatchShapeError("dict", "holds tensors of shapes [2], [3]"), ["dict", "[2], [3]"], "where they are collated"),
     (LossShapeError((), 4), ["4 samples", "shape []"], "reduction='none'"),
     (NotCompressibleError("Net", "SVD", "encoder"), ["Net", "SVD", "'encoder'"], "docs/own_module.md"),

@@ -23,7 +23,7 @@ from lowrank_pl.errors.model import (
 )
 from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
 from lowrank_pl.export import export, folder, from_pretrained
-from lowrank_pl.nn import LowRankLinear, dense_weight
+from lowrank_pl.nn import LowRankLinear, PivotedLinear, dense_weight
 from lowrank_pl.strategies import RankDyna
 from lowrank_pl.surgery import TargetSelector, read_layout, replace_module_
 from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
@@ -50,13 +50,14 @@ def logits(model: Any) -> Tensor:
 
 
 def checkpoint(pretrained: str, path: Path, kind: str = "classification") -> Any:
-    """Factorises all targets but one and writes a checkpoint; returns the task."""
+    """Factorises all targets but one, in both final forms, and writes a checkpoint; returns the task."""
     task_class, target = KINDS[kind]
     task = task_class(pretrained)
     task.build(target)
     layers = list(TargetSelector().select(task.encoder).items())
     for index, (name, linear) in enumerate(layers[1:]):
-        layer = LowRankLinear.like(linear, 2 + index % 3)
+        form = PivotedLinear if index % 3 == 1 else LowRankLinear
+        layer = form.empty({"rank": 2 + index % 3}, linear)
         layer.assign_(truncated_svd(dense_weight(linear).detach(), layer.rank))
         replace_module_(task.encoder, name, layer)
     told = describe(task.encoder.config, read_layout(task.encoder), target, None)

@@ -25,6 +25,7 @@ from tests.support.synthetic import SyntheticData
 from tests.support.tiny import save_tiny_model
 
 METHODS = ["SVD", "FWSVD", "TFWSVD", "RankDyna"]
+PIVOTED = "FWSVD"
 DENSE = "*.query"
 # BERT has a layer of its own at every depth, ALBERT shares one; masked LMs tie their decoder to the embeddings.
 MODELS: dict[str, tuple[str, TargetKind, type[EncoderTask]]] = {
@@ -50,7 +51,8 @@ def strategy(method: str) -> CompressionStrategy:
     if method == "RankDyna":
         return RankDyna(keep_ratio=0.5, targets=TargetSelector(exclude=[DENSE]), allow_dense=False)
     kind: Any = {"SVD": SVD, "FWSVD": FWSVD, "TFWSVD": TFWSVD}[method]
-    made: CompressionStrategy = kind(keep_ratio=0.5, overrides=[LayerOverride(DENSE, dense=True)])
+    form = "pivoted" if method == PIVOTED else "low_rank"
+    made: CompressionStrategy = kind(keep_ratio=0.5, overrides=[LayerOverride(DENSE, dense=True)], form=form)
     return made
 
 
@@ -148,6 +150,7 @@ def test_the_models_are_what_the_tests_are_about(
     shared = model.startswith("shared")
     assert len(queries) == (1 if shared else 2)
     assert len(layout) == (5 if shared else 10)
+    assert {spec["form"] for spec in layout.values()} == {"pivoted" if method == PIVOTED else "low_rank"}
     if model.endswith("tied"):
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
 

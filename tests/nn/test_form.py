@@ -18,6 +18,7 @@ from lowrank_pl.nn import (
     ElasticLinear,
     LinearForm,
     LowRankLinear,
+    PivotedLinear,
     Spec,
     SVDLinear,
     dense_weight,
@@ -28,7 +29,11 @@ from lowrank_pl.nn import (
 from lowrank_pl.surgery import TargetSelector, compact_, compact_state, conform_, densify_, read_layout
 from tests.core.matrices import random_matrix
 
-FORMS: list[tuple[type[LinearForm], Spec]] = [(LowRankLinear, {"rank": 3}), (SVDLinear, {"capacity": 3})]
+FORMS: list[tuple[type[LinearForm], Spec]] = [
+    (LowRankLinear, {"rank": 3}),
+    (SVDLinear, {"capacity": 3}),
+    (PivotedLinear, {"rank": 3}),
+]
 sized_form = pytest.mark.parametrize(("form", "spec"), FORMS)
 every_form = pytest.mark.parametrize(("form", "spec"), [*FORMS, (ElasticLinear, {})])
 
@@ -180,7 +185,7 @@ def test_module_and_state_agree(form: type[LinearForm], spec: Spec, bias: bool) 
 def test_costs_are_those_of_the_parameters(form: type[LinearForm], spec: Spec) -> None:
     made = form.empty(spec, dense(bias=False))
     assert form.parameters_of(spec, LinearShape(4, 5)) == sum(p.numel() for p in made.parameters())
-    assert form.flops_of(spec, LinearShape(4, 5)) == 2 * 3 * (4 + 5)
+    assert form.flops_of(spec, LinearShape(4, 5)) == 2 * 3 * (4 + 5 - (3 if form is PivotedLinear else 0))
     assert form.rank_of(spec, LinearShape(4, 5)) == made.rank == 3
 
 

@@ -43,7 +43,7 @@ STRATEGIES: dict[str, Make] = {
     "tfwsvd": lambda: TFWSVD(keep_ratio=0.5),
     "kronecker": lambda: KroneckerSVD(keep_ratio=0.5, recalibration=Recalibration()),
     "kronecker_uniform": lambda: KroneckerSVD("output", keep_ratio=0.5, allocation=Uniform()),
-    "fwsvd_global": lambda: FWSVD(keep_ratio=0.5, allocation=Global()),
+    "fwsvd_global_pivoted": lambda: FWSVD(keep_ratio=0.5, allocation=Global(), form="pivoted"),
     "rankdyna": lambda: RankDyna(keep_ratio=0.5),
     "rankdyna_first_order": lambda: RankDyna(keep_ratio=0.5, sensitivity=FirstOrder()),
     "rankdyna_triplet": lambda: RankDyna(
