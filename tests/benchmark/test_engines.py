@@ -17,12 +17,11 @@ from lowrank_pl.checkpoint import load_model
 from lowrank_pl.core import truncated_svd
 from lowrank_pl.errors.run import EngineError, MissingArgumentError, MissingPackagesError
 from lowrank_pl.nn import LowRankLinear
-from tests.export.test_export import checkpoint
 
 
-def test_every_engine_computes_the_same(tiny_bert: str, tmp_path: Path) -> None:
-    checkpoint(tiny_bert, tmp_path / "small.ckpt")
-    model = load_model(str(tmp_path / "small.ckpt"))
+@pytest.mark.usefixtures("onnx_once")
+def test_every_engine_computes_the_same(flat_checkpoint: tuple[Any, str], tmp_path: Path) -> None:
+    model = load_model(flat_checkpoint[1])
     ready = prepare(model, "eager", 1, tmp_path)
     served = prepare(model, "onnxruntime", 1, tmp_path)
     for batch, length in ((1, 4), (3, 9)):
@@ -35,9 +34,9 @@ def test_every_engine_computes_the_same(tiny_bert: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found[0]), expected, atol=1e-6, rtol=1e-4)
 
 
-def test_eight_bits_compute_nearly_the_same(tiny_bert: str, tmp_path: Path) -> None:
-    checkpoint(tiny_bert, tmp_path / "small.ckpt")
-    model = load_model(str(tmp_path / "small.ckpt"))
+@pytest.mark.usefixtures("onnx_once")
+def test_eight_bits_compute_nearly_the_same(flat_checkpoint: tuple[Any, str], tmp_path: Path) -> None:
+    model = load_model(flat_checkpoint[1])
     inputs = inputs_for(model, 3, 9)
     expected = model(**inputs).logits
     found: Any = prepare(model, "onnxruntime-int8", 1, tmp_path)(inputs)()

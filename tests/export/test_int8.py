@@ -1,4 +1,4 @@
-"""ONNX files in eight bits: what is in them, how far away their logits are, and what is refused."""
+"""ONNX files in eight bits: what is in them, and what is refused. How far away logits are: test_onnx_families.py."""
 
 from __future__ import annotations
 
@@ -10,54 +10,28 @@ import numpy as np
 import onnx
 import onnx.shape_inference
 import pytest
-import torch
 from onnxruntime.quantization import quantize_dynamic
 
 from lowrank_pl.cli import main
 from lowrank_pl.errors.model import QuantizationError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.export import export, int8
-from lowrank_pl.export.onnx_file import model_inputs
-from tests.export.test_export import checkpoint
-from tests.export.test_onnx_file import LONGEST, onnx_logits, torch_logits
-from tests.support.tiny import save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("onnx_once")
+Flat = tuple[Any, str]
 
 
-def exported(family: str, folder: Path, **options: Any) -> tuple[Any, Path]:
-    pretrained = str(save_tiny_model(family, folder / "pretrained", layers=1))
-    task = checkpoint(pretrained, folder / "model.ckpt")
-    return task.encoder, export(str(folder / "model.ckpt"), str(folder / "out"), format="onnx", **options)
+def exported(flat: Flat, folder: Path, **options: Any) -> Path:
+    return export(flat[1], str(folder / "out"), format="onnx", **options)
 
 
 def weights(where: Path) -> dict[str, Any]:
     return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(where / "model.onnx")).graph.initializer}
 
 
-@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
-def test_logits_are_close_and_the_distance_is_told(family: str, tmp_path: Path) -> None:
-    encoder, where = exported(family, tmp_path, quantize="int8")
-    report = json.loads((where / "report.json").read_text())["onnx"]
-    told = report["int8"]
-    assert report["max_abs_difference"] < 1e-6  # of the file in float32, from which this one is made
-    assert sorted(path.name for path in where.glob("*.onnx*")) == ["model.onnx"]
-    assert told["bytes"][1] == (where / "model.onnx").stat().st_size < told["bytes"][0]
-    pairs = []
-    for batch, length in ((1, 1), (2, 5), (3, 33), (1, LONGEST[family])):
-        inputs = model_inputs(encoder, batch, length)
-        pairs.append((onnx_logits(where, inputs), torch_logits(encoder, inputs)))
-    found, expected = (torch.cat(side) for side in zip(*pairs, strict=True))
-    difference = float((found - expected).norm() / expected.norm())
-    assert told["relative_difference"] == pytest.approx(difference, rel=1e-3)
-    assert 0 < difference < 0.2
-    assert told["agreement"] == pytest.approx(float((found.argmax(1) == expected.argmax(1)).float().mean()))
-    card = (where / "README.md").read_text()
-    assert f"logits are {difference:.1%} of their size away from float32" in card
-    assert "apart in float32" in card
-
-
-def test_factors_and_embeddings_are_stored_in_eight_bits(tmp_path: Path) -> None:
-    encoder, where = exported("bert", tmp_path, quantize="int8")
-    stored = weights(where)
+def test_factors_and_embeddings_are_stored_in_eight_bits(flat_checkpoint: Flat, tmp_path: Path) -> None:
+    encoder = flat_checkpoint[0]
+    stored = weights(exported(flat_checkpoint, tmp_path, quantize="int8"))
     eight = {array.shape for array in stored.values() if array.dtype in (np.int8, np.uint8) and array.ndim == 2}
     layer = encoder.bert.encoder.layer[0].intermediate.dense
     for matrix in (layer.left.weight, layer.right.weight):
@@ -68,11 +42,11 @@ def test_factors_and_embeddings_are_stored_in_eight_bits(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("reduced", [False, True])
 def test_weights_have_seven_bits_where_eight_could_overflow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reduced: bool
+    flat_checkpoint: Flat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reduced: bool
 ) -> None:
     monkeypatch.setattr(int8, "needs_reduced_range", lambda: reduced)
     monkeypatch.setattr(int8, "ALLOWED", 10.0)  # where this machine's sums overflow
-    _, where = exported("bert", tmp_path, quantize="int8")
+    where = exported(flat_checkpoint, tmp_path, quantize="int8")
     products = [a for n, a in weights(where).items() if a.dtype == np.int8 and a.ndim == 2]
     assert products
     assert max(int(np.abs(array.astype(int)).max()) for array in products) == (64 if reduced else 127)
@@ -93,27 +67,31 @@ def test_what_a_processor_can_do_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert not int8.needs_reduced_range()
 
 
-def test_the_float_file_passes_other_tools_untouched(tmp_path: Path) -> None:
-    _, where = exported("bert", tmp_path)
+def test_the_float_file_passes_other_tools_untouched(flat_checkpoint: Flat, tmp_path: Path) -> None:
+    where = exported(flat_checkpoint, tmp_path)
     onnx.shape_inference.infer_shapes(onnx.load(str(where / "model.onnx")), strict_mode=True, check_type=True)
     quantize_dynamic(where / "model.onnx", tmp_path / "theirs.onnx", per_channel=True)
     assert (tmp_path / "theirs.onnx").stat().st_size < (where / "model.onnx").stat().st_size
 
 
-def test_logits_that_are_far_away_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_far_away_leave_no_folder(
+    flat_checkpoint: Flat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(int8, "ALLOWED", 1e-6)
     with pytest.raises(QuantizationError, match=r"of their size away, allowed is .*Leave --quantize out"):
-        exported("bert", tmp_path, quantize="int8")
+        exported(flat_checkpoint, tmp_path, quantize="int8")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failure_of_the_quantiser_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_quantiser_leaves_no_folder(
+    flat_checkpoint: Flat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ValueError("no such operator")
 
     monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", fail)
     with pytest.raises(QuantizationError, match=r"cannot quantise it .*no such operator"):
-        exported("bert", tmp_path, quantize="int8")
+        exported(flat_checkpoint, tmp_path, quantize="int8")
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -123,9 +101,7 @@ def test_other_requests_are_refused_before_anything_is_read(options: dict[str, A
         export("no.ckpt", str(tmp_path / "out"), **options)
 
 
-def test_the_command_line_takes_it(tmp_path: Path) -> None:
-    pretrained = str(save_tiny_model("bert", tmp_path / "pretrained", layers=1))
-    checkpoint(pretrained, tmp_path / "model.ckpt")
+def test_the_command_line_takes_it(flat_checkpoint: Flat, tmp_path: Path) -> None:
     words = ["--format", "onnx", "--quantize", "int8", "--output", str(tmp_path / "out")]
-    main(["export", "--ckpt_path", str(tmp_path / "model.ckpt"), *words])
+    main(["export", "--ckpt_path", flat_checkpoint[1], *words])
     assert "int8" in json.loads((tmp_path / "out" / "report.json").read_text())["onnx"]
