@@ -32,14 +32,12 @@ def arguments(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_a_logger_no_verb_writes_into_the_working_folder(arguments: list[str], tmp_path: Path) -> None:
     quiet = [*arguments, "--trainer.logger=false"]
-    for number in (1, 2):  # a second run has nothing of the first to stumble over
-        main(["diagnose", *quiet, f"--output={tmp_path / f'diagnosis-{number}'}"])
-        main(["compress", *quiet, f"--output={tmp_path / f'small-{number}'}"])
-        checkpoint = f"--ckpt_path={tmp_path / f'small-{number}' / 'model.ckpt'}"
-        for verb in ("validate", "test", "predict"):
-            main([verb, *quiet, checkpoint])
-        main(["fit", *quiet, "--trainer.max_steps=1", "--trainer.enable_checkpointing=false"])
-    assert list(Path.cwd().iterdir()) == []
+    main(["diagnose", *quiet, f"--output={tmp_path / 'diagnosis'}"])
+    main(["compress", *quiet, f"--output={tmp_path / 'small'}"])
+    for verb in ("validate", "test", "predict"):
+        main([verb, *quiet, f"--ckpt_path={tmp_path / 'small' / 'model.ckpt'}"])
+    main(["fit", *quiet, "--trainer.max_steps=1", "--trainer.enable_checkpointing=false"])
+    assert list(Path.cwd().iterdir()) == []  # so that a second run has nothing of the first to stumble over
 
 
 def test_a_root_that_was_given_takes_the_place_of_a_logger(arguments: list[str], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lowrank_pl.allocation import CubicSchedule, Global, Uniform
 from lowrank_pl.data.resuming import ResumableData
-from lowrank_pl.errors.run import BudgetNotReachedError
 from lowrank_pl.importance import FirstOrder, KroneckerSensitivity, Triplet
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import (
@@ -53,6 +52,12 @@ STRATEGIES: dict[str, Make] = {
     "rankdyna_dense": lambda: RankDyna(keep_ratio=0.8, sensitivity=FirstOrder(), multiple_of=2),
     "rankdyna_diagonal": lambda: RankDyna(keep_ratio=0.8, sensitivity=KroneckerSensitivity(diagonal=True)),
 }
+
+
+# Resumed from every single step, of so many samples. A static method is a fixed model once it trains: one with the most
+# in its checkpoint stands for all of them. A learning rate that rises anew after reallocations takes many steps; what a
+# sensitivity keeps is the same after few.
+EVERY_STEP = {"none": 24, "kronecker": 24, "rankdyna": 24, "rankdyna_triplet": 48, "rankdyna_dense": 24}
 
 
 @pytest.fixture(params=list(STRATEGIES.values()), ids=list(STRATEGIES))
@@ -99,96 +104,105 @@ class Parameters(pl.Callback):
         self.in_optimizer = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
 
 
-def test_hook_trace(tiny_bert: str, tmp_path: Path, make: Make) -> None:
-    task = make_task(tiny_bert, make())
-    trace = Trace(task.strategy)
-    trainer = make_trainer(tmp_path, callbacks=[trace], limit_train_batches=2)
-    trainer.fit(task, datamodule=SyntheticData())
-    assert trace.events == [
+class Snapshot(pl.Callback):
+    """All parameters before the first step and after the last."""
+
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.after = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+
+@dataclass
+class Fitted:
+    """A run of one epoch and what was seen in it; tests only look at it."""
+
+    task: Any
+    data: SyntheticData
+    trace: Trace
+    parameters: Parameters
+    snapshot: Snapshot
+    checkpoint: str
+    loss: float
+
+
+@pytest.fixture(scope="module", params=list(STRATEGIES))
+def fitted(request: pytest.FixtureRequest, tiny_bert: str, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    name: str = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp(name)
+        patch.setenv("LOWRANK_PL_CACHE", str(folder / "cache"))
+        task, data = make_task(tiny_bert, STRATEGIES[name]()), SyntheticData()
+        trace, parameters, snapshot = Trace(task.strategy), Parameters(), Snapshot()
+        trainer = make_trainer(folder, callbacks=[trace, parameters, snapshot])
+        trainer.fit(task, datamodule=data)
+    loss = float(trainer.callback_metrics["val/loss"])
+    return Fitted(task, data, trace, parameters, snapshot, last_checkpoint(trainer), loss)
+
+
+def test_hook_trace(fitted: Fitted) -> None:
+    assert fitted.trace.events == [
         "strategy.check_run",  # checks come first
         "strategy.prepare",
         "strategy.check_run",
         "strategy.on_train_start",
         "epoch",
-        "strategy.on_before_optimizer_step",
-        "strategy.on_train_batch_end",
-        "strategy.on_before_optimizer_step",
-        "strategy.on_train_batch_end",
+        *["strategy.on_before_optimizer_step", "strategy.on_train_batch_end"] * 6,
         "checkpoint",
     ]
 
 
-def test_parameters_are_the_same_objects_and_all_trained(tiny_bert: str, tmp_path: Path, make: Make) -> None:
-    task, parameters = make_task(tiny_bert, make()), Parameters()
-    make_trainer(tmp_path, callbacks=[parameters]).fit(task, datamodule=SyntheticData())
-    assert parameters.at_end == parameters.at_setup
-    assert parameters.in_optimizer == set(parameters.at_setup)
+def test_parameters_are_the_same_objects_and_all_trained(fitted: Fitted) -> None:
+    assert fitted.parameters.at_end == fitted.parameters.at_setup
+    assert fitted.parameters.in_optimizer == set(fitted.parameters.at_setup)
 
 
-def test_every_factor_moves_in_training(tiny_bert: str, tmp_path: Path, make: Make) -> None:
-    task = make_task(tiny_bert, make())
-
-    class Snapshot(pl.Callback):
-        before: dict[str, torch.Tensor]
-        after: dict[str, torch.Tensor]
-
-        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
-
-        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.after = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
-
-    snapshot = Snapshot()
-    make_trainer(tmp_path, callbacks=[snapshot]).fit(task, datamodule=SyntheticData())
-    still = [n for n, p in snapshot.after.items() if torch.equal(p, snapshot.before[n]) and "position" not in n]
+def test_every_factor_moves_in_training(fitted: Fitted) -> None:
+    before, after = fitted.snapshot.before, fitted.snapshot.after
+    still = [name for name, p in after.items() if torch.equal(p, before[name]) and "position" not in name]
     assert [name for name in still if "token_type" not in name] == []
 
 
-def test_loads_without_the_strategy(tiny_bert: str, tmp_path: Path, make: Make) -> None:
-    task, data = make_task(tiny_bert, make()), SyntheticData()
-    trainer = make_trainer(tmp_path)
-    trainer.fit(task, datamodule=data)
-    loaded = SequenceClassification.load_from_checkpoint(last_checkpoint(trainer), weights_only=True)
-    batch = next(iter(data.val_dataloader()))
+def test_loads_without_the_strategy(fitted: Fitted) -> None:
+    task = fitted.task
+    loaded = SequenceClassification.load_from_checkpoint(fitted.checkpoint, weights_only=True)
+    batch = next(iter(fitted.data.val_dataloader()))
     assert torch.equal(loaded.eval()(batch), task.eval()(batch))
     assert read_layout(loaded.encoder) == read_layout(task.encoder)
     assert loaded.target == task.target
     assert loaded.compression == task.compression
 
 
-def test_tests_from_a_checkpoint_as_trained(tiny_bert: str, tmp_path: Path, make: Make) -> None:
-    task, data = make_task(tiny_bert, make()), SyntheticData()
-    trainer = make_trainer(tmp_path)
-    trainer.fit(task, datamodule=data)
-    expected = trainer.callback_metrics["val/loss"]
+def test_tests_from_a_checkpoint_as_trained(tiny_bert: str, fitted: Fitted, tmp_path: Path) -> None:
     fresh = SequenceClassification(tiny_bert)
-    results = make_trainer(tmp_path).test(fresh, data, ckpt_path=last_checkpoint(trainer), verbose=False)
-    assert results[0]["test/loss"] == pytest.approx(float(expected), abs=1e-6)
+    results = make_trainer(tmp_path).test(fresh, fitted.data, ckpt_path=fitted.checkpoint, verbose=False)
+    assert results[0]["test/loss"] == pytest.approx(fitted.loss, abs=1e-6)
 
 
-def test_resumes_bit_for_bit(tiny_bert: str, tmp_path: Path, make: Make) -> None:
-    def fit(folder: Path, resume: str | None, stop: int | None) -> tuple[Any, pl.Trainer]:
-        task = make_task(tiny_bert, make())
-        trainer = make_trainer(folder, max_epochs=3, limit_train_batches=3)
-        if stop is not None:
-            trainer.callbacks.append(StopAfter(stop))
-        with suppress(BudgetNotReachedError):  # what a run says that is stopped on the way
-            trainer.fit(task, datamodule=OrderedData(), ckpt_path=resume)
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in EVERY_STEP])
+def test_resumes_bit_for_bit(tiny_bert: str, tmp_path: Path, name: str) -> None:
+    """From the end of the first epoch, where a checkpoint is the same whether the run then goes on or is stopped."""
+
+    def fit(folder: Path, resume: str | None) -> tuple[Any, pl.Trainer]:
+        task = make_task(tiny_bert, STRATEGIES[name]())
+        saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+        keeping: dict[str, Any] = {"enable_checkpointing": False} if resume else {"callbacks": [saver]}
+        trainer = make_trainer(folder, max_epochs=3, limit_train_batches=3, **keeping)
+        trainer.fit(task, datamodule=OrderedData(), ckpt_path=resume)
         return task, trainer
 
-    whole, _ = fit(tmp_path / "whole", None, None)
-    _, stopped = fit(tmp_path / "stopped", None, 1)
-    resumed, trainer = fit(tmp_path / "resumed", last_checkpoint(stopped), None)
+    whole, _ = fit(tmp_path / "whole", None)
+    resumed, trainer = fit(tmp_path / "resumed", str(tmp_path / "whole" / "epoch=0.ckpt"))
     assert trainer.global_step == 9
     state = resumed.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.state_dict().items())
+    assert all(torch.equal(tensor, state[key]) for key, tensor in whole.state_dict().items())
 
 
-# A static method is a fixed model once it trains: one with the most in its checkpoint stands for all of them.
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("none", 24), ("kronecker", 24), ("rankdyna", 48), ("rankdyna_triplet", 48), ("rankdyna_dense", 24)],
-)
+@pytest.mark.parametrize(("name", "size"), list(EVERY_STEP.items()))
 def test_resumes_from_every_single_step(tiny_bert: str, tmp_path: Path, name: str, size: int) -> None:
     """Mid-epoch too, given a loader that remembers its place."""
 
@@ -222,16 +236,6 @@ class StatefulData(SyntheticData, ResumableData):
     def val_dataloader(self) -> Any:
         generator = torch.Generator().manual_seed(0)
         return DataLoader(self.validation, self.batch_size, collate_fn=collate, generator=generator)  # type: ignore[arg-type]
-
-
-class StopAfter(pl.Callback):
-    """Ends a run after some epochs, as an interruption would: the schedule still spans all of them."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
 class OrderedData(SyntheticData):

