@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from seqeval.metrics.sequence_labeling import get_entities
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
@@ -93,6 +92,9 @@ class EntityF1(Metric):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Adds logits `[b, t, c]` against labels `[b, t]`, -100 where no label is."""
+        # Brings scikit-learn, which takes a second to load and only tagging needs.
+        from seqeval.metrics.sequence_labeling import get_entities
+
         for row, labels in zip(preds.argmax(-1).tolist(), target.tolist(), strict=True):
             kept = [(p, y) for p, y in zip(row, labels, strict=True) if y != -100]
             predicted = set(get_entities([self.label_names[p] for p, _ in kept]))
