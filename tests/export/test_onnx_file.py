@@ -165,7 +165,7 @@ def shift(model: onnx.ModelProto) -> None:
     graph = model.graph
     (last,) = (node for node in graph.node if "logits" in node.output)
     last.output[0] = "unshifted"
-    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(2e-4), "shift"))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(2e-4, dtype=np.float32), "shift"))
     graph.node.append(onnx.helper.make_node("Add", ["unshifted", "shift"], ["logits"]))
 
 

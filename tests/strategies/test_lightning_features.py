@@ -370,7 +370,7 @@ def test_a_compiled_task_trains(tmp_path: Path) -> None:
     backend = Compilations()
     torch._dynamo.reset()
     flat = str(save_tiny_model("bert", tmp_path / "flat", layers=1))  # each layer takes seconds to trace
-    task = make_task(flat, RankDyna(keep_ratio=0.4))
+    task = make_task(flat, RankDyna(keep_ratio=0.4, allow_dense=False))
     model: Any = torch.compile(task, backend=backend)
     trainer = make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
     trainer.fit(model, datamodule=SameLengths())
