@@ -16,7 +16,7 @@ import torch
 from tests.cli.test_entry import NOISE
 from tests.support import verbs_in_two_processes
 from tests.support.forks import Forks
-from tests.support.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_decoder, save_tiny_model
 from tests.support.verbs_in_two_processes import COMPRESSING, CONFIGS, EVALUATED, RESUMED, TRAINING
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +45,9 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         name: write_table(folder / f"{name}.csv", rows, rows)
         for name, rows in (("train", 32), ("validation", 9), ("test", TEST_ROWS))
     }
+    save_tiny_decoder("llama", folder / "decoder")
+    words = ["the", "film", "is", "good"]
+    (folder / "text.txt").write_text(" ".join(f"{words[at * at % 4]} {at % 10}" for at in range(53)))
     return [
         f"--model.init_args.pretrained={save_tiny_model('bert', folder / 'bert')}",
         "--data=TextFiles",

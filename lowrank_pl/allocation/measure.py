@@ -194,7 +194,9 @@ class Latency(Measure):
     @property
     def form(self) -> type[LinearForm]:
         """The form that was measured."""
-        return LinearForm.by_name(self._form_name)
+        form = LinearForm.by_name(self._form_name)
+        assert issubclass(form, LinearForm)
+        return form
 
     def identity(self) -> str:
         """By the times of the table, wherever its file lies."""

@@ -25,7 +25,9 @@ def final_form(name: str) -> type[LinearForm]:
     """
     if name not in get_args(FinalForm):
         raise RangeError("form", name, " or ".join(map(repr, get_args(FinalForm))))
-    return LinearForm.by_name(name)
+    form = LinearForm.by_name(name)
+    assert issubclass(form, LinearForm)
+    return form
 
 
 def restated(layer: nn.Module, form: type[LinearForm], like: nn.Module | None = None) -> nn.Module:

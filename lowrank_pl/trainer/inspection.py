@@ -8,7 +8,7 @@ from lowrank_pl.allocation import Allocation, Measure, Parameters
 from lowrank_pl.allocation.uniform import floor_cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.nn import dense_shape, forms_in
+from lowrank_pl.nn import LinearForm, dense_shape, forms_in
 from lowrank_pl.strategies import CompressionStrategy
 from lowrank_pl.surgery.targets import TARGETED
 
@@ -40,7 +40,7 @@ def inspect_model(encoder: nn.Module, strategy: CompressionStrategy) -> str:
         rows.append((name, *_sizes(shape, planned), rank, kept, status))
     for name, form in forms_in(encoder).items():
         kept = f"{form.parameters_of(form.spec(), form.shape):,}"
-        parameters = Parameters().in_form(type(form)) if form.is_final else planned
+        parameters = Parameters().in_form(type(form)) if form.is_final and isinstance(form, LinearForm) else planned
         status = f"factorised already ({form.name})"
         rows.append((name, *_sizes(form.shape, parameters), str(form.rank), kept, status))
     return "\n".join([_table(rows), "", *_summary(encoder, strategy, targets, plan)])

@@ -22,7 +22,6 @@ from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.strategies import SVD
 from lowrank_pl.tasks import EncoderTask
-from tests.support.tiny import save_tiny_decoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPRESSING = ("svd", "fwsvd", "tfwsvd", "kronecker")
@@ -53,7 +52,7 @@ def record() -> None:
     def configure_callbacks(self: EncoderTask) -> Any:
         return [*before(self), Recorder()]
 
-    EncoderTask.configure_callbacks = configure_callbacks  # type: ignore[method-assign,assignment]
+    EncoderTask.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
 
 
 def weights(pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
@@ -88,16 +87,14 @@ def run(folder: Path, common: list[str], processes: int) -> None:
             )
             main(["compress", *base, *more, version("compress"), f"--output={folder / f'{name}-compressed'}"])
     main(["diagnose", *base, version("diagnose"), f"--output={folder / 'diagnosis'}"])
-    score_decoder(folder, [word for word in common if "--data" not in word and "pretrained" not in word])
+    score_decoder(common)
 
 
-def score_decoder(folder: Path, common: list[str]) -> None:
-    """A decoder on seven windows, the last of which is not full."""
-    text = folder / "text.txt"
-    if not text.exists():  # both processes write the same
-        text.write_text(" ".join(f"{['the', 'film', 'is', 'good'][at * at % 4]} {at % 10}" for at in range(53)))
-    model = folder / f"decoder-{os.environ.get('LOCAL_RANK', '0')}"
-    save_tiny_decoder("llama", model)
+def score_decoder(common: list[str]) -> None:
+    """The decoder beside the encoder, on seven windows, the last of which is not full."""
+    (encoder,) = (Path(word.partition("=")[2]) for word in common if "pretrained" in word)
+    model, text = encoder.parent / "decoder", encoder.parent / "text.txt"
+    common = [word for word in common if "--data" not in word and "pretrained" not in word]
     words = ["--config", str(CONFIGS / "recipes" / "causal_lm_kronecker.yaml"), *common]
     words += [f"--data.init_args.{split}={text}" for split in ("train", "validation", "test")]
     words += ["--data.init_args.window=16", "--data.init_args.eval_batch_size=2"]

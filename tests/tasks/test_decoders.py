@@ -24,6 +24,7 @@ from lowrank_pl.tasks import CausalLM
 from tests.export.test_export import load_remotely
 from tests.export.test_export import logits as logits_of_export
 from tests.importance.reference import assert_same, reference_fisher
+from tests.support.forks import Forks
 from tests.support.runs import make_trainer
 from tests.support.synthetic import SyntheticData
 from tests.support.tiny import DECODERS, VOCAB, save_tiny_decoder, tiny_decoder
@@ -127,9 +128,13 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any,
     return made
 
 
-def test_every_way_of_loading_gives_the_same_logits(compressed: Any, tmp_path: Path) -> None:
+def test_every_way_of_loading_gives_the_same_logits(
+    compressed: Any, transformers_loaded: Forks, tmp_path: Path
+) -> None:
     """From the checkpoint, from the export by this package and, in a process without it, by transformers alone."""
-    remote = load_remotely("AutoModelForCausalLM", tmp_path, *(folder for _, _, folder in compressed.values()))
+    remote = load_remotely(
+        transformers_loaded, "AutoModelForCausalLM", tmp_path, *(folder for _, _, folder in compressed.values())
+    )
     for (model, checkpoint, folder), theirs in zip(compressed.values(), remote, strict=True):
         expected = logits_of_export(model)
         for source in (checkpoint, folder):
