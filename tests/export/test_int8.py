@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx.shape_inference
 import pytest
+import torch
 from onnxruntime.quantization import quantize_dynamic
 
 from lowrank_pl.cli import main
