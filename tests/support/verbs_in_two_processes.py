@@ -50,7 +50,7 @@ def record() -> None:
     def configure_callbacks(self: EncoderTask) -> Any:
         return [*before(self), Recorder()]
 
-    EncoderTask.configure_callbacks = configure_callbacks  # type: ignore[method-assign,assignment]
+    EncoderTask.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
 
 
 def weights(pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
