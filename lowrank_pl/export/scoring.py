@@ -21,7 +21,7 @@ from lowrank_pl.data import TextDataModule
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingArgumentError, ScoreDropError
 from lowrank_pl.export.onnx_file import open_session, outputs_of
-from lowrank_pl.tasks import EncoderTask, MaskedLM, SequenceClassification, TokenClassification
+from lowrank_pl.tasks import CausalLM, EncoderTask, MaskedLM, SequenceClassification, TokenClassification
 from lowrank_pl.tasks.before_data import tell_target
 from lowrank_pl.tasks.compatibility import check_same_target
 from lowrank_pl.tasks.metrics import lower_is_better
@@ -31,7 +31,7 @@ DataFactory = Callable[[str], TextDataModule]
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 """Logits of a batch without labels."""
 
-_TASKS = (SequenceClassification, TokenClassification, MaskedLM)
+_TASKS = (SequenceClassification, TokenClassification, MaskedLM, CausalLM)
 _SPLIT = "validation"
 _ROUNDING = 1e-6
 """Of scores in float32: a drop that is exactly what is allowed must not fail."""
