@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
+from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import FormCostError, LatencyTableError
-from lowrank_pl.nn import LinearForm, LowRankLinear, two_factors
+from lowrank_pl.nn import LinearForm, LowRankLinear, form_for
 
 TABLE_VERSION = 1
 
@@ -120,8 +120,7 @@ class Parameters(Measure):
     def factored(self, shape: LinearShape, rank: int) -> int:
         """As the form says."""
         shape.check_rank(rank)
-        form = two_factors(shape) if isinstance(shape, EmbeddingShape) else self.form  # a look-up has no other
-        return form.parameters_of({"rank": rank}, shape)
+        return form_for(shape, self.form).parameters_of({"rank": rank}, shape)
 
 
 class Flops(Measure):

@@ -17,7 +17,7 @@ from lowrank_pl.nn.low_rank_embedding import LowRankEmbedding
 from lowrank_pl.nn.low_rank_linear import LowRankLinear
 from lowrank_pl.nn.pivoted_linear import PivotedLinear
 from lowrank_pl.nn.svd_linear import SVDLinear
-from lowrank_pl.nn.two_factors import two_factors
+from lowrank_pl.nn.two_factors import form_for, two_factors
 from lowrank_pl.nn.view import dense_shape, dense_weight, input_of, is_dense_linear, is_embedding
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "dense_shape",
     "dense_weight",
     "final_form",
+    "form_for",
     "forms_in",
     "forms_in_training",
     "input_of",

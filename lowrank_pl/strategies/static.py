@@ -26,6 +26,7 @@ from lowrank_pl.nn import (
     dense_shape,
     dense_weight,
     final_form,
+    form_for,
     is_embedding,
     restated,
     two_factors,
@@ -394,7 +395,9 @@ class StaticStrategy(CompressionStrategy):
     def _records(self, allocation: Allocation, told: Mapping[str, dict[str, Any]]) -> tuple[LayerRecord, ...]:
         exact = {"error": 0.0, "weighted_error": 0.0 if self.importance.needs_data else None}
         return tuple(
-            LayerRecord.of(name, shape, allocation.ranks[name], allocation.form, **told.get(name, exact))
+            LayerRecord.of(
+                name, shape, allocation.ranks[name], form_for(shape, allocation.form), **told.get(name, exact)
+            )
             for name, shape in allocation.shapes.items()
         )
 
