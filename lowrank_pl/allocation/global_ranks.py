@@ -15,7 +15,7 @@ from lowrank_pl.allocation.allocator import Allocator, RankRequest
 from lowrank_pl.allocation.measure import Measure, Parameters
 from lowrank_pl.allocation.uniform import Allocation
 from lowrank_pl.core.checks import check_finite
-from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
 from lowrank_pl.errors.numerics import RangeError, ShapeError
 
 
@@ -31,6 +31,8 @@ class Global(Allocator):
         floor: Every layer gets at least this share of the rank that uniform ranks would give it, `0 <= floor <= 1`:
             energies are estimates, and a layer without any rank is a bet on them. At 1 ranks are uniform, but for what
             rounding leaves.
+        vocabulary_floor: The same for a look-up (`targets.embeddings`), whose error reaches every layer and which no
+            refit makes up for: its energies understate it.
 
     References:
         The allocation is this project's; that energies in a Kronecker metric compare across layers follows from the
@@ -39,10 +41,12 @@ class Global(Allocator):
 
     needs_energies: ClassVar[bool] = True
 
-    def __init__(self, floor: float = 0.25) -> None:
-        if not (math.isfinite(floor) and 0 <= floor <= 1):
-            raise RangeError("allocation.floor", floor, "0 <= floor <= 1, a share of the uniform rank")
+    def __init__(self, floor: float = 0.25, vocabulary_floor: float = 1.0) -> None:
+        for name, value in (("floor", floor), ("vocabulary_floor", vocabulary_floor)):
+            if not (math.isfinite(value) and 0 <= value <= 1):
+                raise RangeError(f"allocation.{name}", value, f"0 <= {name} <= 1, a share of the uniform rank")
         self.floor = floor
+        self.vocabulary_floor = vocabulary_floor
 
     def allocate(self, request: RankRequest, energies: Mapping[str, Tensor]) -> Allocation:
         """Ranks within the budget of the request, from the highest energy per unit of cost downwards.
@@ -63,7 +67,8 @@ class Global(Allocator):
 
     def _lowest(self, uniform: int | None, shape: LinearShape, request: RankRequest) -> int:
         share = min(request.cost.break_even(shape), shape.full_rank) if uniform is None else uniform
-        lowest, step = max(1, int(self.floor * share)), request.multiple_of
+        floor = self.vocabulary_floor if isinstance(shape, EmbeddingShape) else self.floor
+        lowest, step = max(1, int(floor * share)), request.multiple_of
         multiple = -(-lowest // step) * step
         return multiple if multiple <= share else lowest
 

@@ -47,6 +47,10 @@ class CausalLM(PerTokenTask):
         """Mean cross-entropy over the batch's predicted tokens."""
         return super().training_loss(logits, next_tokens(labels))
 
+    def imitation_loss(self, logits: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """Mean softened divergence over the batch's predicted tokens, of logits `[b, t, c]`."""
+        return super().imitation_loss(logits, taught, next_tokens(labels), temperature)
+
     def loss_weight(self, labels: Tensor) -> Tensor:
         """The predicted tokens: the logged loss is one per token, over unequal windows too."""
         return (next_tokens(labels) != IGNORED).sum()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.allocation import Allocation, Flops, Global, Latency, LayerOverride, Measure, Parameters, RankRequest
-from lowrank_pl.core import LinearShape
+from lowrank_pl.core import EmbeddingShape, LinearShape
 from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, LatencyTableError, NonFiniteError, RangeError, ShapeError
 from lowrank_pl.nn import PivotedLinear
@@ -178,6 +178,19 @@ def test_rank_ratio_is_a_budget_over_all_layers() -> None:
 def test_a_floor_above_the_budget_is_refused(floor: float) -> None:
     with pytest.raises(RangeError, match="floor"):
         Global(floor)
+
+
+def test_a_look_up_keeps_its_uniform_rank_unless_told_otherwise() -> None:
+    shapes = {"words": EmbeddingShape(8, 40), "a": LinearShape(20, 20), "b": LinearShape(20, 20)}
+    energies = energies_of(shapes) | {"words": torch.zeros(8, dtype=torch.float64)}
+    request = RankRequest(shapes, keep_ratio=0.5)
+    uniform = request.uniform().ranks["words"]
+    assert uniform is not None
+    assert uniform > 1
+    assert Global().allocate(request, energies).ranks["words"] == uniform
+    assert Global(vocabulary_floor=0.0).allocate(request, energies).ranks["words"] == 1
+    with pytest.raises(RangeError, match="vocabulary_floor"):
+        Global(vocabulary_floor=1.5)
 
 
 def test_bad_energies_and_requests_are_refused() -> None:

@@ -79,7 +79,7 @@ def test_global_ranks_are_those_of_the_energies(tiny_bert: str, tmp_path: Path) 
     assert len(set(ranks.values())) > 3
     assert task.compression.targeted_kept <= 0.4 * task.compression.targeted_dense
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["options"]["allocation"] == {"class": "Global", "floor": 0.25}
+    assert report["options"]["allocation"] == {"class": "Global", "floor": 0.25, "vocabulary_floor": 1.0}
     assert report["options"]["calibration_samples"] == 48
 
 

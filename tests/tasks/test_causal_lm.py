@@ -161,3 +161,15 @@ def test_an_activation_that_is_not_finite_is_named_with_its_block(llama: str, tm
     with pytest.raises(NonFiniteError, match=r"the input of layer 'model\.layers\.1\.mlp\.gate_proj'"):
         make_trainer(tmp_path).compress(task, data, output=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_imitates_only_where_tokens_are_predicted() -> None:
+    """Labels of the last two tokens: predicted by the logits of the second and third place, of four."""
+    generator = torch.Generator().manual_seed(0)
+    logits, taught = torch.randn(2, 1, 4, 5, generator=generator)
+    labels = torch.tensor([[-100, -100, 1, 2]])
+    task = CausalLM()
+    expected = F.kl_div(
+        logits[0, 1:3].log_softmax(-1), taught[0, 1:3].log_softmax(-1), log_target=True, reduction="sum"
+    )
+    torch.testing.assert_close(task.imitation_loss(logits, taught, labels, 1.0), expected / 2)
