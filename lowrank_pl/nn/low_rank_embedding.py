@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
 from lowrank_pl.errors.numerics import ShapeError
-from lowrank_pl.nn.form import LayerForm, Spec, entries_of, reference_of, shape_of, take_over_, whole_number
+from lowrank_pl.nn.form import entries_of, reference_of, shape_of, take_over_, whole_number
+from lowrank_pl.nn.of_rank import OfRank
 from lowrank_pl.nn.product import LazyProduct
 
 
-class LowRankEmbedding(LayerForm):
+class LowRankEmbedding(OfRank):
     """`y = left[token] · right`, the deployed form of a factorised look-up in `E [v, d] ≈ left right`.
 
     `left` is an `nn.Embedding` with the weight `[v, r]`; one product with `right.weight [r, d]` follows. Fresh
@@ -74,10 +75,6 @@ class LowRankEmbedding(LayerForm):
         take_over_(made, self)
         return made
 
-    def spec(self) -> Spec:
-        """The rank."""
-        return {"rank": self._rank}
-
     @property
     def shape(self) -> EmbeddingShape:
         """That of `Eᵀ`."""
@@ -91,15 +88,9 @@ class LowRankEmbedding(LayerForm):
         return LazyProduct(self.left.weight, self.right.weight)
 
     @classmethod
-    def rank_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:
-        """The rank."""
-        del shape
-        return whole_number(cls.name, spec, "rank")
-
-    @classmethod
     def parameters_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:
         """`r (v + d)`."""
-        return shape.factored_params(whole_number(cls.name, spec, "rank"))
+        return shape.factored_params(cls.rank_of(spec, shape))
 
     @classmethod
     def flops_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:

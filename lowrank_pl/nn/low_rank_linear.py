@@ -12,12 +12,13 @@ from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.precision import double
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import ShapeError
-from lowrank_pl.nn.form import LinearForm, Spec, whole_number
+from lowrank_pl.nn.form import LinearForm, whole_number
+from lowrank_pl.nn.of_rank import OfRank
 from lowrank_pl.nn.product import LazyProduct
 from lowrank_pl.nn.view import zero_linear
 
 
-class LowRankLinear(LinearForm):
+class LowRankLinear(OfRank, LinearForm):
     """`y = left(right(x))`, the deployed form of a factorised linear layer: two `nn.Linear`.
 
     `right` has the weight `[r, n]` and no bias, `left` the weight `[m, r]` and the bias `[m]`, if there is one.
@@ -55,15 +56,6 @@ class LowRankLinear(LinearForm):
         """A layer of zeros of `spec["rank"]`."""
         return cls(shape.in_features, shape.out_features, whole_number(cls.name, spec, "rank"), bias, device, dtype)
 
-    def spec(self) -> Spec:
-        """The rank."""
-        return {"rank": self._rank}
-
-    @property
-    def rank(self) -> int:
-        """The rank `r`."""
-        return self._rank
-
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias `[m]`, which `left` adds."""
@@ -81,15 +73,9 @@ class LowRankLinear(LinearForm):
         return LazyProduct(self.left.weight, self.right.weight)
 
     @classmethod
-    def rank_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:
-        """The rank."""
-        del shape
-        return whole_number(cls.name, spec, "rank")
-
-    @classmethod
     def parameters_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:
         """`r (m + n)`."""
-        return shape.factored_params(whole_number(cls.name, spec, "rank"))
+        return shape.factored_params(cls.rank_of(spec, shape))
 
     @torch.no_grad()
     def assign_(self, factors: Factors) -> None:

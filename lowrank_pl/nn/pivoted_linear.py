@@ -13,12 +13,13 @@ from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.pivoted import pivoted
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import ShapeError
-from lowrank_pl.nn.form import LinearForm, Spec, whole_number
+from lowrank_pl.nn.form import LinearForm, whole_number
+from lowrank_pl.nn.of_rank import OfRank
 from lowrank_pl.nn.product import LazyProduct
 from lowrank_pl.nn.view import zero_linear
 
 
-class PivotedLinear(LinearForm):
+class PivotedLinear(OfRank, LinearForm):
     """`y = [p; others(p)]` in the order of the outputs, plus the bias, with `p = pivots(x)`: two `nn.Linear`.
 
     `pivots` has the weight `P [r, n]`, rows of `W`, and `others` the weight `K [m − r, r]`; `K P` are the other rows.
@@ -65,15 +66,6 @@ class PivotedLinear(LinearForm):
         """A layer of zeros of `spec["rank"]`."""
         return cls(shape.in_features, shape.out_features, whole_number(cls.name, spec, "rank"), bias, device, dtype)
 
-    def spec(self) -> Spec:
-        """The rank."""
-        return {"rank": self._rank}
-
-    @property
-    def rank(self) -> int:
-        """The rank `r`."""
-        return self._rank
-
     @property
     def reference(self) -> nn.Parameter:
         """The weight of the pivots."""
@@ -87,15 +79,9 @@ class PivotedLinear(LinearForm):
         return LazyProduct(self.others.weight, self.pivots.weight, self.order)
 
     @classmethod
-    def rank_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:
-        """The rank."""
-        del shape
-        return whole_number(cls.name, spec, "rank")
-
-    @classmethod
     def parameters_of(cls, spec: Mapping[str, Any], shape: LinearShape) -> int:
         """`r (m + n − r)`."""
-        return shape.pivoted_params(whole_number(cls.name, spec, "rank"))
+        return shape.pivoted_params(cls.rank_of(spec, shape))
 
     def assign_(self, factors: Factors) -> None:
         """Chooses pivot rows anew and writes them, the others' coefficients and the order, in place.

@@ -208,7 +208,7 @@ class EncoderTask(DistilledModule, ABC):
         logits: Tensor = self.encoder(**self.model_inputs(batch)).logits
         return logits
 
-    def model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """All of a batch but its `labels`."""
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
 

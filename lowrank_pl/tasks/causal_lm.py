@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,11 +33,9 @@ class CausalLM(PerTokenTask):
     auto_class = AutoModelForCausalLM
     kinds: ClassVar[tuple[TargetKind, ...]] = ("causal_lm",)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits `[b, t, c]` of a batch; `labels` in it are ignored. No cache: there is nothing to generate."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: Tensor = self.encoder(**inputs, use_cache=False).logits
-        return logits
+    def model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """All of a batch but its `labels`. No cache: there is nothing to generate."""
+        return {**super().model_inputs(batch), "use_cache": False}
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy `[b]` over each sample's predicted tokens."""

@@ -27,8 +27,9 @@ class Distillation:
         hidden_states: Weight of `H`, `>= 0`; above 0 the teacher needs as many blocks, as wide as the student's.
         labels: Weight of the task's own loss, `>= 0`.
         cache: Ask the teacher once per training sample, before the first step, and keep its logits in memory. They are
-            found again by the tokens of a sample, so not for masked language modelling, where these change; and hidden
-            states, a hundred times as many numbers, are not kept.
+            found again by the tokens of a sample, so not for masked language modelling, where these change, nor for
+            decoders, whose logits of all tokens fill the memory; hidden states, a hundred times as many numbers, are
+            not kept either.
 
     References:
         Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015, section 2 (logits); Jiao et al.,
@@ -69,11 +70,4 @@ class Distillation:
 
     def options(self) -> dict[str, Any]:
         """What identifies it in reports and checkpoints, as primitives."""
-        return {
-            "teacher": self.teacher,
-            "temperature": self.temperature,
-            "logits": self.logits,
-            "hidden_states": self.hidden_states,
-            "labels": self.labels,
-            "cache": self.cache,
-        }
+        return dict(vars(self))

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from lowrank_pl.contract import LANGUAGE_MODELLING
 from lowrank_pl.core.distillation import hidden_states_error, softened_divergence
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import ResumeMismatchError
@@ -94,7 +95,7 @@ class DistilledModule(CheckpointedModule, ABC):
         return length if isinstance(length, int) else None
 
     @abstractmethod
-    def model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def model_inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """What of a batch the encoder takes."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -157,8 +158,10 @@ class DistilledModule(CheckpointedModule, ABC):
         Raises:
             RangeError, CalibrationError: telling what to do.
         """
-        if self.target is not None and self.target.kind == "masked_lm":
-            allowed = "false for masked language modelling, which masks other tokens in every epoch"
+        if self.target is not None and self.target.kind in LANGUAGE_MODELLING:
+            allowed = (
+                "false for language modelling: masks change with the epoch, and logits of all tokens fill the memory"
+            )
             raise RangeError("distillation.cache", True, allowed)
         calibration_batches(self.trainer, Calibration(), "distillation.cache")
 

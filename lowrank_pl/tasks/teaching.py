@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lowrank_pl.checkpoint import SavedModel, build, read_saved_model
-from lowrank_pl.contract import TargetSpec
+from lowrank_pl.contract import LANGUAGE_MODELLING, TargetSpec
 from lowrank_pl.errors.model import HubUnreachableError, ModelFolderError, PackageModelError, TeacherError
 from lowrank_pl.hub import load_config, load_tokenizer, longest_input, resolve_pretrained
 from lowrank_pl.surgery import ModelLayout
@@ -139,7 +139,7 @@ def _check_target(teacher: str, saved: SavedModel, target: TargetSpec) -> None:
     ours = _told(target.kind, target.label_names)
     if saved.target is not None:
         kind, names = saved.target.kind, saved.target.label_names
-    elif target.kind == "masked_lm":
+    elif target.kind in LANGUAGE_MODELLING:
         return  # a folder whose head does not fit is refused when it is read
     else:
         names = saved.label_names
@@ -149,7 +149,7 @@ def _check_target(teacher: str, saved: SavedModel, target: TargetSpec) -> None:
     theirs = _told(kind, tuple(names))
     if kind != target.kind:
         raise TeacherError.predicts_otherwise(teacher, theirs, ours)
-    if not target.label_names or kind == "masked_lm":
+    if not target.label_names:
         return
     unnamed = all(name.startswith("LABEL_") for name in names)
     if len(names) != len(target.label_names) or (names != target.label_names and not unnamed):

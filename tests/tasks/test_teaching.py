@@ -12,13 +12,14 @@ import torch
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import GLUE
 from lowrank_pl.errors.model import NotACheckpointError, TeacherError
+from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.strategies import SVD, RankDyna
-from lowrank_pl.tasks import Distillation, SequenceClassification
+from lowrank_pl.tasks import CausalLM, Distillation, SequenceClassification
 from lowrank_pl.tasks.teaching import check_teacher, read_teacher
 from tests.data.samples import write_sst2
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
-from tests.support.tiny import VOCAB, save_tiny_model
+from tests.support.tiny import VOCAB, save_tiny_decoder, save_tiny_model
 
 TARGET = SyntheticData().target
 
@@ -136,3 +137,16 @@ def test_every_place_that_holds_a_model(tiny_bert: str, dense: str, tmp_path: Pa
         assert logits.shape == (8, 2)
         assert not states
         assert not logits.requires_grad
+
+
+def test_a_folder_of_a_decoder_teaches_a_decoder(tmp_path: Path) -> None:
+    """Its configuration has transformers' two nameless labels, which mean nothing for tokens."""
+    folder = str(save_tiny_decoder("llama", tmp_path / "llama"))
+    data = SyntheticData("causal_lm", size=8)
+    task = CausalLM(folder, strategy=SVD(keep_ratio=0.5), distillation=Distillation(folder))
+    trainer = make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(task, datamodule=data)
+    assert float(trainer.callback_metrics["train/distillation"]) > 0
+    asked = Distillation(folder, hidden_states=0, cache=True)
+    with pytest.raises(RangeError, match="false for language modelling"):
+        make_trainer(tmp_path).fit(CausalLM(folder, distillation=asked), datamodule=data)
