@@ -134,7 +134,8 @@ class PivotedLinear(OfRank, LinearForm):
     def _left_is_cheaper(self, tokens: int) -> bool:
         """Whether to put the rows of `[I; K]` in order once, and multiply by it, instead of the outputs of every token.
 
-        For each token that is `r²` multiplications more, and no outputs that are written three times.
+        For each token that is `r²` multiplications more, and no outputs that are written three times. That a number
+        written costs as much as 64 multiplications is a rough guess from times on one CPU.
         """
         others = self.others
         # Exported files stay small, compilers fuse what is written; what a tool put in the place of a linear is called.
