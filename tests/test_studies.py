@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lowrank_pl.importance import LayerMoments
 from tests.support.forks import Forks
 
 ROOT = Path(__file__).parents[1]
@@ -191,3 +193,29 @@ def test_the_script_for_gpus_says_at_once_that_there_is_none() -> None:
     assert result.returncode == 1
     assert result.stderr == "gpu.sh: false finds no torch with a CUDA device, which everything here needs.\n"
     assert not result.stdout
+
+
+def test_one_right_factor_for_several_layers_costs_nothing_where_they_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    program = runpy.run_path(str(ROOT / "studies" / "shared_factor.py"))
+    generator = torch.Generator().manual_seed(0)
+
+    def moments(size: int) -> torch.Tensor:
+        root = torch.randn(size, size, generator=generator)
+        return root @ root.mT
+
+    inputs, outputs = moments(8), moments(6)
+    one, other = (torch.randn(6, 8, generator=generator) for _ in range(2))
+
+    def ratio(weights: tuple[torch.Tensor, torch.Tensor]) -> float:
+        layers = {name: torch.nn.Linear(8, 6) for name in ("block.query", "block.key", "other.key")}
+        for layer, weight in zip(layers.values(), (*weights, other), strict=True):
+            layer.weight.data.copy_(weight)
+        measured = {name: LayerMoments(inputs, outputs) for name in layers}
+        assert program["inputs_in_common"](measured) == [["block.query", "block.key"]]
+        (row,) = program["study"](layers, measured, [0.6])[0.6]
+        return float(row["ratio"])
+
+    assert ratio((one, one)) < 1 < ratio((one, other))
