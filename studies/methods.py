@@ -57,7 +57,10 @@ STATIC: dict[str, list[str]] = {
     "KroneckerSVD all observed": _plain("calibration.max_samples=null"),
     "KroneckerSVD all sampled": _plain("calibration.max_samples=null", "calibration.labels=sampled"),
     "KroneckerSVD 1 epoch": [*_kronecker(), "--trainer.max_epochs=1"],
-    "KroneckerSVD lr 1e-5": [*_kronecker(), "--model.init_args.optimizer.init_args.lr=1e-5"],
+    **{
+        f"KroneckerSVD lr {lr}": [*_kronecker(), f"--model.init_args.optimizer.init_args.lr={lr}"]
+        for lr in ("1e-5", "1e-4", "2e-4", "3e-4")
+    },
 }
 
 ROUND: dict[str, list[str]] = {
