@@ -36,7 +36,7 @@ class Global(Allocator):
 
     References:
         The allocation is this project's; that energies in a Kronecker metric compare across layers follows from the
-        second-order expansion of the loss (`docs/methods.md`).
+        second-order expansion of the loss (`lowrank_pl/strategies/README.md`).
     """
 
     needs_energies: ClassVar[bool] = True
