@@ -219,3 +219,29 @@ def test_one_right_factor_for_several_layers_costs_nothing_where_they_are_the_sa
         return float(row["ratio"])
 
     assert ratio((one, one)) < 1 < ratio((one, other))
+
+
+def test_a_task_of_word_order_exchanges_words_and_changes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [chr(ord("a") + i) for i in range(20)]
+    texts = [" ".join(words[i:j]) for i in range(20) for j in range(i + 3, 21)]
+    (tmp_path / "SST-2").mkdir()
+    rows = "\n".join(f"{text}\t1" for text in ["x y z u v w", "y z u v w", *texts])
+    (tmp_path / "SST-2" / "train.tsv").write_text(f"sentence\tlabel\n{rows}\n")
+    words_given = ("--glue", str(tmp_path), "--samples", "5", "2")
+    for name in ("one", "two"):
+        run(ROOT / "studies" / "word_order.py", monkeypatch, *words_given, "--output", str(tmp_path / name))
+    with pytest.raises(SystemExit):
+        run(ROOT / "studies" / "word_order.py", monkeypatch, "--glue", str(tmp_path), "--output", str(tmp_path / "no"))
+    assert "SST-2 has 7 sentences of 5 to 15 words" in capsys.readouterr().err  # neither parts nor longer ones
+    assert not (tmp_path / "no").exists()
+    made = {name: (tmp_path / "one" / f"{name}.csv").read_text() for name in ("train", "dev")}
+    assert made == {name: (tmp_path / "two" / f"{name}.csv").read_text() for name in made}
+    lines = [line for text in made.values() for line in text.splitlines()[1:]]
+    given = {"x y z u v w", *texts}
+    assert len(lines) == 7
+    assert {label for _, label in (line.split(",") for line in lines)} == {"ok", "odd"}
+    for text, label in (line.split(",") for line in lines):
+        assert (text in given) == (label == "ok")
+        assert any(sorted(text.split()) == sorted(other.split()) for other in given)
