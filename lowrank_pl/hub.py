@@ -168,9 +168,15 @@ def _check_reads_text(name: str, source: str) -> None:
     """Raises an error for a folder of a model that no tokenizer belongs to, such as one for pictures or sound."""
     if not Path(source).is_dir():
         return
-    kind = load_config(source).model_type
-    if kind not in TOKENIZER_MAPPING_NAMES and not any(file in _names(source) for file in _TOKENIZER):
-        raise UnsupportedModelError(name, kind, None, reads_text=False)
+    config = load_config(source)
+    if not _is_of_text(config) and not any(file in _names(source) for file in _TOKENIZER):
+        raise UnsupportedModelError(name, config.model_type, None, reads_text=False)
+
+
+def _is_of_text(config: Any) -> bool:
+    """Whether an architecture reads text; those of decoders have not all a tokenizer of their own in transformers."""
+    decodes = type(config) in getattr(AutoModelForCausalLM, "_model_mapping")  # noqa: B009, set without a type
+    return decodes or config.model_type in TOKENIZER_MAPPING_NAMES
 
 
 def load_config(name: str, **overrides: Any) -> Any:
@@ -246,9 +252,7 @@ def check_supported(auto_class: Any, name: str, config: Any) -> None:
     """
     mapping = getattr(auto_class, "_model_mapping", None)  # a class of one architecture has none
     if mapping is not None and type(config) not in mapping:
-        decodes = type(config) in getattr(AutoModelForCausalLM, "_model_mapping")  # noqa: B009, set without a type
-        reads_text = decodes or config.model_type in TOKENIZER_MAPPING_NAMES
-        raise UnsupportedModelError(name, config.model_type, auto_class.__name__, reads_text)
+        raise UnsupportedModelError(name, config.model_type, auto_class.__name__, _is_of_text(config))
     if auto_class is AutoModelForCausalLM and _sees_what_follows(config):
         raise NotADecoderError(name, config.model_type)
 

@@ -289,7 +289,7 @@ def test_console_prints_the_message_without_a_traceback(
 def test_module_runs_as_a_program() -> None:
     command = [sys.executable, "-m", "lowrank_pl", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert all(f"\n  {verb} " in result.stdout for verb in (*VERBS, "export", "benchmark"))
+    assert all(f"\n  {verb} " in result.stdout for verb in (*VERBS, "export", "evaluate", "benchmark"))
     assert result.stdout.startswith("usage: lowrank-pl ")
 
 

@@ -33,6 +33,7 @@ ROOMS = [
     "monitoring",
     "export",
     "benchmark",
+    "evaluation",
     "trainer",
     "cli",
     "__main__",
@@ -61,8 +62,19 @@ FOREIGN = {
     "contract": {"torch"},
 }
 LIMITS = {
-    "lightning": ["strategies", "data", "tasks", "monitoring", "export", "benchmark", "trainer", "cli"],
-    "transformers": ["hub", "checkpoint", "data", "tasks", "monitoring", "export", "benchmark", "trainer", "cli"],
+    "lightning": ["strategies", "data", "tasks", "monitoring", "export", "benchmark", "evaluation", "trainer", "cli"],
+    "transformers": [
+        "hub",
+        "checkpoint",
+        "data",
+        "tasks",
+        "monitoring",
+        "export",
+        "benchmark",
+        "evaluation",
+        "trainer",
+        "cli",
+    ],
 }
 
 

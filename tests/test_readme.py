@@ -19,7 +19,7 @@ FOREIGN = ("pip", "bash", "tensorboard")
 # A second instead of an hour; the last word on an option counts.
 SHORTER = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SHORTER += ["--trainer.enable_model_summary", "false"]
-FUNCTIONS = ("export", "benchmark")  # they have no trainer
+FUNCTIONS = ("export", "evaluate", "benchmark")  # they have no trainer
 
 
 def blocks(language: str) -> list[str]:

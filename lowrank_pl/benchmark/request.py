@@ -38,19 +38,38 @@ def check_request(
     """
     if not resume:
         folder.check()
-    for name, words in (("models", [str(Path(model).expanduser()) for model in models]), ("engines", list(engines))):
-        if not words:
-            raise MissingArgumentError(f"an entry of {name}", f"Name at least one with --{name}.")
-        if len(set(words)) < len(words):
-            raise MissingArgumentError(
-                f"a different entry of {name}", f"One is named twice in --{name}; name each once."
-            )
+    check_names({"models": models, "engines": engines})
     for name, values in whole.items():
         if not values:
             raise MissingArgumentError(f"a number for {name}", f"Give at least one with --{name}.")
         for value in values:
             if value < 1 or list(values).count(value) > 1:
                 raise RangeError(name, value, "whole numbers from 1, each once")
+    check_device(device)
+
+
+def check_names(lists: Mapping[str, Sequence[str]]) -> None:
+    """Raises an error for a list, by its argument, that is empty or has an entry twice.
+
+    Raises:
+        MissingArgumentError: it does.
+    """
+    for name, given in lists.items():
+        words = [str(Path(word).expanduser()) for word in given]
+        if not words:
+            raise MissingArgumentError(f"an entry of {name}", f"Name at least one with --{name}.")
+        if len(set(words)) < len(words):
+            raise MissingArgumentError(
+                f"a different entry of {name}", f"One is named twice in --{name}; name each once."
+            )
+
+
+def check_device(device: str) -> None:
+    """Raises an error for a device that torch cannot use.
+
+    Raises:
+        MissingArgumentError: it cannot.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

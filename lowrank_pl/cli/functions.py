@@ -15,9 +15,10 @@ from jsonargparse import auto_cli
 from lowrank_pl.benchmark import benchmark
 from lowrank_pl.cli.parser import Parser
 from lowrank_pl.cli.verbs import PROGRAM
+from lowrank_pl.evaluation import evaluate
 from lowrank_pl.export import export
 
-FUNCTIONS: dict[str, Callable[..., Path]] = {"export": export, "benchmark": benchmark}
+FUNCTIONS: dict[str, Callable[..., Path]] = {"export": export, "evaluate": evaluate, "benchmark": benchmark}
 _CONFIG = "--config"
 _OF_A_RUN = {"model", "trainer", "seed_everything"}
 """Keys that the configuration of a run has, and that of a function has not."""

@@ -15,6 +15,7 @@ VERBS = {
     "diagnose": "show per layer which method suits it and what that gains",
     "inspect": "show what can be factorised and what a budget would give; no data, no training",
     "export": "write a checkpoint as a Hugging Face folder or an ONNX file",
+    "evaluate": "score decoders on tasks of lm-evaluation-harness",
     "benchmark": "time models and layers on your shapes",
 }
 

@@ -28,7 +28,8 @@ class LazyProduct(Tensor):
     """`left [m, r] @ right [r, n]`; with an order, its rows `[right; left @ right]` in that order.
 
     T5's feed-forward asks its output layer for `weight.dtype` in every forward; a product each time would cost more
-    than the layer itself. Every other use multiplies the factors first, and gradients reach them.
+    than the layer itself. Every other use multiplies the factors first, and gradients reach them. Where the values lie
+    is where the left factor lies: by that PEFT knows whether the head is still tied to the vocabulary.
     """
 
     _factors: tuple[Tensor, Tensor, Tensor | None]
@@ -55,6 +56,8 @@ class LazyProduct(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Answers what is free, and multiplies for the rest."""
+        if func is Tensor.data_ptr:
+            return args[0]._factors[0].data_ptr()
         if func in _FREE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))

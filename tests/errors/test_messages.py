@@ -9,6 +9,13 @@ import pytest
 import lowrank_pl.errors
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.data import MissingTokenError, WindowError
+from lowrank_pl.errors.evaluation import (
+    NotALanguageModelError,
+    TaskDataError,
+    TaskUnusableError,
+    TextStartError,
+    UnknownTaskError,
+)
 from lowrank_pl.errors.model import (
     CheckpointMismatchError,
     DamagedWeightsError,
@@ -156,6 +163,12 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (UnsupportedModelError("o/vit", "vit", "AutoModelForMaskedLM", False), ["'o/vit'", "'vit'"], "pretrained"),
     (UnsupportedModelError("o/m", "t5", "AutoModelForCausalLM", True), ["'o/m'", "'t5'", "Llama"], "pretrained"),
     (NotADecoderError("o/m", "bert"), ["'o/m'", "'bert', an encoder"], "MaskedLM"),
+    (NotALanguageModelError("m", "it is an encoder"), ["'m'", "it is an encoder"], "Check --models"),
+    (TextStartError("t"), ["'t'", "neither a bos nor an eos"], "--tokenizer"),
+    (UnknownTaskError("a", ["b"], 3, "f", " (x)"), ["'a'", "3 names", "'f' (x)", "'b'"], "lm_eval ls tasks"),
+    (TaskDataError("a", "no such file", False), ["'a'", "no such file"], "--include_path"),
+    (TaskDataError("a", "unreachable", True), ["'a'", "HF_DATASETS_OFFLINE is set"], "set HF_HUB_OFFLINE=1"),
+    (TaskUnusableError("a", "KeyError: 'b'"), ["'a'", "KeyError: 'b'"], "leave it out of --tasks"),
     (MissingTokenError("o/m", "eos"), ["'o/m'", "no eos token", "between the documents"], "data.init_args.separator"),
     (WindowError("test", 300, 512), ["the test split has 300 tokens", "512"], "lower data.init_args.window"),
     (MemoryBoundError(0.5, "a.b", 2**30), ["0.5", "'a.b'", "1 GiB"], "exclude the layer"),
@@ -232,10 +245,10 @@ def test_every_error_of_the_package_is_a_value_error_with_a_docstring() -> None:
         assert error.__doc__, error
 
 
-@pytest.mark.parametrize("module", ["lowrank_pl.errors.model", "lowrank_pl.errors.numerics", "lowrank_pl.errors.run"])
+@pytest.mark.parametrize("module", ["evaluation", "model", "numerics", "run"])
 def test_every_message_is_among_the_cases(module: str) -> None:
     covered = {type(error) for error, _, _ in CASES}
-    assert set(every_error(module)) <= covered
+    assert set(every_error(f"lowrank_pl.errors.{module}")) <= covered
 
 
 def test_long_lists_are_cut() -> None:
