@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,10 @@ class Stage:
 
     layers: tuple[str, ...]
     block: str
+
+    def among(self, names: Collection[str]) -> Stage:
+        """The same without the layers that are not among some."""
+        return Stage(tuple(name for name in self.layers if name in names), self.block)
 
 
 class SeenEnoughError(Exception):

@@ -1,0 +1,310 @@
+"""Layers factorised one after the other, for the inputs that their factorised predecessors give them.
+
+m: out_features, n: in_features, r: rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import groupby
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lowrank_pl.contract import CalibrationBatches
+from lowrank_pl.core import Compensated, PairedSums, compensate, relative_error
+from lowrank_pl.core.precision import double, float64_device
+from lowrank_pl.errors.numerics import NonFiniteError, RangeError
+from lowrank_pl.importance.batches import Batch
+from lowrank_pl.importance.frozen import frozen_eval
+from lowrank_pl.importance.gram import GramSum
+from lowrank_pl.nn import LowRankLinear, dense_weight, input_of
+from lowrank_pl.strategies.base import as_compressible
+from lowrank_pl.strategies.calibration import Calibration, calibration_batches
+from lowrank_pl.strategies.decomposition import Factorised
+from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called, model_of
+from lowrank_pl.strategies.processes import Agreement, gathered, progress, send_
+from lowrank_pl.strategies.replay import SeenEnoughError, Stage, stages
+
+Decompose = Callable[[str, Tensor, Tensor], Factorised]
+"""Factorises a weight `[m, n]` of a layer at its rank, given the second moment `[n, n]` of its inputs."""
+Record = dict[str, Any]
+"""What is told of a layer that has been factorised: fields of a `LayerRecord`."""
+
+
+class BlockByBlock:
+    """Factorises layers in the order of their calls, each for the inputs that the factorised ones before it give it.
+
+    Ranks are those that the method gives by what it has measured of the dense model. Then, with `x` what a layer gets
+    in the dense model and `z` what it gets behind the factorised layers before it,
+
+        M = argmin Σ ‖W x − M z‖²,    minimise  ‖G^½ (M − A B) C_z^½‖_F,    C_z the second moment of z,
+
+    which together give the outputs on `z` that are closest to those of the dense layer on `x`, in the method's metric
+    of the outputs. Where the layer has a bias, it makes up for the means. Layers that get one tensor are factorised
+    together, and what a block is called with is kept while its layers are.
+
+    Layers that are called several times in a pass, or never, are factorised beforehand for the inputs of the dense
+    model. Where the two models give a layer other tokens, as they may to experts, `M` is `W`.
+
+    References:
+        Wang et al., SVD-LLM: Truncation-aware singular value decomposition for large language model compression, ICLR
+        2025, arXiv:2403.07378: with side `input`, uniform ranks and `toward: own_inputs` each weight is whitened by the
+        inputs that compressed blocks give it, as in the layer-wise closed-form update of its first versions, which
+        updates the left factor alone, and whose right factor is that of the dense model's inputs. That the target is
+        what the dense model puts out, that it is met by both factors in the metric of the loss, and that inputs inside
+        a block are followed as well, is this project's.
+
+    Args:
+        toward: What layers are fitted to: `dense_outputs`, `W x`; or `own_inputs`, `W z`, which leaves what the layers
+            before have changed as it is.
+        ridge: How strongly `M` keeps to `W`, relative to the diagonal of `Σ z zᵀ`, `> 0`.
+        max_samples: How many of the calibration samples are used at most.
+    """
+
+    def __init__(self, toward: str = "dense_outputs", ridge: float = 1e-2, max_samples: int = 512) -> None:
+        if toward not in ("dense_outputs", "own_inputs"):
+            raise RangeError("sequential.toward", toward, "'dense_outputs' or 'own_inputs'")
+        if not (math.isfinite(ridge) and ridge > 0):
+            raise RangeError("sequential.ridge", ridge, "0 < ridge, relative to the diagonal")
+        if max_samples < 1:
+            raise RangeError("sequential.max_samples", max_samples, "a whole number from 1")
+        self.toward = toward
+        self.ridge = ridge
+        self.max_samples = max_samples
+
+    def options(self) -> dict[str, Any]:
+        """What identifies it in reports, as primitives."""
+        return {"toward": self.toward, "ridge": self.ridge, "max_samples": self.max_samples}
+
+    def batches(self, trainer: pl.Trainer, calibration: Calibration) -> CalibrationBatches:
+        """The samples that layers are fitted on.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        return calibration_batches(trainer, calibration, "sequential", self.max_samples)
+
+    def order(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration, layers: Iterable[str]
+    ) -> list[Stage]:
+        """Layers in the order of their calls, those with the same input together; the same on every process."""
+        encoder = as_compressible(pl_module).encoder
+        batches, found = self.batches(trainer, calibration), list[Stage]()
+        with _as_measured(encoder), Agreement(trainer):
+            if trainer.is_global_zero:
+                first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
+                model = model_of(pl_module, calibration, "sequential")
+                found = stages(lambda: model(first), encoder, list(layers))
+        return trainer.strategy.broadcast(found)
+
+    def fit_(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        calibration: Calibration,
+        dense: Mapping[str, nn.Module],
+        order: Sequence[Stage],
+        owners: Mapping[str, int],
+        decompose: Decompose,
+        done: Callable[[Sequence[str], Mapping[str, Record]], None] = lambda *_: None,
+    ) -> tuple[dict[str, Record], str]:
+        """Writes factors into the empty ones that stand in the encoder; every process must call it.
+
+        Args:
+            trainer: Of the run.
+            pl_module: With the encoder.
+            calibration: Which samples.
+            dense: The dense layers of all that are exchanged, by name.
+            order: Those to fit, as `order` tells them; what is before them is factorised already.
+            owners: Which process decomposes which layer.
+            decompose: The method's.
+            done: Called with the names and records of each block, or of layers outside of blocks, when it is finished.
+
+        Returns:
+            A record of each layer, and what was done, for the report.
+
+        Raises:
+            CalibrationError: there are no calibration batches.
+            NonFiniteError: an activation is NaN or Inf; it names block and layer.
+        """
+        encoder = as_compressible(pl_module).encoder
+        batches = self.batches(trainer, calibration)
+        told: dict[str, Record] = {}
+        kept = KeptCalls(trainer, encoder, dense, model_of(pl_module, calibration, "sequential"), order)
+        apart = 0
+        with _as_measured(encoder):
+            bar = iter(progress(trainer, order, "Block by block", len(order)))
+            for _, of_block in groupby(order, lambda stage: stage.block):
+                names: list[str] = []
+                for stage in of_block:
+                    next(bar)
+                    for part, sums, comparable in self._measure(trainer, encoder, dense, stage, kept, batches):
+                        apart += 0 if comparable else len(part)
+                        found = self._write(trainer, encoder, dense, part, sums, comparable, owners, decompose)
+                        told |= found
+                        names += found
+                done(names, {name: told[name] for name in names})
+            next(bar, None)
+        note = f"{len(told)} layers were factorised block by block on {batches.num_samples} samples"
+        return told, note + (f"; {apart} get other tokens than in the dense model: M = W there" if apart else "")
+
+    def _measure(
+        self,
+        trainer: pl.Trainer,
+        encoder: nn.Module,
+        dense: Mapping[str, nn.Module],
+        stage: Stage,
+        kept: KeptCalls,
+        batches: CalibrationBatches,
+    ) -> Iterator[tuple[tuple[str, ...], PairedSums, bool]]:
+        """Sums for the layers of a stage, once for all of them where they get one tensor on all batches."""
+        forms = {name: encoder.get_submodule(name) for name in stage.layers}
+        sums = _Sums({name: dense[name] for name in stage.layers}, forms, both=self.toward == "dense_outputs")
+        with Agreement(trainer):
+            for batch, was, now in kept.of(stage.block, batches):
+                sums.add(batch, was, now)
+        sums.reduce(trainer)
+        if sums.differ:
+            for name in stage.layers:
+                yield from self._measure(trainer, encoder, dense, Stage((name,), stage.block), kept, batches)
+            return
+        found = sums.paired()
+        for tensor in (found.cross, found.gram):
+            if not bool(torch.isfinite(tensor).all()):
+                where = f"an activation in block {stage.block!r}" if stage.block else "an activation"
+                raise NonFiniteError(f"{where}, which goes into a layer,", layer=stage.layers[0])
+        yield stage.layers, found, sums.comparable
+
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        encoder: nn.Module,
+        dense: Mapping[str, nn.Module],
+        names: Sequence[str],
+        sums: PairedSums,
+        comparable: bool,
+        owners: Mapping[str, int],
+        decompose: Decompose,
+    ) -> dict[str, Record]:
+        """Factorises layers with one input, each by its owner, and sends them to all."""
+
+        def write(name: str) -> Record:
+            weight, form = dense_weight(dense[name]).detach(), cast(LowRankLinear, encoder.get_submodule(name))
+            if self.toward == "dense_outputs" and comparable:
+                wanted = compensate(weight, sums, self.ridge, form.bias is not None)
+            else:
+                wanted = Compensated(double(weight), double(sums.gram) / double(sums.tokens).clamp(min=1))
+            found = decompose(name, wanted.weight, wanted.moment)
+            form.assign_(found.factors.like(form.left.weight))
+            product = form.product().detach()
+            shift = wanted.shift(weight, product)
+            if shift is not None and form.bias is not None:
+                form.bias.add_(shift.to(form.bias))
+            return {"error": relative_error(weight, product), "weighted_error": found.weighted_error}
+
+        own: dict[str, Record] = {}
+        with Agreement(trainer):
+            for name in (name for name in names if owners[name] == trainer.global_rank):
+                own[name] = write(name)
+        told = {name: record for share in gathered(trainer, own) for name, record in share.items()}
+        for name in names:
+            for parameter in encoder.get_submodule(name).parameters():
+                send_(trainer, parameter.data, owners[name])
+        return {name: told[name] for name in names}
+
+
+@contextmanager
+def _as_measured(encoder: nn.Module) -> Iterator[None]:
+    with isolate_rng(), frozen_eval(encoder), torch.no_grad(), every_layer_called(encoder):
+        yield
+
+
+class _Sums:
+    """`PairedSums` of layers that get one tensor, for as long as they do. Tokens that are padding are left out.
+
+    Args:
+        dense: The layers, as they were.
+        forms: The same, factorised.
+        both: Whether what they get in the dense model counts at all.
+    """
+
+    def __init__(self, dense: Mapping[str, nn.Module], forms: Mapping[str, nn.Module], both: bool) -> None:
+        self._dense = dense
+        self._forms = forms
+        self._both = both
+        form = cast(LowRankLinear, next(iter(forms.values())))
+        n, device = form.in_features, form.left.weight.device
+        self._gram = GramSum(n, device)
+        self._rest = torch.zeros((n + 2 if both else 0, n), dtype=torch.float64, device=float64_device(device))
+        # Tokens; batches on which layers get different tensors; on which the models give them other tokens.
+        self._counts = torch.zeros(3, dtype=torch.float64, device=float64_device(device))
+
+    @property
+    def differ(self) -> bool:
+        """Whether the layers have not always had one input."""
+        return bool(self._counts[1] > 0)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the layers have always had the same tokens in both models."""
+        return bool(self._counts[2] == 0)
+
+    def add(self, batch: Batch, was: Pass, now: Pass) -> None:
+        """One pass of the dense model and one of the factorised one, as far as needed."""
+        xs, zs = (self._inputs(self._dense, was) if self._both else []), self._inputs(self._forms, now)
+        if any(one is not of_model[0] for of_model in (xs, zs) for one in of_model):
+            self._counts[1] += 1
+            return
+        x, z = (xs[0] if xs else None), zs[0]
+        if self._both and (x is None or z is None or x.shape != z.shape):
+            self._counts[2] += x is not z
+            x = None
+        if z is None:
+            return
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        kept = mask.bool() if mask is not None and mask.shape == z.shape[:-1] else ...
+        z = z[kept].reshape(-1, z.shape[-1]).float()
+        self._gram.add(z)
+        self._counts[0] += len(z)
+        if x is not None:
+            x = x[kept].reshape(z.shape).float()
+            sums = torch.cat([x.mT @ z, x.sum(0, keepdim=True), z.sum(0, keepdim=True)])
+            self._rest += sums.to(self._rest)
+
+    def _inputs(self, layers: Mapping[str, nn.Module], run: Pass) -> list[Tensor | None]:
+        """What each layer gets in a pass, `None` for one that is not called; the pass ends when all have been."""
+        seen: dict[str, Tensor] = {}
+
+        def watching(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+                seen[name] = input_of(args, kwargs)
+                if len(seen) == len(layers):
+                    raise SeenEnoughError
+
+            return hook
+
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                hooks.callback(layer.register_forward_pre_hook(watching(name), with_kwargs=True).remove)
+            with suppress(SeenEnoughError):
+                run()
+        return [seen.get(name) for name in layers]
+
+    def reduce(self, trainer: pl.Trainer) -> None:
+        """Adds up over processes."""
+        if trainer.world_size > 1:
+            self._gram.total = cast(Tensor, trainer.strategy.reduce(self._gram.total, reduce_op="sum"))
+            self._rest = cast(Tensor, trainer.strategy.reduce(self._rest, reduce_op="sum"))
+            self._counts = cast(Tensor, trainer.strategy.reduce(self._counts, reduce_op="sum"))
+
+    def paired(self) -> PairedSums:
+        """The sums; those of the dense model are those of the other where they do not count."""
+        gram = self._gram.matrix()
+        cross, x, z = (self._rest[:-2], self._rest[-2], self._rest[-1]) if self._both else (gram, gram[0], gram[0])
+        return PairedSums(cross, gram, x, z, self._counts[0])
