@@ -113,7 +113,7 @@ class BlockByBlock:
         owners: Mapping[str, int],
         decompose: Decompose,
         done: Callable[[Sequence[str], Mapping[str, Record]], None] = lambda *_: None,
-    ) -> tuple[dict[str, Record], str]:
+    ) -> tuple[dict[str, Record], int]:
         """Writes factors into the empty ones that stand in the encoder; every process must call it.
 
         Args:
@@ -127,7 +127,7 @@ class BlockByBlock:
             done: Called with the names and records of each block, or of layers outside of blocks, when it is finished.
 
         Returns:
-            A record of each layer, and what was done, for the report.
+            A record of each layer, with `apart` where it gets other tokens than in the dense model; the samples.
 
         Raises:
             CalibrationError: there are no calibration batches.
@@ -137,7 +137,6 @@ class BlockByBlock:
         batches = self.batches(trainer, calibration)
         told: dict[str, Record] = {}
         kept = KeptCalls(trainer, encoder, dense, model_of(pl_module, calibration, "sequential"), order)
-        apart = 0
         with _as_measured(encoder):
             bar = iter(progress(trainer, order, "Block by block", len(order)))
             for _, of_block in groupby(order, lambda stage: stage.block):
@@ -145,14 +144,12 @@ class BlockByBlock:
                 for stage in of_block:
                     next(bar)
                     for part, sums, comparable in self._measure(trainer, encoder, dense, stage, kept, batches):
-                        apart += 0 if comparable else len(part)
                         found = self._write(trainer, encoder, dense, part, sums, comparable, owners, decompose)
                         told |= found
                         names += found
                 done(names, {name: told[name] for name in names})
             next(bar, None)
-        note = f"{len(told)} layers were factorised block by block on {batches.num_samples} samples"
-        return told, note + (f"; {apart} get other tokens than in the dense model: M = W there" if apart else "")
+        return told, batches.num_samples
 
     def _measure(
         self,
@@ -206,7 +203,8 @@ class BlockByBlock:
             shift = wanted.shift(weight, product)
             if shift is not None and form.bias is not None:
                 form.bias.add_(shift.to(form.bias))
-            return {"error": relative_error(weight, product), "weighted_error": found.weighted_error}
+            record = {"error": relative_error(weight, product), "weighted_error": found.weighted_error}
+            return record | {"apart": not comparable}
 
         own: dict[str, Record] = {}
         with Agreement(trainer):

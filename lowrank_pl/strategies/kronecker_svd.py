@@ -46,7 +46,8 @@ class KroneckerSVD(SequentialStrategy):
         allocation: Which layer gets which rank: by default `Global`, and `Uniform` for side `input`, whose energies say
             nothing of the loss.
         recalibration: See `StaticStrategy`.
-        refit: See `StaticStrategy`; `false` leaves the factors as they are.
+        refit: See `StaticStrategy`; `false` leaves the factors as they are. `true` adds nothing where `sequential` has
+            fitted them to the outputs of the dense layers already.
         diagonal: Take only the diagonals of the moments: less memory, and close to FWSVD.
         block_size: Take only blocks of so many features along the diagonals, e.g. 64 for the heads of many encoders:
             between the two. It divides the features of every targeted layer.
@@ -84,7 +85,9 @@ class KroneckerSVD(SequentialStrategy):
             raise RangeError("block_size", block_size, "a whole number from 1, without diagonal, or null")
         self.diagonal = diagonal
         self.block_size = block_size
-        self.sequential = self.read_sequential(sequential)
+        self.use_sequential(sequential)
+        if refit is True and self.sequential is not None and self.sequential.toward == "dense_outputs":
+            refit = False
         allocation = allocation or (Uniform() if side == "input" else Global())
         super().__init__(
             keep_ratio,
@@ -130,5 +133,4 @@ class KroneckerSVD(SequentialStrategy):
     def options(self) -> dict[str, Any]:
         """Adds the side, the damping and how much of the moments is taken."""
         moments = {"damping": self.damping, "diagonal": self.diagonal, "block_size": self.block_size}
-        in_order = {} if self.sequential is None else {"sequential": self.sequential.options()}
-        return {"side": self.side, **super().options(), **moments, **in_order}
+        return {"side": self.side, **super().options(), **moments}

@@ -2,113 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocation, RankRequest
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.importance import Importance, LayerMoments, SecondMoments
+from lowrank_pl.importance import Importance, ImportanceCache, LayerMoments, SecondMoments
 from lowrank_pl.nn import is_embedding
 from lowrank_pl.strategies.base import as_compressible
-from lowrank_pl.strategies.block_by_block import BlockByBlock
-from lowrank_pl.strategies.calibration import measure_importance
+from lowrank_pl.strategies.block_by_block import BlockByBlock, Record
+from lowrank_pl.strategies.calibration import loss_identity, measure_importance
 from lowrank_pl.strategies.decomposition import Factorised
-from lowrank_pl.strategies.processes import work_shared
+from lowrank_pl.strategies.finished_blocks import FinishedBlocks
+from lowrank_pl.strategies.processes import Agreement, gathered, send_, work_shared
 from lowrank_pl.strategies.static import StaticStrategy
 from lowrank_pl.strategies.writing import empty_factors
 from lowrank_pl.surgery import replace_module_
 
-
-@dataclass
-class Known:
-    """What is known of the dense model's layers before the first is factorised.
-
-    Attributes:
-        energies: By layer; empty where ranks do not depend on them.
-        moments: Second moments of output gradients of this process's layers, where the metric has any.
-        notes: For the report.
-        samples: Measured on; `None` where nothing was.
-    """
-
-    energies: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    notes: dict[str, str]
-    samples: int | None = None
+logger = logging.getLogger(__name__)
 
 
 class SequentialStrategy(StaticStrategy):
     """Common part of the methods that measure second moments.
 
-    A subclass sets `sequential` before it calls `super().__init__`, and measures `SecondMoments`.
+    Where the option is set, the dense model is measured first, group by group under `calibration.max_memory`; of each
+    layer only its energies and, if the metric has that side, the moment of its output gradients are kept: on disk where
+    there is a bound on memory or a folder for finished blocks. Then every layer gets its factors in the order of calls.
+
+    A subclass calls `use_sequential` before `super().__init__`, and measures `SecondMoments`.
     """
 
     sequential: BlockByBlock | None = None
 
-    @staticmethod
-    def read_sequential(given: BlockByBlock | bool | None) -> BlockByBlock | None:
-        """The option as it may be written.
+    def use_sequential(self, given: BlockByBlock | bool | None) -> None:
+        """Takes the option as it may be written.
 
         Raises:
             RangeError: it is something else.
         """
         if not isinstance(given, (BlockByBlock, bool, type(None))):
             raise RangeError("sequential", given, "true, false or a BlockByBlock")
-        return BlockByBlock() if given is True else given or None
+        self.sequential = BlockByBlock() if given is True else given or None
 
-    def _factorise(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module], request: RankRequest
-    ) -> tuple[Allocation, dict[str, dict[str, Any]], dict[str, str], int | None]:
-        if self.sequential is None:
-            return super()._factorise(trainer, pl_module, layers, request)
-        encoder = as_compressible(pl_module).encoder
-        exchanged: dict[str, nn.Module] = {}
-        try:
-            return self._factorise_in_order(self.sequential, trainer, pl_module, layers, request, exchanged)
-        except BaseException:
-            for name, layer in exchanged.items():
-                replace_module_(encoder, name, layer)
-            raise
+    def options(self) -> dict[str, Any]:
+        """Adds the option, where it is set."""
+        return super().options() | ({} if self.sequential is None else {"sequential": self.sequential.options()})
 
-    def _factorise_in_order(
-        self,
-        sequential: BlockByBlock,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        layers: Mapping[str, nn.Module],
-        request: RankRequest,
-        exchanged: dict[str, nn.Module],
-    ) -> tuple[Allocation, dict[str, dict[str, Any]], dict[str, str], int | None]:
-        encoder = as_compressible(pl_module).encoder
-        linears = [name for name, layer in layers.items() if not is_embedding(layer)]
-        order = sequential.order(trainer, pl_module, self.calibration, linears)
-        known = self._known(trainer, pl_module, layers)
-        allocation = self.allocation.allocate(request, known.energies)
-        ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
-        order = [stage.among(ranks) for stage in order if any(name in ranks for name in stage.layers)]
-        in_order = [name for stage in order for name in stage.layers]
-        rest = {name: layers[name] for name in ranks if name not in in_order}
-        decompositions, notes, samples = (
-            self._decompose_all(trainer, pl_module, rest) if rest else ({}, {}, known.samples)
-        )
-        exchanged |= {name: layers[name] for name in ranks}
-        told = self._exchange(trainer, encoder, rest, allocation, decompositions, notes)
-        for name in in_order:
-            replace_module_(encoder, name, empty_factors(layers[name], ranks[name]))
-
-        def decompose(name: str, weight: Tensor, moment: Tensor) -> Factorised:
-            measured = LayerMoments(self._inputs(moment), known.moments.pop(name, None))
-            return self.decompose(weight, measured, known.samples or 0).at(ranks[name])
-
-        owners = self._owners(trainer, layers)
-        found, note = sequential.fit_(trainer, pl_module, self.calibration, exchanged, order, owners, decompose)
-        told |= found
-        if len(in_order) < len(ranks):
-            note += f"; {len(ranks) - len(in_order)} beforehand"
-        return allocation, {name: told[name] for name in ranks}, known.notes | notes | {"sequential": note}, samples
+    @property
+    def keeps_progress(self) -> bool:
+        """Whether a stopped run can go on where it was: block by block."""
+        return self.sequential is not None
 
     @property
     def moments(self) -> SecondMoments:
@@ -117,38 +65,214 @@ class SequentialStrategy(StaticStrategy):
         assert isinstance(importance, SecondMoments)
         return importance
 
-    def _inputs(self, moment: Tensor) -> Tensor | None:
-        """As much of the moment of inputs as the method takes."""
-        extent = self.moments.inputs
-        if isinstance(extent, int):
-            blocks = moment.view(len(moment) // extent, extent, len(moment) // extent, extent)
-            return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        return {"full": moment, "diagonal": moment.diagonal(), "none": None}[extent]
+    @property
+    def beforehand(self) -> SecondMoments | None:
+        """What of it is measured of the dense model, before ranks are given; `None` for nothing."""
+        kept = self.moments if self.allocation.needs_energies else SecondMoments("none", self.moments.outputs)
+        return None if kept.inputs == kept.outputs == "none" else kept
 
-    def _known(self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module]) -> Known:
-        """Measures the dense model's layers group by group; keeps energies and moments of outputs, and nothing else."""
-        known = Known({}, {}, {})
-        importance = self.moments if self.allocation.needs_energies else SecondMoments("none", self.moments.outputs)
-        if importance.inputs == importance.outputs == "none":
-            return known
-        owners = self._owners(trainer, layers)
-        for names in importance.groups(self.targets.shapes(layers), self.calibration.max_memory):
-            group = {name: layers[name] for name in names}
-            found = measure_importance(trainer, pl_module, group, importance, self.calibration, type(self).__name__)
-            measured, known.samples = found.layers, found.num_samples
+    def _factorise(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module], request: RankRequest
+    ) -> tuple[Allocation, dict[str, Record], dict[str, str], int | None]:
+        if self.sequential is None:
+            return super()._factorise(trainer, pl_module, layers, request)
+        finished = FinishedBlocks(self.progress_folder, on_disk=self.calibration.max_memory is not None)
+        exchanged: dict[str, nn.Module] = {}
+        try:
+            with Agreement(trainer):
+                finished.begin(self._identity(trainer, pl_module, layers, self.sequential))
+            return _InOrder(self, self.sequential, trainer, pl_module, layers, finished, exchanged).run(request)
+        except BaseException:
+            for name, layer in exchanged.items():
+                replace_module_(as_compressible(pl_module).encoder, name, layer)
+            raise
+        finally:
+            finished.close()
 
-            def look(
-                name: str, measured: dict[str, LayerMoments] = measured, samples: int = found.num_samples
-            ) -> tuple[Tensor | None, str | None]:
-                moments, note = measured.pop(name), None
-                if self.allocation.needs_energies:
-                    decomposition, note = self._decompose_one(name, layers[name], moments, samples)
-                    energies = decomposition.energies
-                if moments.outputs is not None:
-                    known.moments[name] = moments.outputs
-                return (energies.cpu() if self.allocation.needs_energies and energies is not None else None), note
+    def _identity(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: Mapping[str, nn.Module],
+        sequential: BlockByBlock,
+    ) -> dict[str, Any]:
+        """What the factors depend on; looked at only where they are kept."""
+        if self.progress_folder is None:
+            return {}
+        encoder = as_compressible(pl_module).encoder
+        return {
+            "model": ImportanceCache.key(encoder, list(layers), "", ""),
+            "data": sequential.batches(trainer, self.calibration).fingerprint,
+            "loss": loss_identity(trainer, pl_module),
+            "processes": trainer.world_size,
+            "method": type(self).__name__,
+            **{key: value for key, value in self.options().items() if key not in ("refit", "recalibration", "form")},
+            "max_samples": self.calibration.max_samples,
+        }
 
-            told = work_shared(trainer, {name: owners[name] for name in names}, look, "Energies")
-            known.energies |= {name: energies for name, (energies, _) in told.items() if energies is not None}
-            known.notes |= {name: note for name, (_, note) in told.items() if note is not None}
-        return known
+
+class _InOrder:
+    """One run of a strategy.
+
+    Args:
+        strategy: The strategy.
+        sequential: Its option.
+        trainer: Of the run.
+        pl_module: With the encoder.
+        layers: What is targeted, dense.
+        finished: What was done before, and where more is kept.
+        exchanged: Gets the dense layers of what has been exchanged, by name, before it is.
+    """
+
+    def __init__(
+        self,
+        strategy: SequentialStrategy,
+        sequential: BlockByBlock,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        layers: Mapping[str, nn.Module],
+        finished: FinishedBlocks,
+        exchanged: dict[str, nn.Module],
+    ) -> None:
+        self._strategy = strategy
+        self._sequential = sequential
+        self._trainer = trainer
+        self._module = pl_module
+        self._encoder = as_compressible(pl_module).encoder
+        self._layers = layers
+        self._finished = finished
+        self._exchanged = exchanged
+        self._owners = strategy._owners(trainer, layers)
+        self._notes: dict[str, str] = {}
+        self._samples: int | None = None
+
+    def run(self, request: RankRequest) -> tuple[Allocation, dict[str, Record], dict[str, str], int | None]:
+        """See `StaticStrategy._factorise`."""
+        strategy, calibration = self._strategy, self._strategy.calibration
+        linears = [name for name, layer in self._layers.items() if not is_embedding(layer)]
+        order = self._sequential.order(self._trainer, self._module, calibration, linears)
+        allocation = strategy.allocation.allocate(request, self._energies())
+        ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
+        order = [stage for stage in (stage.among(ranks) for stage in order) if stage.layers]
+        in_order = [name for stage in order for name in stage.layers]
+        rest = {name: self._layers[name] for name in ranks if name not in in_order}
+        told = self._loaded(ranks)
+        if missing := {name: layer for name, layer in rest.items() if name not in told}:
+            decompositions, notes, samples = strategy._decompose_all(self._trainer, self._module, missing)
+            self._notes |= notes
+            self._samples = self._samples if samples is None else samples
+            self._exchanged |= missing
+            told |= strategy._exchange(self._trainer, self._encoder, missing, allocation, decompositions, self._notes)
+            self._save(list(missing), told)
+        todo = [stage for stage in order if stage.layers[0] not in told]
+        for name in (name for stage in todo for name in stage.layers):
+            self._exchanged[name] = self._layers[name]
+            replace_module_(self._encoder, name, empty_factors(self._layers[name], ranks[name]))
+
+        def decompose(name: str, weight: Tensor, moment: Tensor) -> Factorised:
+            outputs = None if strategy.moments.outputs == "none" else self._finished.moment(name)
+            outputs = None if outputs is None else outputs.to(weight.device)
+            measured = LayerMoments(_as_measured(moment, strategy.moments), outputs)
+            return strategy.decompose(weight, measured, self._samples or 0).at(ranks[name])
+
+        found, samples = self._sequential.fit_(
+            self._trainer, self._module, calibration, self._exchanged, todo, self._owners, decompose, self._save
+        )
+        note = f"{len(in_order)} layers were factorised in the order of their calls on {samples} samples"
+        if rest:
+            note += f"; {len(rest)} that are called several times, or never, before them"
+        self._notes["sequential"] = note
+        told |= found
+        if apart := [name for name, record in told.items() if record.pop("apart", False)]:
+            self._notes["apart"] = (
+                f"layers that get other tokens than in the dense model: {len(apart)}, e.g. {apart[0]!r}"
+            )
+        return allocation, {name: told[name] for name in ranks}, self._notes, self._samples or samples
+
+    def _energies(self) -> dict[str, Tensor]:
+        """Energies of all layers, measured now or by an earlier start; moments of outputs are kept on the way."""
+        importance = self._strategy.beforehand
+        if importance is None:
+            return {}
+        if (found := self._energies_of_before(importance)) is not None:
+            return found
+        energies: dict[str, Tensor] = {}
+        shapes = self._strategy.targets.shapes(self._layers)
+        for names in importance.groups(shapes, self._strategy.calibration.max_memory):
+            energies |= self._measured(names, importance)
+        with Agreement(self._trainer):
+            if self._trainer.is_global_zero:
+                self._finished.save_measured(energies, {"notes": self._notes, "samples": self._samples})
+        return energies
+
+    def _energies_of_before(self, importance: SecondMoments) -> dict[str, Tensor] | None:
+        """Those that an earlier start has kept, where all moments that are still needed are there as well."""
+        kept = self._trainer.strategy.broadcast(self._finished.measured() if self._trainer.is_global_zero else None)
+        if kept is None:
+            return None
+        if importance.outputs != "none":
+            done = self._trainer.strategy.broadcast(list(self._finished.load()[0]))
+            own = [n for n, owner in self._owners.items() if owner == self._trainer.global_rank and n not in done]
+            if not all(gathered(self._trainer, all(map(self._finished.has_moment, own)))):
+                return None
+        energies, told = kept
+        self._notes, self._samples = dict(told["notes"]), told["samples"]
+        return dict(energies)
+
+    def _measured(self, names: Sequence[str], importance: SecondMoments) -> dict[str, Tensor]:
+        """The energies of a group of layers."""
+        strategy, group = self._strategy, {name: self._layers[name] for name in names}
+        asked_by = type(strategy).__name__
+        found = measure_importance(self._trainer, self._module, group, importance, strategy.calibration, asked_by)
+        self._samples = found.num_samples
+
+        def look(name: str) -> tuple[Tensor | None, str | None]:
+            moments, energies, note = found.layers.pop(name), None, None
+            if strategy.allocation.needs_energies:
+                decomposition, note = strategy._decompose_one(name, group[name], moments, found.num_samples)
+                energies = decomposition.energies
+            if moments.outputs is not None:
+                self._finished.put_moment(name, moments.outputs)
+            return None if energies is None else energies.cpu(), note
+
+        told = work_shared(self._trainer, {name: self._owners[name] for name in names}, look, "Energies")
+        self._notes |= {name: note for name, (_, note) in told.items() if note is not None}
+        return {name: energies for name, (energies, _) in told.items() if energies is not None}
+
+    def _loaded(self, ranks: Mapping[str, int]) -> dict[str, Record]:
+        """Puts the layers into the encoder that an earlier start has finished; returns their records."""
+        states, told = self._finished.load() if self._trainer.is_global_zero else ({}, {})
+        told = self._trainer.strategy.broadcast(told)
+        for name in told:
+            self._exchanged[name] = self._layers[name]
+            made = empty_factors(self._layers[name], ranks[name])
+            if self._trainer.is_global_zero:
+                made.load_state_dict(states[name])
+            replace_module_(self._encoder, name, made)
+            for parameter in made.parameters():
+                send_(self._trainer, parameter.data, 0)
+        if told:
+            logger.warning(
+                "going on with the blocks that an earlier start has finished in %s: %d of %d layers",
+                self._strategy.progress_folder,
+                len(told),
+                len(ranks),
+            )
+        return dict(told)
+
+    def _save(self, names: Sequence[str], told: Mapping[str, Record]) -> None:
+        """Keeps the factors of layers that are done, and drops what is not needed any more."""
+        with Agreement(self._trainer):
+            if self._trainer.is_global_zero:
+                states = {name: self._encoder.get_submodule(name).state_dict() for name in names}
+                self._finished.save(states, {name: dict(told[name]) for name in names})
+        self._finished.drop_moments(names)
+
+
+def _as_measured(moment: Tensor, importance: SecondMoments) -> Tensor | None:
+    """As much of the moment `[n, n]` of inputs as a method takes."""
+    extent = importance.inputs
+    if isinstance(extent, int):
+        starts = range(0, len(moment), extent)
+        return torch.stack([moment[start : start + extent, start : start + extent] for start in starts])
+    return {"full": moment, "diagonal": moment.diagonal(), "none": None}[extent]

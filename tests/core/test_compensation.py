@@ -1,0 +1,93 @@
+"""m = 4 outputs, n = 5 inputs, 60 tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_pl.core import PairedSums, compensate, kronecker_svd
+from lowrank_pl.errors.numerics import NonFiniteError, RangeError, ShapeError
+from tests.core.matrices import random_matrix
+
+M, N, T = 4, 5, 60
+
+
+def tokens(seed: int) -> Tensor:
+    return random_matrix(T, N, seed=seed, dtype=torch.float64) + 0.5
+
+
+def sums(x: Tensor, z: Tensor) -> PairedSums:
+    return PairedSums(x.mT @ z, z.mT @ z, x.sum(0), z.sum(0), torch.tensor(float(len(x))))
+
+
+WEIGHT = random_matrix(M, N, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_where_nothing_has_changed_the_weight_stays_exactly(bias: bool) -> None:
+    x = tokens(1)
+    found = compensate(WEIGHT, sums(x, x), 1e-1, bias)
+    assert torch.equal(found.weight, WEIGHT)
+    if bias:
+        shift = found.shift(WEIGHT, found.weight)
+        assert shift is not None
+        assert not shift.any()
+
+
+def test_a_change_of_scale_is_undone() -> None:
+    x = tokens(1)
+    torch.testing.assert_close(compensate(WEIGHT, sums(x, 2 * x), 1e-12, bias=False).weight, WEIGHT / 2)
+
+
+def test_a_shift_is_left_to_the_bias() -> None:
+    x = tokens(1)
+    found = compensate(WEIGHT, sums(x, x + 3), 1e-9, bias=True)
+    torch.testing.assert_close(found.weight, WEIGHT)
+    torch.testing.assert_close(found.shift(WEIGHT, found.weight), WEIGHT @ torch.full((N,), -3.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_other_factors_of_the_rank_put_out_anything_closer(bias: bool) -> None:
+    x, z = tokens(1), 0.7 * tokens(1) + 0.5 * tokens(2)
+    root = random_matrix(M, M, seed=9, dtype=torch.float64)
+    metric = root @ root.mT
+    found = compensate(WEIGHT, sums(x, z), 1e-12, bias)
+    left, right = kronecker_svd(found.weight, 2, found.moment, metric, damping=0).balanced()
+    shift = found.shift(WEIGHT, left @ right)
+    constant = torch.zeros(M, dtype=torch.float64) if shift is None else shift
+
+    def error(left: Tensor, right: Tensor, constant: Tensor) -> Tensor:
+        return ((x @ WEIGHT.mT - z @ (left @ right).mT - constant) @ root).square().sum()
+
+    parts = [part.clone().requires_grad_() for part in (left, right, constant)]
+    error(*parts).backward()
+    best = error(left, right, constant)
+    for part in parts[: 3 if bias else 2]:
+        assert part.grad is not None
+        assert part.grad.abs().max() < 1e-6 * best
+    plain = kronecker_svd(WEIGHT, 2, found.moment, metric, damping=0).balanced()
+    assert best < error(*plain, constant)
+
+
+def test_the_ridge_keeps_to_the_weight_where_there_are_few_tokens() -> None:
+    x, z = tokens(1)[:3], tokens(2)[:3]
+    near, far = (compensate(WEIGHT, sums(x, z), ridge, bias=False).weight for ridge in (1e3, 1e-3))
+    assert (near - WEIGHT).norm() < 1e-2 * (far - WEIGHT).norm()
+
+
+def test_an_input_that_is_always_zero_keeps_its_column() -> None:
+    x, z = tokens(1), tokens(1)
+    z[:, 2] = 0
+    assert torch.equal(compensate(WEIGHT, sums(x, z), 1e-3, bias=False).weight[:, 2], WEIGHT[:, 2])
+
+
+def test_bad_inputs_are_refused() -> None:
+    x = tokens(1)
+    good = sums(x, x)
+    with pytest.raises(RangeError, match="ridge"):
+        compensate(WEIGHT, good, 0.0, bias=False)
+    with pytest.raises(ShapeError, match="cross"):
+        compensate(WEIGHT, PairedSums(good.gram[:2], good.gram, good.x, good.z, good.tokens), 1e-3, bias=False)
+    with pytest.raises(NonFiniteError, match="gram"):
+        compensate(WEIGHT, PairedSums(good.cross, good.gram / 0, good.x, good.z, good.tokens), 1e-3, bias=False)
