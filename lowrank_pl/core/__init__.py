@@ -4,7 +4,7 @@ Shapes throughout: `weight` is `[out, in] = [m, n]`, `r` is the rank.
 """
 
 from lowrank_pl.core.axis_weighted import axis_weighted_svd
-from lowrank_pl.core.compensation import Compensated, PairedSums, compensate
+from lowrank_pl.core.compensation import Compensation, PairedSums, compensation
 from lowrank_pl.core.diagnosis import Diagnosis, compare_methods, diagnose
 from lowrank_pl.core.diagnostics import relative_error
 from lowrank_pl.core.elementwise import weighted_low_rank
@@ -22,7 +22,7 @@ from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
 
 __all__ = [
-    "Compensated",
+    "Compensation",
     "Diagnosis",
     "EmbeddingShape",
     "Factors",
@@ -32,7 +32,7 @@ __all__ = [
     "Pivoted",
     "axis_weighted_svd",
     "compare_methods",
-    "compensate",
+    "compensation",
     "diagnose",
     "kronecker_groups",
     "kronecker_regroup",

@@ -6,10 +6,10 @@ m: out_features, n: in_features, r: rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lowrank_pl.contract import CalibrationBatches
-from lowrank_pl.core import Compensated, PairedSums, compensate, relative_error
-from lowrank_pl.core.precision import double, float64_device
+from lowrank_pl.core import Compensation, PairedSums, compensation, relative_error
+from lowrank_pl.core.precision import float64_device
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.frozen import frozen_eval
@@ -31,10 +31,36 @@ from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called
 from lowrank_pl.strategies.processes import Agreement, gathered, progress, send_
 from lowrank_pl.strategies.replay import SeenEnoughError, Stage, stages
 
-Decompose = Callable[[str, Tensor, Tensor], Factorised]
-"""Factorises a weight `[m, n]` of a layer at its rank, given the second moment `[n, n]` of its inputs."""
 Record = dict[str, Any]
 """What is told of a layer that has been factorised: fields of a `LayerRecord`."""
+
+
+class Work(Protocol):
+    """What a method does to the layers of a model that is factorised block by block.
+
+    Attributes:
+        dense: The dense layers of all that has been exchanged, by name; `begin` adds to it.
+        owners: Which process decomposes which layer.
+    """
+
+    dense: dict[str, nn.Module]
+    owners: Mapping[str, int]
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Exchanges the layers of the next block for empty factors."""
+        ...
+
+    def decompose(self, name: str, weight: Tensor, moment: Tensor) -> Factorised:
+        """Factorises a weight `[m, n]` at the layer's rank, given the second moment `[n, n]` of its inputs."""
+        ...
+
+    def finish(self, names: Sequence[str], told: Mapping[str, Record]) -> None:
+        """Takes note that all layers of a block have their factors."""
+        ...
+
+    def leave(self, names: Sequence[str]) -> None:
+        """Takes note that the dense layers of a block will not be called again."""
+        ...
 
 
 class BlockByBlock:
@@ -108,23 +134,17 @@ class BlockByBlock:
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         calibration: Calibration,
-        dense: Mapping[str, nn.Module],
         order: Sequence[Stage],
-        owners: Mapping[str, int],
-        decompose: Decompose,
-        done: Callable[[Sequence[str], Mapping[str, Record]], None] = lambda *_: None,
+        work: Work,
     ) -> tuple[dict[str, Record], int]:
-        """Writes factors into the empty ones that stand in the encoder; every process must call it.
+        """Factorises layers in their order; every process must call it.
 
         Args:
             trainer: Of the run.
             pl_module: With the encoder.
             calibration: Which samples.
-            dense: The dense layers of all that are exchanged, by name.
-            order: Those to fit, as `order` tells them; what is before them is factorised already.
-            owners: Which process decomposes which layer.
-            decompose: The method's.
-            done: Called with the names and records of each block, or of layers outside of blocks, when it is finished.
+            order: The layers, as `order` tells them; those before them are factorised already.
+            work: What the method does to them.
 
         Returns:
             A record of each layer, with `apart` where it gets other tokens than in the dense model; the samples.
@@ -136,18 +156,24 @@ class BlockByBlock:
         encoder = as_compressible(pl_module).encoder
         batches = self.batches(trainer, calibration)
         told: dict[str, Record] = {}
-        kept = KeptCalls(trainer, encoder, dense, model_of(pl_module, calibration, "sequential"), order)
+        model = model_of(pl_module, calibration, "sequential")
+        kept = KeptCalls(trainer, encoder, work.dense, model, order)
+        behind: list[str] = []
         with _as_measured(encoder):
             bar = iter(progress(trainer, order, "Block by block", len(order)))
             for _, of_block in groupby(order, lambda stage: stage.block):
-                names: list[str] = []
-                for stage in of_block:
+                block = list(of_block)
+                names = [name for stage in block for name in stage.layers]
+                work.begin(names)
+                for stage in block:
                     next(bar)
-                    for part, sums, comparable in self._measure(trainer, encoder, dense, stage, kept, batches):
-                        found = self._write(trainer, encoder, dense, part, sums, comparable, owners, decompose)
-                        told |= found
-                        names += found
-                done(names, {name: told[name] for name in names})
+                    for part, sums, comparable in self._measure(trainer, encoder, work.dense, stage, kept, batches):
+                        told |= self._write(trainer, encoder, part, sums, comparable, work)
+                    if behind and not kept.needs_whole_passes:
+                        work.leave(behind)
+                    behind = []
+                work.finish(names, {name: told[name] for name in names})
+                behind = names
             next(bar, None)
         return told, batches.num_samples
 
@@ -171,50 +197,57 @@ class BlockByBlock:
             for name in stage.layers:
                 yield from self._measure(trainer, encoder, dense, Stage((name,), stage.block), kept, batches)
             return
-        found = sums.paired()
+        found, comparable = sums.paired(), sums.comparable
+        del sums
         for tensor in (found.cross, found.gram):
-            if not bool(torch.isfinite(tensor).all()):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 where = f"an activation in block {stage.block!r}" if stage.block else "an activation"
                 raise NonFiniteError(f"{where}, which goes into a layer,", layer=stage.layers[0])
-        yield stage.layers, found, sums.comparable
+        yield stage.layers, found, comparable
 
     def _write(
         self,
         trainer: pl.Trainer,
         encoder: nn.Module,
-        dense: Mapping[str, nn.Module],
         names: Sequence[str],
         sums: PairedSums,
         comparable: bool,
-        owners: Mapping[str, int],
-        decompose: Decompose,
+        work: Work,
     ) -> dict[str, Record]:
         """Factorises layers with one input, each by its owner, and sends them to all."""
-
-        def write(name: str) -> Record:
-            weight, form = dense_weight(dense[name]).detach(), cast(LowRankLinear, encoder.get_submodule(name))
-            if self.toward == "dense_outputs" and comparable:
-                wanted = compensate(weight, sums, self.ridge, form.bias is not None)
-            else:
-                wanted = Compensated(double(weight), double(sums.gram) / double(sums.tokens).clamp(min=1))
-            found = decompose(name, wanted.weight, wanted.moment)
-            form.assign_(found.factors.like(form.left.weight))
-            product = form.product().detach()
-            shift = wanted.shift(weight, product)
-            if shift is not None and form.bias is not None:
-                form.bias.add_(shift.to(form.bias))
-            record = {"error": relative_error(weight, product), "weighted_error": found.weighted_error}
-            return record | {"apart": not comparable}
-
+        forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in names}
         own: dict[str, Record] = {}
         with Agreement(trainer):
-            for name in (name for name in names if owners[name] == trainer.global_rank):
-                own[name] = write(name)
+            # Layers with one input have a bias all of them or, in a few models, not.
+            for biased in (False, True):
+                mine = [n for n in names if work.owners[n] == trainer.global_rank and _is_biased(forms[n]) == biased]
+                if mine:
+                    last = biased or not any(map(_is_biased, forms.values()))
+                    wanted = compensation(sums if last else _copied(sums), self.ridge, biased)
+                    own |= {name: self._write_one(name, forms[name], wanted, work) for name in mine}
         told = {name: record for share in gathered(trainer, own) for name, record in share.items()}
         for name in names:
-            for parameter in encoder.get_submodule(name).parameters():
-                send_(trainer, parameter.data, owners[name])
-        return {name: told[name] for name in names}
+            for parameter in forms[name].parameters():
+                send_(trainer, parameter.data, work.owners[name])
+        return {name: told[name] | {"apart": not comparable} for name in names}
+
+    def _write_one(self, name: str, form: LowRankLinear, wanted: Compensation, work: Work) -> Record:
+        weight = dense_weight(work.dense[name]).detach()
+        found = work.decompose(name, wanted.weight(weight), wanted.moment)
+        form.assign_(found.factors.like(form.left.weight))
+        product = form.product().detach()
+        shift = wanted.shift(weight, product)
+        if shift is not None and form.bias is not None:
+            form.bias.add_(shift.to(form.bias))
+        return {"error": relative_error(weight, product), "weighted_error": found.weighted_error}
+
+
+def _is_biased(form: LowRankLinear) -> bool:
+    return form.bias is not None
+
+
+def _copied(sums: PairedSums) -> PairedSums:
+    return PairedSums(*(None if part is None else part.clone() for part in vars(sums).values()))  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -302,7 +335,8 @@ class _Sums:
             self._counts = cast(Tensor, trainer.strategy.reduce(self._counts, reduce_op="sum"))
 
     def paired(self) -> PairedSums:
-        """The sums; those of the dense model are those of the other where they do not count."""
+        """The sums, without those of the dense model where they do not count or cannot be compared."""
         gram = self._gram.matrix()
-        cross, x, z = (self._rest[:-2], self._rest[-2], self._rest[-1]) if self._both else (gram, gram[0], gram[0])
-        return PairedSums(cross, gram, x, z, self._counts[0])
+        if not (self._both and self.comparable):
+            return PairedSums(gram, None, gram[0], gram[0], self._counts[0])
+        return PairedSums(gram, self._rest[:-2], self._rest[-2], self._rest[-1], self._counts[0])

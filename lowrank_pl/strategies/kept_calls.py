@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -42,8 +43,8 @@ class KeptCalls:
 
     Args:
         trainer: Of the run.
-        encoder: With the factorised layers.
-        dense: The layers that they stand for, by name.
+        encoder: With the factorised layers; more may be put in before a block is looked at.
+        dense: The layers that they stand for, by name, looked at anew for every block.
         model: Runs the encoder on a batch.
         order: The layers that are fitted, in the order of their calls.
     """
@@ -79,9 +80,22 @@ class KeptCalls:
         for kept in self._kept:
             yield kept.batch, self._as_dense(partial(again, module, kept.was)), partial(again, module, kept.now)
 
+    @property
+    def needs_whole_passes(self) -> bool:
+        """Whether layers that are still to come cannot be reached from the block at hand."""
+        blocks = list(dict.fromkeys(stage.block for stage in self._order))
+        rest = blocks[blocks.index(self._block) :] if self._block in blocks else blocks
+        if len(rest) == 1 and self._kept is not None:
+            return False
+        if self._links is None or self._kept is None or "" in rest:
+            return True
+        pairs = list(pairwise(rest))
+        return any(_way(links, *pair) is None for both in self._links for links in both for pair in pairs)
+
     def _go_to(self, block: str, batches: Iterable[Batch]) -> None:
         """Keeps what a block is called with, of the block before while it lasts."""
         before, self._block = self._block, block
+        self._dense = Exchange(self._encoder, self._layers)
         if self._kept is not None and before and self._advance(before, block, batches):
             return
         self._kept = None
@@ -134,7 +148,8 @@ class KeptCalls:
         found = []
         for batch in map(self._moved, batches):
             run = partial(self._model, batch)
-            was = links(self._as_dense(run), self._encoder, blocks, [self._layers[name] for name in names])
+            layers = [self._layers.get(name, form) for name, form in zip(names, forms, strict=True)]
+            was = links(self._as_dense(run), self._encoder, blocks, layers)
             found.append((was, links(run, self._encoder, blocks, forms)))
         return found
 

@@ -84,7 +84,7 @@ class SequentialStrategy(StaticStrategy):
             return _InOrder(self, self.sequential, trainer, pl_module, layers, finished, exchanged).run(request)
         except BaseException:
             for name, layer in exchanged.items():
-                replace_module_(as_compressible(pl_module).encoder, name, layer)
+                replace_module_(as_compressible(pl_module).encoder, name, layer.to(trainer.strategy.root_device))
             raise
         finally:
             finished.close()
@@ -141,8 +141,9 @@ class _InOrder:
         self._encoder = as_compressible(pl_module).encoder
         self._layers = layers
         self._finished = finished
-        self._exchanged = exchanged
-        self._owners = strategy._owners(trainer, layers)
+        self.dense = exchanged
+        self.owners = strategy._owners(trainer, layers)
+        self._ranks: dict[str, int] = {}
         self._notes: dict[str, str] = {}
         self._samples: int | None = None
 
@@ -152,32 +153,20 @@ class _InOrder:
         linears = [name for name, layer in self._layers.items() if not is_embedding(layer)]
         order = self._sequential.order(self._trainer, self._module, calibration, linears)
         allocation = strategy.allocation.allocate(request, self._energies())
-        ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
+        ranks = self._ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
         order = [stage for stage in (stage.among(ranks) for stage in order) if stage.layers]
         in_order = [name for stage in order for name in stage.layers]
         rest = {name: self._layers[name] for name in ranks if name not in in_order}
-        told = self._loaded(ranks)
+        told = self._loaded()
         if missing := {name: layer for name, layer in rest.items() if name not in told}:
             decompositions, notes, samples = strategy._decompose_all(self._trainer, self._module, missing)
             self._notes |= notes
             self._samples = self._samples if samples is None else samples
-            self._exchanged |= missing
+            self.dense |= missing
             told |= strategy._exchange(self._trainer, self._encoder, missing, allocation, decompositions, self._notes)
-            self._save(list(missing), told)
+            self.finish(list(missing), told)
         todo = [stage for stage in order if stage.layers[0] not in told]
-        for name in (name for stage in todo for name in stage.layers):
-            self._exchanged[name] = self._layers[name]
-            replace_module_(self._encoder, name, empty_factors(self._layers[name], ranks[name]))
-
-        def decompose(name: str, weight: Tensor, moment: Tensor) -> Factorised:
-            outputs = None if strategy.moments.outputs == "none" else self._finished.moment(name)
-            outputs = None if outputs is None else outputs.to(weight.device)
-            measured = LayerMoments(_as_measured(moment, strategy.moments), outputs)
-            return strategy.decompose(weight, measured, self._samples or 0).at(ranks[name])
-
-        found, samples = self._sequential.fit_(
-            self._trainer, self._module, calibration, self._exchanged, todo, self._owners, decompose, self._save
-        )
+        found, samples = self._sequential.fit_(self._trainer, self._module, calibration, todo, self)
         note = f"{len(in_order)} layers were factorised in the order of their calls on {samples} samples"
         if rest:
             note += f"; {len(rest)} that are called several times, or never, before them"
@@ -212,7 +201,7 @@ class _InOrder:
             return None
         if importance.outputs != "none":
             done = self._trainer.strategy.broadcast(list(self._finished.load()[0]))
-            own = [n for n, owner in self._owners.items() if owner == self._trainer.global_rank and n not in done]
+            own = [n for n, owner in self.owners.items() if owner == self._trainer.global_rank and n not in done]
             if not all(gathered(self._trainer, all(map(self._finished.has_moment, own)))):
                 return None
         energies, told = kept
@@ -235,20 +224,18 @@ class _InOrder:
                 self._finished.put_moment(name, moments.outputs)
             return None if energies is None else energies.cpu(), note
 
-        told = work_shared(self._trainer, {name: self._owners[name] for name in names}, look, "Energies")
+        told = work_shared(self._trainer, {name: self.owners[name] for name in names}, look, "Energies")
         self._notes |= {name: note for name, (_, note) in told.items() if note is not None}
         return {name: energies for name, (energies, _) in told.items() if energies is not None}
 
-    def _loaded(self, ranks: Mapping[str, int]) -> dict[str, Record]:
+    def _loaded(self) -> dict[str, Record]:
         """Puts the layers into the encoder that an earlier start has finished; returns their records."""
         states, told = self._finished.load() if self._trainer.is_global_zero else ({}, {})
         told = self._trainer.strategy.broadcast(told)
         for name in told:
-            self._exchanged[name] = self._layers[name]
-            made = empty_factors(self._layers[name], ranks[name])
+            made = self._exchange(name)
             if self._trainer.is_global_zero:
                 made.load_state_dict(states[name])
-            replace_module_(self._encoder, name, made)
             for parameter in made.parameters():
                 send_(self._trainer, parameter.data, 0)
         if told:
@@ -256,17 +243,44 @@ class _InOrder:
                 "going on with the blocks that an earlier start has finished in %s: %d of %d layers",
                 self._strategy.progress_folder,
                 len(told),
-                len(ranks),
+                len(self._ranks),
             )
         return dict(told)
 
-    def _save(self, names: Sequence[str], told: Mapping[str, Record]) -> None:
+    def _exchange(self, name: str) -> nn.Module:
+        """Puts empty factors in the place of a layer."""
+        self.dense[name] = self._layers[name]
+        made = empty_factors(self._layers[name], self._ranks[name])
+        replace_module_(self._encoder, name, made)
+        return made
+
+    # `Work`.
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Exchanges the layers of the next block for empty factors."""
+        for name in names:
+            self._exchange(name)
+
+    def decompose(self, name: str, weight: Tensor, moment: Tensor) -> Factorised:
+        """As the method does, with the moment of outputs that was measured beforehand."""
+        outputs = None if self._strategy.moments.outputs == "none" else self._finished.moment(name)
+        outputs = None if outputs is None else outputs.to(weight.device)
+        measured = LayerMoments(_as_measured(moment, self._strategy.moments), outputs)
+        return self._strategy.decompose(weight, measured, self._samples or 0).at(self._ranks[name])
+
+    def finish(self, names: Sequence[str], told: Mapping[str, Record]) -> None:
         """Keeps the factors of layers that are done, and drops what is not needed any more."""
         with Agreement(self._trainer):
             if self._trainer.is_global_zero:
                 states = {name: self._encoder.get_submodule(name).state_dict() for name in names}
                 self._finished.save(states, {name: dict(told[name]) for name in names})
         self._finished.drop_moments(names)
+
+    def leave(self, names: Sequence[str]) -> None:
+        """Takes dense layers off the device, where nothing else is to be fitted to them."""
+        if self._strategy.refit is None:
+            for name in names:
+                self.dense[name].cpu()
 
 
 def _as_measured(moment: Tensor, importance: SecondMoments) -> Tensor | None:

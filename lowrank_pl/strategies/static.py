@@ -225,7 +225,7 @@ class StaticStrategy(CompressionStrategy):
                 notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
         except BaseException:
             for name, layer in exchanged.items():
-                replace_module_(encoder, name, layer)
+                replace_module_(encoder, name, layer.to(trainer.strategy.root_device))
             for head, layer in dense_heads.items():
                 untie_head_(encoder, head, heads[head], layer)
             raise

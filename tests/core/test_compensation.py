@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_pl.core import PairedSums, compensate, kronecker_svd
+from lowrank_pl.core import PairedSums, compensation, kronecker_svd
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError, ShapeError
 from tests.core.matrices import random_matrix
 
@@ -18,7 +18,7 @@ def tokens(seed: int) -> Tensor:
 
 
 def sums(x: Tensor, z: Tensor) -> PairedSums:
-    return PairedSums(x.mT @ z, z.mT @ z, x.sum(0), z.sum(0), torch.tensor(float(len(x))))
+    return PairedSums(z.mT @ z, x.mT @ z, x.sum(0), z.sum(0), torch.tensor(float(len(x))))
 
 
 WEIGHT = random_matrix(M, N, dtype=torch.float64)
@@ -27,24 +27,24 @@ WEIGHT = random_matrix(M, N, dtype=torch.float64)
 @pytest.mark.parametrize("bias", [False, True])
 def test_where_nothing_has_changed_the_weight_stays_exactly(bias: bool) -> None:
     x = tokens(1)
-    found = compensate(WEIGHT, sums(x, x), 1e-1, bias)
-    assert torch.equal(found.weight, WEIGHT)
+    found = compensation(sums(x, x), 1e-1, bias)
+    assert torch.equal(found.weight(WEIGHT), WEIGHT)
     if bias:
-        shift = found.shift(WEIGHT, found.weight)
+        shift = found.shift(WEIGHT, WEIGHT)
         assert shift is not None
         assert not shift.any()
 
 
 def test_a_change_of_scale_is_undone() -> None:
     x = tokens(1)
-    torch.testing.assert_close(compensate(WEIGHT, sums(x, 2 * x), 1e-12, bias=False).weight, WEIGHT / 2)
+    torch.testing.assert_close(compensation(sums(x, 2 * x), 1e-12, bias=False).weight(WEIGHT), WEIGHT / 2)
 
 
 def test_a_shift_is_left_to_the_bias() -> None:
     x = tokens(1)
-    found = compensate(WEIGHT, sums(x, x + 3), 1e-9, bias=True)
-    torch.testing.assert_close(found.weight, WEIGHT)
-    torch.testing.assert_close(found.shift(WEIGHT, found.weight), WEIGHT @ torch.full((N,), -3.0, dtype=torch.float64))
+    found = compensation(sums(x, x + 3), 1e-9, bias=True)
+    torch.testing.assert_close(found.weight(WEIGHT), WEIGHT)
+    torch.testing.assert_close(found.shift(WEIGHT, WEIGHT), WEIGHT @ torch.full((N,), -3.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -52,8 +52,8 @@ def test_no_other_factors_of_the_rank_put_out_anything_closer(bias: bool) -> Non
     x, z = tokens(1), 0.7 * tokens(1) + 0.5 * tokens(2)
     root = random_matrix(M, M, seed=9, dtype=torch.float64)
     metric = root @ root.mT
-    found = compensate(WEIGHT, sums(x, z), 1e-12, bias)
-    left, right = kronecker_svd(found.weight, 2, found.moment, metric, damping=0).balanced()
+    found = compensation(sums(x, z), 1e-12, bias)
+    left, right = kronecker_svd(found.weight(WEIGHT), 2, found.moment, metric, damping=0).balanced()
     shift = found.shift(WEIGHT, left @ right)
     constant = torch.zeros(M, dtype=torch.float64) if shift is None else shift
 
@@ -72,22 +72,30 @@ def test_no_other_factors_of_the_rank_put_out_anything_closer(bias: bool) -> Non
 
 def test_the_ridge_keeps_to_the_weight_where_there_are_few_tokens() -> None:
     x, z = tokens(1)[:3], tokens(2)[:3]
-    near, far = (compensate(WEIGHT, sums(x, z), ridge, bias=False).weight for ridge in (1e3, 1e-3))
+    near, far = (compensation(sums(x, z), ridge, bias=False).weight(WEIGHT) for ridge in (1e3, 1e-3))
     assert (near - WEIGHT).norm() < 1e-2 * (far - WEIGHT).norm()
 
 
 def test_an_input_that_is_always_zero_keeps_its_column() -> None:
     x, z = tokens(1), tokens(1)
     z[:, 2] = 0
-    assert torch.equal(compensate(WEIGHT, sums(x, z), 1e-3, bias=False).weight[:, 2], WEIGHT[:, 2])
+    assert torch.equal(compensation(sums(x, z), 1e-3, bias=False).weight(WEIGHT)[:, 2], WEIGHT[:, 2])
+
+
+def test_without_the_dense_inputs_the_weight_is_the_target() -> None:
+    z = tokens(2)
+    found = compensation(PairedSums(z.mT @ z, None, z, z, torch.tensor(float(T))), 1e-3, bias=True)
+    assert torch.equal(found.weight(WEIGHT), WEIGHT)
+    torch.testing.assert_close(found.moment, z.mT @ z / T)
+    assert found.shift(WEIGHT, WEIGHT) is None
 
 
 def test_bad_inputs_are_refused() -> None:
     x = tokens(1)
     good = sums(x, x)
     with pytest.raises(RangeError, match="ridge"):
-        compensate(WEIGHT, good, 0.0, bias=False)
+        compensation(good, 0.0, bias=False)
     with pytest.raises(ShapeError, match="cross"):
-        compensate(WEIGHT, PairedSums(good.gram[:2], good.gram, good.x, good.z, good.tokens), 1e-3, bias=False)
+        compensation(PairedSums(good.gram, good.gram[:2], good.x, good.z, good.tokens), 1e-3, bias=False)
     with pytest.raises(NonFiniteError, match="gram"):
-        compensate(WEIGHT, PairedSums(good.cross, good.gram / 0, good.x, good.z, good.tokens), 1e-3, bias=False)
+        compensation(PairedSums(good.gram / 0, good.cross, good.x, good.z, good.tokens), 1e-3, bias=False)
