@@ -85,7 +85,7 @@ class _Made(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.on = False
         self.in_block = False
         self.looked = False

@@ -15,7 +15,7 @@ from lowrank_pl.allocation import LayerOverride, Uniform
 from lowrank_pl.core import kronecker_groups
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import BlocksMismatchError
-from lowrank_pl.strategies import SVD, BlockByBlock, Calibration, KroneckerSVD, finished_blocks, kept_calls, sequential
+from lowrank_pl.strategies import SVD, BlockByBlock, Calibration, KroneckerSVD, finished_blocks, sequential
 from lowrank_pl.strategies.finished_blocks import FinishedBlocks
 from lowrank_pl.surgery import TargetSelector, read_layout
 from tests.strategies.test_refit import Routed, cross_entropies, vectors
@@ -154,15 +154,31 @@ def test_moments_on_disk_change_nothing_and_are_gone_afterwards(
     assert not list(tmp_path.iterdir())
 
 
-def test_dense_layers_leave_the_device_when_their_block_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    left: list[list[str]] = []
-    monkeypatch.setattr(sequential._InOrder, "leave", lambda _, names: left.append(list(names)))
-    compress(tiny_decoder("llama"), BATCHES, loss, method(sequential=True))
-    assert [{name.split(".")[2] for name in names} for names in left] == [{"0"}]  # the last block is needed to the end
-    left.clear()
-    monkeypatch.setattr(kept_calls, "links", lambda *_: {})  # batches go through the whole model for every block
-    compress(tiny_decoder("llama"), BATCHES, loss, method(sequential=True))
-    assert not left
+class Deep(nn.Module):
+    """Four blocks, between which the model may do something."""
+
+    def __init__(self, between: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4))
+        self.head = nn.Linear(6, 2)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x + self.between) if self.between else block(x)
+        found: Tensor = self.head(x)
+        return found
+
+
+@pytest.mark.parametrize(("between", "expected"), [(0.0, "012"), (1.0, "2")])
+def test_dense_layers_leave_the_device_when_no_pass_needs_them(
+    between: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[str] = []
+    monkeypatch.setattr(sequential._InOrder, "leave", lambda _, names: left.extend(names))
+    torch.manual_seed(0)
+    compress(Deep(between), vectors(), cross_entropies, method(keep_ratio=0.7, sequential=True))
+    assert left == [f"blocks.{block}.0" for block in expected]
 
 
 def test_an_activation_that_is_not_finite_is_told_with_its_block() -> None:
