@@ -133,6 +133,17 @@ class CompressionStrategy(pl.Callback, ABC):
         """In what the method counts what a layer costs."""
         return Parameters()
 
+    def told_of_memory(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
+        """Lines for `inspect` about what `compress` takes at most; none, unless a method knows it from shapes alone.
+
+        Args:
+            encoder: The model; its values do not matter.
+            item: Bytes of one parameter.
+            tokens: Of one calibration sample, as far as the data tell.
+        """
+        del encoder, item, tokens
+        return []
+
     @property
     def keeps_progress(self) -> bool:
         """Whether `compress` keeps in `progress_folder` what is done, so that a run that was stopped goes on."""

@@ -19,6 +19,7 @@ from lowrank_pl.strategies.block_by_block import BlockByBlock, Record
 from lowrank_pl.strategies.calibration import loss_identity, measure_importance
 from lowrank_pl.strategies.decomposition import Factorised
 from lowrank_pl.strategies.finished_blocks import FinishedBlocks
+from lowrank_pl.strategies.memory_bound import memory_bound
 from lowrank_pl.strategies.processes import Agreement, gathered, send_, work_shared
 from lowrank_pl.strategies.static import StaticStrategy
 from lowrank_pl.strategies.writing import empty_factors
@@ -57,6 +58,30 @@ class SequentialStrategy(StaticStrategy):
     def keeps_progress(self) -> bool:
         """Whether a stopped run can go on where it was: block by block."""
         return self.sequential is not None
+
+    def told_of_memory(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
+        """See `CompressionStrategy.told_of_memory`; of a sample whose length is not known, one token."""
+        if self.sequential is None:
+            return []
+        layers = self.targets.select(encoder)
+        plan, shapes, beforehand = self.plan(encoder), self.targets.shapes(layers), self.beforehand
+        ranked = {name: rank for name, rank in plan.ranks.items() if rank is not None}
+        groups = [] if beforehand is None else beforehand.groups(shapes, self.calibration.max_memory)
+        samples = min(self.sequential.max_samples, self.calibration.max_samples or self.sequential.max_samples)
+        width = min(shapes[name].in_features for name in shapes)
+        width = getattr(getattr(encoder, "config", None), "hidden_size", width)
+        bound = memory_bound(
+            shapes,
+            {name: plan.parameters(name) for name in ranked},
+            sum(parameter.numel() for parameter in encoder.parameters()),
+            item,
+            beforehand,
+            groups,
+            samples * (tokens or 1) * width,
+            stays=self.refit is not None,
+        )
+        length = "one token; multiply by their length" if tokens is None else f"{tokens} tokens"
+        return bound.lines(f"{samples} samples of {length}")
 
     @property
     def moments(self) -> SecondMoments:

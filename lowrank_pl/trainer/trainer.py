@@ -29,7 +29,7 @@ from lowrank_pl.strategies.any_module import check_factorised
 from lowrank_pl.strategies.base import as_compressible, strategy_of
 from lowrank_pl.strategies.processes import Agreement
 from lowrank_pl.tasks import EncoderTask
-from lowrank_pl.tasks.before_data import check_plan
+from lowrank_pl.tasks.before_data import check_plan, shapes_of
 from lowrank_pl.trainer.compressor import Compressor
 from lowrank_pl.trainer.diagnoser import Diagnoser
 from lowrank_pl.trainer.inspection import inspect_model
@@ -218,17 +218,23 @@ class LowRankTrainer(pl.Trainer):
         """Shows what can be factorised and what the configured budget would give; no training, no data.
 
         Args:
-            model: The task; its encoder is built, nothing is written.
-            datamodule: Not used.
+            model: The task; its encoder is built, nothing is written. Of a folder with a configuration and no weights
+                the shapes are looked at.
+            datamodule: Tells how long samples are, for the memory of methods that know it; no data are read.
 
         Raises:
             LowRankError: the strategy's plan is impossible for this model; the table is printed before.
         """
-        del datamodule
-        if not model.is_built:
-            model.build()
-        print(inspect_model(model.encoder, model.strategy))
-        model.strategy.plan(model.encoder)
+        encoder = shapes_of(model)
+        if encoder is None:
+            if not model.is_built:
+                model.build()
+            encoder = model.encoder
+        print(inspect_model(encoder, model.strategy))
+        model.strategy.plan(encoder)
+        tokens = getattr(datamodule, "window", None) or getattr(datamodule, "max_length", None)
+        for line in model.strategy.told_of_memory(encoder, 2 if str(self.precision).endswith("-true") else 4, tokens):
+            print(line)
 
 
 def _ratio_to_diagnose(strategy: CompressionStrategy, asked: float | None) -> tuple[float, str]:
