@@ -167,7 +167,7 @@ class _InOrder:
         self._layers = layers
         self._finished = finished
         self.dense = exchanged
-        self.owners = strategy._owners(trainer, layers)
+        self.owners: Mapping[str, int] = strategy._owners(trainer, layers)
         self._ranks: dict[str, int] = {}
         self._notes: dict[str, str] = {}
         self._samples: int | None = None

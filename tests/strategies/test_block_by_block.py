@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lowrank_pl.allocation import LayerOverride, Uniform
 from lowrank_pl.core import kronecker_groups
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import BlocksMismatchError
-from lowrank_pl.strategies import SVD, BlockByBlock, Calibration, KroneckerSVD, finished_blocks, sequential
+from lowrank_pl.strategies import SVD, BlockByBlock, Calibration, KroneckerSVD, sequential
 from lowrank_pl.strategies.finished_blocks import FinishedBlocks
 from lowrank_pl.surgery import TargetSelector, read_layout
 from tests.strategies.test_refit import Routed, cross_entropies, vectors
@@ -57,7 +58,8 @@ def distance(model: Any, dense: Any) -> float:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # without biases; with them, and with transposed weights
 def test_every_layer_is_the_best_of_its_rank_for_the_inputs_that_it_gets(family: str) -> None:
     dense = tiny_decoder(family)
-    layers, model = TargetSelector().select(dense), copy.deepcopy(dense)
+    layers: dict[str, Any] = dict(TargetSelector().select(dense))
+    model = copy.deepcopy(dense)
     record = compress(model, BATCHES, loss, method(sequential=BlockByBlock(ridge=1e-5)))
     checked = 0
     for told in record.layers:
@@ -143,7 +145,7 @@ def test_layers_that_get_other_tokens_keep_their_weight_as_the_target() -> None:
 def test_moments_on_disk_change_nothing_and_are_gone_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finished_blocks.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     states = []
     for max_memory in (None, 1e-4):
         model = tiny_decoder("llama")
