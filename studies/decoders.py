@@ -76,7 +76,7 @@ def table(found: list[tuple[Cell, Report]]) -> list[str]:
     if found:
         lines.append(line("", "dense", f"{found[0][1]['score_dense']:.2f}", "1.00", "1.000", ""))
     for cell, report in found:
-        times = f"{report['score'] / report['score_dense']:.2f}"
+        times = number(report["score"] / report["score_dense"])
         kept, minutes = f"{report['keep_ratio']:.3f}", f"{report['seconds'] / 60:.0f}"
         lines.append(line(cell.ratio, cell.method, number(report["score"]), times, kept, minutes))
     return lines

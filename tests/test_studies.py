@@ -191,3 +191,33 @@ def test_the_script_for_gpus_says_at_once_that_there_is_none() -> None:
     assert result.returncode == 1
     assert result.stderr == "gpu.sh: false finds no torch with a CUDA device, which everything here needs.\n"
     assert not result.stdout
+
+
+def test_perplexities_that_are_there_are_put_into_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, score in (("SVD-0.8", 3.1e7), ("whitening-sequential-0.8", 48.0)):
+        (tmp_path / name).mkdir()
+        told = report(score) | {"score_dense": 24.0, "seconds": 90.0}
+        (tmp_path / name / "report.json").write_text(json.dumps(told))
+    path = ROOT / "studies" / "decoders.py"
+    words = [
+        "--model",
+        "m",
+        "--train",
+        "a.txt",
+        "--test",
+        "b.txt",
+        "--ratios",
+        "0.8",
+        "--output",
+        str(tmp_path),
+        "--table",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        run(path, monkeypatch, *words)
+    assert stop.value.code == 0
+    assert (tmp_path / "decoders.md").read_text().splitlines()[2:] == [
+        "|  | dense | 24.00 | 1.00 | 1.000 |  |",
+        "| 0.8 | SVD | 3.10e+07 | 1.29e+06 | 0.500 | 2 |",
+        "| 0.8 | whitening, sequential | 48.00 | 2.00 | 0.500 | 2 |",
+    ]
+    assert (tmp_path / "decoders.png").stat().st_size > 1000
