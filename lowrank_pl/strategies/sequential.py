@@ -105,7 +105,8 @@ class SequentialStrategy(StaticStrategy):
         exchanged: dict[str, nn.Module] = {}
         try:
             with Agreement(trainer):
-                finished.begin(self._identity(trainer, pl_module, layers, self.sequential))
+                if trainer.is_global_zero:
+                    finished.begin(self._identity(trainer, pl_module, layers, self.sequential))
             return _InOrder(self, self.sequential, trainer, pl_module, layers, finished, exchanged).run(request)
         except BaseException:
             for name, layer in exchanged.items():
