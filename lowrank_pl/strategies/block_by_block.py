@@ -89,15 +89,16 @@ class BlockByBlock:
     Args:
         toward: What layers are fitted to: `dense_outputs`, `W x`; or `own_inputs`, `W z`, which leaves what the layers
             before have changed as it is.
-        ridge: How strongly `M` keeps to `W`, relative to the diagonal of `Σ z zᵀ`, `> 0`.
+        ridge: How strongly `M` keeps to `W`, relative to the diagonal of `Σ z zᵀ`, `> 0`; `null`: for every input as
+            generalised cross-validation says, which also leaves `M = W` where there are too few tokens to know better.
         max_samples: How many of the calibration samples are used at most.
     """
 
-    def __init__(self, toward: str = "dense_outputs", ridge: float = 1e-2, max_samples: int = 512) -> None:
+    def __init__(self, toward: str = "dense_outputs", ridge: float | None = None, max_samples: int = 512) -> None:
         if toward not in ("dense_outputs", "own_inputs"):
             raise RangeError("sequential.toward", toward, "'dense_outputs' or 'own_inputs'")
-        if not (math.isfinite(ridge) and ridge > 0):
-            raise RangeError("sequential.ridge", ridge, "0 < ridge, relative to the diagonal")
+        if ridge is not None and not (math.isfinite(ridge) and ridge > 0):
+            raise RangeError("sequential.ridge", ridge, "0 < ridge, relative to the diagonal, or null")
         if max_samples < 1:
             raise RangeError("sequential.max_samples", max_samples, "a whole number from 1")
         self.toward = toward
@@ -273,8 +274,8 @@ class _Sums:
         n, device = form.in_features, form.left.weight.device
         self._gram = GramSum(n, device)
         self._rest = torch.zeros((n + 2 if both else 0, n), dtype=torch.float64, device=float64_device(device))
-        # Tokens; batches on which layers get different tensors; on which the models give them other tokens.
-        self._counts = torch.zeros(3, dtype=torch.float64, device=float64_device(device))
+        # Tokens; batches on which layers get different tensors; on which models give them other tokens; `Σ ‖x − z‖²`.
+        self._counts = torch.zeros(4, dtype=torch.float64, device=float64_device(device))
 
     @property
     def differ(self) -> bool:
@@ -307,6 +308,7 @@ class _Sums:
             x = x[kept].reshape(z.shape).float()
             sums = torch.cat([x.mT @ z, x.sum(0, keepdim=True), z.sum(0, keepdim=True)])
             self._rest += sums.to(self._rest)
+            self._counts[3] += float((x - z).square().sum(dtype=torch.float32))
 
     def _inputs(self, layers: Mapping[str, nn.Module], run: Pass) -> list[Tensor | None]:
         """What each layer gets in a pass, `None` for one that is not called; the pass ends when all have been."""
@@ -338,5 +340,5 @@ class _Sums:
         """The sums, without those of the dense model where they do not count or cannot be compared."""
         gram = self._gram.matrix()
         if not (self._both and self.comparable):
-            return PairedSums(gram, None, gram[0], gram[0], self._counts[0])
-        return PairedSums(gram, self._rest[:-2], self._rest[-2], self._rest[-1], self._counts[0])
+            return PairedSums(gram, None, gram[0], gram[0], self._counts[0], self._counts[3])
+        return PairedSums(gram, self._rest[:-2], self._rest[-2], self._rest[-1], self._counts[0], self._counts[3])

@@ -64,10 +64,10 @@ def gigabytes(size: int) -> str:
 def fitting_bytes(shape: LinearShape) -> int:
     """What fitting one layer takes, in float64: both sums and what is solved with them, or the metric's roots; `M`.
 
-    Six matrices `[n, n]`, four `[m, n]` and two `[m, m]` at a time.
+    Seven matrices `[n, n]`, four `[m, n]` and two `[m, m]` at a time.
     """
     m, n = shape.out_features, shape.in_features
-    return 8 * (6 * n * n + 4 * m * n + 2 * m * m)
+    return 8 * (7 * n * n + 4 * m * n + 2 * m * m)
 
 
 def memory_bound(

@@ -18,16 +18,17 @@ def tokens(seed: int) -> Tensor:
 
 
 def sums(x: Tensor, z: Tensor) -> PairedSums:
-    return PairedSums(z.mT @ z, x.mT @ z, x.sum(0), z.sum(0), torch.tensor(float(len(x))))
+    return PairedSums(z.mT @ z, x.mT @ z, x.sum(0), z.sum(0), torch.tensor(float(len(x))), (x - z).square().sum())
 
 
 WEIGHT = random_matrix(M, N, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("ridge", [1e-1, None])
 @pytest.mark.parametrize("bias", [False, True])
-def test_where_nothing_has_changed_the_weight_stays_exactly(bias: bool) -> None:
+def test_where_nothing_has_changed_the_weight_stays_exactly(bias: bool, ridge: float | None) -> None:
     x = tokens(1)
-    found = compensation(sums(x, x), 1e-1, bias)
+    found = compensation(sums(x, x), ridge, bias)
     assert torch.equal(found.weight(WEIGHT), WEIGHT)
     if bias:
         shift = found.shift(WEIGHT, WEIGHT)
@@ -76,6 +77,36 @@ def test_the_ridge_keeps_to_the_weight_where_there_are_few_tokens() -> None:
     assert (near - WEIGHT).norm() < 1e-2 * (far - WEIGHT).norm()
 
 
+def drawn(count: int, seed: int, share: float) -> tuple[Tensor, Tensor]:
+    """Inputs of 20 features that a layer before has halved in ten directions, and what `share` of noise adds."""
+    generator = torch.Generator().manual_seed(seed)
+    x, noise = (torch.randn(count, 20, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x, x * torch.tensor([1.0, 0.5] * 10) + share * noise
+
+
+@pytest.mark.parametrize(("count", "share"), [(60, 0.3), (60, 3.0), (2000, 0.3), (10, 0.3)])
+def test_the_chosen_ridge_is_about_the_best_for_other_tokens(count: int, share: float) -> None:
+    weight = random_matrix(M, 20, dtype=torch.float64)
+    x, z = drawn(5000, 99, share)
+
+    def error(ridge: float | None) -> float:
+        """On tokens that were not looked at."""
+        found = compensation(sums(*drawn(count, 5, share)), ridge, bias=False).weight(weight)
+        return float((x @ weight.mT - z @ found.mT).square().sum())
+
+    without = float((x @ weight.mT - z @ weight.mT).square().sum())
+    best = min(without, *(error(10.0**exponent) for exponent in range(-4, 4)))
+    assert error(None) <= (1.5 if count == 10 else 1.15) * best
+    assert error(None) <= (1.1 if count == 10 else 1.0) * without
+
+
+def test_few_tokens_that_say_little_change_little() -> None:
+    x, z = tokens(1), tokens(1)
+    z = z + 0.3 * torch.randn(z.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).sign()
+    chosen, asked = (compensation(sums(x[:6], z[:6]), ridge, bias=False).weight(WEIGHT) for ridge in (None, 1e-3))
+    assert (chosen - WEIGHT).norm() < 0.1 * (asked - WEIGHT).norm()
+
+
 def test_an_input_that_is_always_zero_keeps_its_column() -> None:
     x, z = tokens(1), tokens(1)
     z[:, 2] = 0
@@ -84,7 +115,7 @@ def test_an_input_that_is_always_zero_keeps_its_column() -> None:
 
 def test_without_the_dense_inputs_the_weight_is_the_target() -> None:
     z = tokens(2)
-    found = compensation(PairedSums(z.mT @ z, None, z, z, torch.tensor(float(T))), 1e-3, bias=True)
+    found = compensation(PairedSums(z.mT @ z, None, z, z, torch.tensor(float(T)), torch.tensor(0.0)), 1e-3, bias=True)
     assert torch.equal(found.weight(WEIGHT), WEIGHT)
     torch.testing.assert_close(found.moment, z.mT @ z / T)
     assert found.shift(WEIGHT, WEIGHT) is None
@@ -96,6 +127,6 @@ def test_bad_inputs_are_refused() -> None:
     with pytest.raises(RangeError, match="ridge"):
         compensation(good, 0.0, bias=False)
     with pytest.raises(ShapeError, match="cross"):
-        compensation(PairedSums(good.gram, good.gram[:2], good.x, good.z, good.tokens), 1e-3, bias=False)
+        compensation(PairedSums(good.gram, good.gram[:2], good.x, good.z, good.tokens, good.apart), 1e-3, bias=False)
     with pytest.raises(NonFiniteError, match="gram"):
-        compensation(PairedSums(good.gram / 0, good.cross, good.x, good.z, good.tokens), 1e-3, bias=False)
+        compensation(PairedSums(good.gram / 0, good.cross, good.x, good.z, good.tokens, good.apart), 1e-3, bias=False)
