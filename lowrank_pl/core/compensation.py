@@ -141,4 +141,5 @@ def _regression(gram: Tensor, difference: Tensor, ridge: float | None, apart: fl
             least, best = left / free**2, tried
     if best is None:
         return None
-    return ((turned / (values + best)) @ vectors.mT).mul_(scale)
+    chosen: Tensor = (turned / (values + best)) @ vectors.mT
+    return chosen.mul_(scale)
