@@ -44,7 +44,7 @@ class KeptCalls:
     Args:
         trainer: Of the run.
         encoder: With the factorised layers; more may be put in before a block is looked at.
-        dense: The layers that they stand for, by name, looked at anew for every block.
+        dense: The layers that they stand for, by name, looked at anew every time.
         model: Runs the encoder on a batch.
         order: The layers that are fitted, in the order of their calls.
     """
@@ -69,6 +69,7 @@ class KeptCalls:
 
     def of(self, block: str, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Pass, Pass]]:
         """Every batch, with a pass of the dense model and one of the factorised one, run before the next one."""
+        self._dense = Exchange(self._encoder, self._layers)
         if block and block != self._block:
             self._go_to(block, batches)
         if not block or self._kept is None:
@@ -95,7 +96,6 @@ class KeptCalls:
     def _go_to(self, block: str, batches: Iterable[Batch]) -> None:
         """Keeps what a block is called with, of the block before while it lasts."""
         before, self._block = self._block, block
-        self._dense = Exchange(self._encoder, self._layers)
         if self._kept is not None and before and self._advance(before, block, batches):
             return
         self._kept = None

@@ -183,6 +183,27 @@ def test_dense_layers_leave_the_device_when_no_pass_needs_them(
     assert left == [f"blocks.{block}.0" for block in expected]
 
 
+def test_layers_outside_of_blocks_are_fitted_by_whole_passes() -> None:
+    torch.manual_seed(0)
+    dense = nn.ModuleDict({"first": nn.Linear(6, 6), "second": nn.Linear(6, 6), "head": nn.Linear(6, 2)})
+    model = copy.deepcopy(dense)
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        logits = model["head"](torch.tanh(model["second"](torch.tanh(model["first"](batch[0])))))
+        return torch.nn.functional.cross_entropy(logits, batch[1], reduction="none")
+
+    options = {"keep_ratio": 0.7, "targets": TargetSelector(["first", "second"]), "damping": 1e-9}
+    compress(model, vectors(), loss, method(**options, sequential=BlockByBlock(ridge=1e-9)))
+    x = torch.cat([batch[0] for batch in vectors()])
+    wanted = dense["second"](torch.tanh(dense["first"](x))).double().detach()
+    z, layer = torch.tanh(model["first"](x)).double().detach(), model["second"]
+    z, wanted = z - z.mean(0), wanted - wanted.mean(0)
+    best = torch.linalg.lstsq(z, wanted).solution
+    basis = torch.linalg.svd((z @ best).mT, full_matrices=False)[0][:, : layer.rank]
+    least = (wanted - z @ best @ basis @ basis.mT).square().sum()
+    assert (wanted - z @ layer.product().detach().double().mT).square().sum() <= 1.001 * least
+
+
 def test_an_activation_that_is_not_finite_is_told_with_its_block() -> None:
     model = tiny_decoder("llama")
     model.model.layers[1].input_layernorm.weight.data[0] = torch.inf
