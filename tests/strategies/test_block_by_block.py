@@ -196,7 +196,8 @@ def test_layers_outside_of_blocks_are_fitted_by_whole_passes() -> None:
     compress(model, vectors(), loss, method(**options, sequential=BlockByBlock(ridge=1e-9)))
     x = torch.cat([batch[0] for batch in vectors()])
     wanted = dense["second"](torch.tanh(dense["first"](x))).double().detach()
-    z, layer = torch.tanh(model["first"](x)).double().detach(), model["second"]
+    layer: Any = model["second"]
+    z = torch.tanh(model["first"](x)).double().detach()
     z, wanted = z - z.mean(0), wanted - wanted.mean(0)
     best = torch.linalg.lstsq(z, wanted).solution
     basis = torch.linalg.svd((z @ best).mT, full_matrices=False)[0][:, : layer.rank]
