@@ -88,3 +88,30 @@ ROUND: dict[str, list[str]] = {
     "RankDyna rewarmup": _rankdyna("schedule.init_args.rewarmup=0.03"),
     "RankDyna lr 1e-4": [*_rankdyna(), "--model.init_args.optimizer.init_args.lr=1e-4"],
 }
+
+
+def _decoder(name: str, *options: str) -> list[str]:
+    """A strategy for decoders; the study says how many windows it is measured on."""
+    return [f"{STRATEGY}={name}", *(f"{STRATEGY}.init_args.{option}" for option in options)]
+
+
+DECODERS: dict[str, list[str]] = {
+    "SVD": _decoder("SVD"),
+    "FWSVD input": _decoder("FWSVD", "side=input"),
+    "FWSVD both": _decoder("FWSVD", "side=both"),
+    "whitening": _decoder("KroneckerSVD", "side=input", "refit=false"),
+    # What SVD-LLM does, with both factors made for the inputs that compressed blocks give.
+    "whitening, sequential": _decoder(
+        "KroneckerSVD", "side=input", "refit=false", "sequential=BlockByBlock", "sequential.init_args.toward=own_inputs"
+    ),
+    # And with its closed-form update of left factors, on inputs and outputs of the dense model besides.
+    "whitening, refit": _decoder("KroneckerSVD", "side=input", "refit=lowrank_pl.strategies.Refit"),
+    "whitening, sequential to dense outputs": _decoder("KroneckerSVD", "side=input", "refit=false", "sequential=true"),
+    "KroneckerSVD uniform": _decoder("KroneckerSVD", "allocation=Uniform", "refit=false"),
+    "KroneckerSVD": _decoder("KroneckerSVD", "refit=false"),
+    "KroneckerSVD refit": _decoder("KroneckerSVD", "refit=lowrank_pl.strategies.Refit"),
+    "KroneckerSVD uniform, sequential": _decoder(
+        "KroneckerSVD", "allocation=Uniform", "refit=false", "sequential=true"
+    ),
+    "KroneckerSVD sequential": _decoder("KroneckerSVD", "refit=false", "sequential=true"),
+}

@@ -245,3 +245,33 @@ def test_a_task_of_word_order_exchanges_words_and_changes_none(
     for text, label in (line.split(",") for line in lines):
         assert (text in given) == (label == "ok")
         assert any(sorted(text.split()) == sorted(other.split()) for other in given)
+
+
+def test_perplexities_that_are_there_are_put_into_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, score in (("SVD-0.8", 3.1e7), ("whitening-sequential-0.8", 48.0)):
+        (tmp_path / name).mkdir()
+        told = report(score) | {"score_dense": 24.0, "seconds": 90.0}
+        (tmp_path / name / "report.json").write_text(json.dumps(told))
+    path = ROOT / "studies" / "decoders.py"
+    words = [
+        "--model",
+        "m",
+        "--train",
+        "a.txt",
+        "--test",
+        "b.txt",
+        "--ratios",
+        "0.8",
+        "--output",
+        str(tmp_path),
+        "--table",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        run(path, monkeypatch, *words)
+    assert stop.value.code == 0
+    assert (tmp_path / "decoders.md").read_text().splitlines()[2:] == [
+        "|  | dense | 24.00 | 1.00 | 1.000 |  |",
+        "| 0.8 | SVD | 3.10e+07 | 1.29e+06 | 0.500 | 2 |",
+        "| 0.8 | whitening, sequential | 48.00 | 2.00 | 0.500 | 2 |",
+    ]
+    assert (tmp_path / "decoders.png").stat().st_size > 1000

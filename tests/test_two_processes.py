@@ -162,9 +162,11 @@ def test_compressing_gives_the_factors_of_one_process(strategy: str, runs: Runs)
             torch.testing.assert_close(two[name] @ two[right], one[name] @ one[right], atol=1e-4, rtol=0)
     told = [json.loads((runs[d] / f"{strategy}-compressed" / "report.json").read_text()) for d in (1, 2)]
     assert [layer["name"] for layer in told[0]["layers"]] == [layer["name"] for layer in told[1]["layers"]]
+    # Behind layers of a few ranks some inputs are always zero up to rounding: there the plain error says nothing.
+    error, least = ("weighted_error", 2e-3) if strategy == "sequential" else ("error", 0.0)
     for mine, other in zip(told[0]["layers"], told[1]["layers"], strict=True):
         assert mine["rank"] == other["rank"]
-        assert mine["error"] == pytest.approx(other["error"], rel=1e-3)
+        assert mine[error] == pytest.approx(other[error], rel=1e-3, abs=least)
     for key in ("score_dense", "score"):
         assert told[0][key] == pytest.approx(told[1][key], abs=1e-6)
     first, second = found(runs)

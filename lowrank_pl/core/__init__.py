@@ -4,6 +4,7 @@ Shapes throughout: `weight` is `[out, in] = [m, n]`, `r` is the rank.
 """
 
 from lowrank_pl.core.axis_weighted import axis_weighted_svd
+from lowrank_pl.core.compensation import Compensation, PairedSums, compensation
 from lowrank_pl.core.diagnosis import Diagnosis, compare_methods, diagnose
 from lowrank_pl.core.diagnostics import relative_error
 from lowrank_pl.core.elementwise import weighted_low_rank
@@ -21,14 +22,17 @@ from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
 from lowrank_pl.core.svd import singular_values, truncated_svd
 
 __all__ = [
+    "Compensation",
     "Diagnosis",
     "EmbeddingShape",
     "Factors",
     "KroneckerGroups",
     "LinearShape",
+    "PairedSums",
     "Pivoted",
     "axis_weighted_svd",
     "compare_methods",
+    "compensation",
     "diagnose",
     "kronecker_groups",
     "kronecker_regroup",

@@ -413,3 +413,16 @@ class AllocationError(LowRankError):
             f"loss: {reason}. Allowed are KroneckerSVD (side both or output), FWSVD (side both or output) and TFWSVD. "
             "Set model.init_args.strategy.init_args.allocation to Uniform, or use one of them."
         )
+
+
+class BlocksMismatchError(LowRankError):
+    """A folder with the blocks that an interrupted run has finished belongs to another run."""
+
+    def __init__(self, folder: str, key: str, theirs: str | None, ours: str | None) -> None:
+        what = {"model": "another model", "data": "other calibration samples", "loss": "another loss"}
+        told = what.get(key, f"{key}={theirs or 'nothing'}, here it is {ours or 'nothing'}")
+        super().__init__(
+            f"{folder!r} holds the finished blocks of a run that was stopped, and that run had {told}. Allowed is the "
+            "run that began there, with the same model, data and options, which goes on where it was. Start it as it "
+            "was, give another --output, or remove the folder."
+        )

@@ -44,6 +44,10 @@ class OutputFolder:
         """
         return all_or_nothing(self.path, self._overwrite, self._remedy)
 
+    def beside(self, ending: str) -> Path:
+        """Where what a run needs until its output is there may lie: the folder's name with an ending."""
+        return self.path.with_name(f"{self.path.name}.{ending}")
+
     def begun(self) -> Path:
         """Makes it at once, for work whose results are kept as they come in.
 

@@ -136,6 +136,8 @@ class _Walk:
             if _package(base.__module__) == _package(__name__):
                 yield _version(base.__module__)
             for name, member in sorted(vars(base).items()):
+                if name == "__annotations__" and not member:
+                    continue  # Python adds them to a class when somebody looks for them
                 if name not in ("__dict__", "__weakref__", "__doc__", "__abstractmethods__", "_abc_impl"):
                     yield name
                     yield from self.tokens(member)

@@ -2,6 +2,7 @@
 
 from lowrank_pl.strategies.any_module import compress
 from lowrank_pl.strategies.base import CompressionStrategy
+from lowrank_pl.strategies.block_by_block import BlockByBlock
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByGroups, ByRank, Decomposition, Factorised
 from lowrank_pl.strategies.fwsvd import FWSVD
@@ -20,6 +21,7 @@ __all__ = [
     "FWSVD",
     "SVD",
     "TFWSVD",
+    "BlockByBlock",
     "ByGroups",
     "ByRank",
     "Calibration",

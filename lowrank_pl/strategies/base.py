@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 from uuid import uuid4
 
@@ -118,6 +119,7 @@ class CompressionStrategy(pl.Callback, ABC):
         if self.targets.embeddings and (reason := self.why_no_embeddings()):
             raise EmbeddingsError(type(self).__name__, reason)
         self.adopted = False  # set by the task that owns it
+        self.progress_folder: Path | None = None  # set by the verb `compress`
         self._mark: str | None = None
         self._fit_has_ended = False
 
@@ -130,6 +132,22 @@ class CompressionStrategy(pl.Callback, ABC):
     def measure(self) -> Measure:
         """In what the method counts what a layer costs."""
         return Parameters()
+
+    def told_of_memory(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
+        """Lines for `inspect` about what `compress` takes at most; none, unless a method knows it from shapes alone.
+
+        Args:
+            encoder: The model; its values do not matter.
+            item: Bytes of one parameter.
+            tokens: Of one calibration sample, as far as the data tell.
+        """
+        del encoder, item, tokens
+        return []
+
+    @property
+    def keeps_progress(self) -> bool:
+        """Whether `compress` keeps in `progress_folder` what is done, so that a run that was stopped goes on."""
+        return False
 
     @property
     def at_budget(self) -> bool:

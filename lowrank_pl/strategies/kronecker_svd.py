@@ -13,15 +13,16 @@ from lowrank_pl.core.kronecker import DEFAULT_DAMPING
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import Extent, Importance, LayerImportance, LayerMoments, SecondMoments
 from lowrank_pl.nn import FinalForm
+from lowrank_pl.strategies.block_by_block import BlockByBlock
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import ByGroups, Decomposition
 from lowrank_pl.strategies.recalibration import Recalibration
 from lowrank_pl.strategies.refit import Refit
-from lowrank_pl.strategies.static import StaticStrategy
+from lowrank_pl.strategies.sequential import SequentialStrategy
 from lowrank_pl.surgery import TargetSelector
 
 
-class KroneckerSVD(StaticStrategy):
+class KroneckerSVD(SequentialStrategy):
     """Minimises `‖G^½ (W − AB) C^½‖_F`, the second-order rise of the loss if the Fisher information is `G ⊗ C`.
 
     `C` and `G` are the second moments of the layer's inputs and of the gradients at its outputs. What each singular
@@ -45,11 +46,14 @@ class KroneckerSVD(StaticStrategy):
         allocation: Which layer gets which rank: by default `Global`, and `Uniform` for side `input`, whose energies say
             nothing of the loss.
         recalibration: See `StaticStrategy`.
-        refit: See `StaticStrategy`; `false` leaves the factors as they are.
+        refit: See `StaticStrategy`; `false` leaves the factors as they are. `true` adds nothing where `sequential` has
+            fitted them to the outputs of the dense layers already.
         diagonal: Take only the diagonals of the moments: less memory, and close to FWSVD.
         block_size: Take only blocks of so many features along the diagonals, e.g. 64 for the heads of many encoders:
             between the two. It divides the features of every targeted layer.
         form: See `StaticStrategy`.
+        sequential: Take ranks as above, and factorise layers in the order of their calls, for the inputs that the
+            factorised ones before them give: `true` for `BlockByBlock()`, or one with other settings.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class KroneckerSVD(StaticStrategy):
         refit: Refit | bool | None = True,
         block_size: int | None = None,
         form: FinalForm = "low_rank",
+        sequential: BlockByBlock | bool | None = False,
     ) -> None:
         if not (math.isfinite(damping) and damping >= 0):
             raise RangeError("damping", damping, "0 <= damping, relative to the mean of the diagonal")
@@ -80,6 +85,9 @@ class KroneckerSVD(StaticStrategy):
             raise RangeError("block_size", block_size, "a whole number from 1, without diagonal, or null")
         self.diagonal = diagonal
         self.block_size = block_size
+        self.use_sequential(sequential)
+        if refit is True and self.sequential is not None and self.sequential.toward == "dense_outputs":
+            refit = False
         allocation = allocation or (Uniform() if side == "input" else Global())
         super().__init__(
             keep_ratio,

@@ -6,9 +6,8 @@ m: out_features, n: in_features, r: rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -24,10 +23,9 @@ from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.nn import LowRankLinear, dense_weight, input_of
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
-from lowrank_pl.strategies.labels import ObservedLabels
+from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called, model_of
 from lowrank_pl.strategies.processes import Agreement, progress, send_
-from lowrank_pl.strategies.replay import Call, SeenEnoughError, Stage, again, call_of, stages
-from lowrank_pl.surgery import Exchange
+from lowrank_pl.strategies.replay import SeenEnoughError, Stage, stages
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +41,8 @@ class Refit:
     always gets the same tokens: its factors are the least-squares fit to them as they come out of the decomposition.
 
     Args:
-        max_samples: How many of the calibration samples are used at most. For every block they go through both models
-            as far as that block, and what it is called with is kept while its layers are fitted.
+        max_samples: How many of the calibration samples are used at most. What a block is called with is kept for all
+            of them while its layers are fitted; then they go on to the next block.
     """
 
     def __init__(self, max_samples: int = 512) -> None:
@@ -83,14 +81,15 @@ class Refit:
         encoder = as_compressible(pl_module).encoder
         forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in linears or dense}
         batches = calibration_batches(trainer, calibration, "refit", self.max_samples)
-        kept = _Calls(trainer, encoder, dense, _model(pl_module, calibration))
-        with isolate_rng(), frozen_eval(encoder), torch.no_grad(), _every_layer_called(encoder):
+        model = model_of(pl_module, calibration, "refit")
+        with isolate_rng(), frozen_eval(encoder), torch.no_grad(), every_layer_called(encoder):
             order: list[Stage] = []
             with Agreement(trainer):
                 if trainer.is_global_zero:
                     first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
-                    order = stages(lambda: kept.model(first), encoder, list(forms))
+                    order = stages(lambda: model(first), encoder, list(forms))
             order = trainer.strategy.broadcast(order)
+            kept = KeptCalls(trainer, encoder, dense, model, order)
             fitted = 0
             for stage in progress(trainer, order, "Refit", len(order)):
                 names = stage.layers
@@ -132,96 +131,6 @@ def _write_(weight: Tensor, form: LowRankLinear, cross: Tensor, gram: Tensor) ->
     form.assign_(Factors.from_product(found[:, : form.rank], double(right)).like(left))
     if bias is not None:
         bias.add_(found[:, -1].to(bias))
-
-
-def _model(pl_module: pl.LightningModule, calibration: Calibration) -> Callable[[Batch], object]:
-    """What runs the model on a batch. Modules of others need not have a `forward` that takes one."""
-    if calibration.labels == "sampled":
-        return pl_module  # as drawing labels does, of which there may be none for a loss
-    module = as_compressible(pl_module, "refit", "per_sample_losses")
-
-    def run(batch: Batch) -> object:
-        (checked,) = ObservedLabels(pl_module, [batch])
-        return module.per_sample_losses(checked)
-
-    return run
-
-
-@contextmanager
-def _every_layer_called(encoder: nn.Module) -> Iterator[None]:
-    """Without what calls layers otherwise than in training: torch's fast path of attention, and decoders' caches."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    config: Any = getattr(encoder, "config", None)
-    cached = getattr(config, "use_cache", None)
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        if cached:
-            config.use_cache = False
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        if cached:
-            config.use_cache = cached
-
-
-Pass = Callable[[], object]
-
-
-class _Calls:
-    """Passes of the dense and of the factorised model for every batch: as little of them as the layers of a block need.
-
-    What a block is called with is kept while its layers are fitted, which changes nothing of what is before it; so each
-    layer takes two passes through its block, not through the model.
-    """
-
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        encoder: nn.Module,
-        dense: Mapping[str, nn.Module],
-        model: Callable[[Batch], object],
-    ) -> None:
-        self._trainer = trainer
-        self._encoder = encoder
-        self._dense = Exchange(encoder, dense)
-        self.model = model
-        self._block = ""
-        self._kept: list[tuple[Batch, Call, Call]] | None = None
-
-    def of(self, block: str, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Pass, Pass]]:
-        """Every batch, with a pass of the dense model and one of the factorised one, run before the next one."""
-        if block and block != self._block:
-            self._block, self._kept = block, None
-            self._kept = self._keep(self._encoder.get_submodule(block), batches)
-        if not block or self._kept is None:
-            for batch in map(self._moved, batches):
-                run = partial(self.model, batch)
-                yield batch, self._as_dense(run), run
-            return
-        module = self._encoder.get_submodule(block)
-        for batch, was, now in self._kept:
-            yield batch, self._as_dense(partial(again, module, was)), partial(again, module, now)
-
-    def _keep(self, module: nn.Module, batches: Iterable[Batch]) -> list[tuple[Batch, Call, Call]] | None:
-        kept = []
-        for batch in map(self._moved, batches):
-            run = partial(self.model, batch)
-            was, now = call_of(module, self._as_dense(run)), call_of(module, run)
-            if was is None or now is None:
-                return None
-            kept.append((batch, was, now))
-        return kept
-
-    def _as_dense(self, run: Pass) -> Pass:
-        def run_dense() -> object:
-            with self._dense:
-                return run()
-
-        return run_dense
-
-    def _moved(self, batch: Batch) -> Batch:
-        moved: Batch = self._trainer.strategy.batch_to_device(batch, self._trainer.strategy.root_device)
-        return moved
 
 
 class _Sums:

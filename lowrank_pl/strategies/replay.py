@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,10 @@ class Stage:
 
     layers: tuple[str, ...]
     block: str
+
+    def among(self, names: Collection[str]) -> Stage:
+        """The same without the layers that are not among some."""
+        return Stage(tuple(name for name in self.layers if name in names), self.block)
 
 
 class SeenEnoughError(Exception):
@@ -120,7 +124,7 @@ def call_of(block: nn.Module, run: Callable[[], object]) -> Call | None:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         under_autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-        seen.append(None if under_autocast or not _plain((args, kwargs)) else (args, kwargs))
+        seen.append(None if under_autocast or not plain((args, kwargs)) else (args, kwargs))
         raise SeenEnoughError
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
@@ -132,15 +136,29 @@ def call_of(block: nn.Module, run: Callable[[], object]) -> Call | None:
     return seen[0] if seen else None
 
 
-def _plain(value: Any) -> bool:
+def plain(value: Any) -> bool:
+    """Whether a value is made of tensors and numbers alone."""
     if isinstance(value, Mapping):
-        return type(value) is dict and all(map(_plain, value.values()))
+        return type(value) is dict and all(map(plain, value.values()))
     if isinstance(value, (tuple, list)):
-        return all(map(_plain, value))
+        return all(map(plain, value))
     return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
 
 
-def again(block: nn.Module, call: Call) -> None:
+def again(block: nn.Module, call: Call) -> object:
     """Calls a block with copies of tensors, so that what it writes into them does not reach the next call."""
     args, kwargs = mapped(call, torch.clone)
-    block(*args, **kwargs)
+    return block(*args, **kwargs)
+
+
+def neighbours(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Blocks and the other elements of their lists, from the first to the last of the blocks, in the model's order.
+
+    Args:
+        model: The model.
+        blocks: Names of elements of `nn.ModuleList`s in it.
+    """
+    parents = {_parent(name) for name in blocks}
+    elements = [name for name, _ in model.named_modules() if name and _parent(name) in parents]
+    places = [elements.index(name) for name in blocks]
+    return elements[min(places) : max(places) + 1]

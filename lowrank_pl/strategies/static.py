@@ -12,31 +12,27 @@ from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocation, Allocator, LayerOverride, Measure, Parameters, RankRequest, Uniform
 from lowrank_pl.allocation.uniform import check_share
-from lowrank_pl.core import relative_error
 from lowrank_pl.core.checks import check_finite
-from lowrank_pl.core.elementwise.solver import DIVERGED
 from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import AllocationError, EmbeddingsError, ResumeMismatchError
 from lowrank_pl.importance import Importance, LayerImportance, Nothing
 from lowrank_pl.nn import (
     FinalForm,
-    LayerForm,
     LowRankLinear,
-    dense_shape,
     dense_weight,
     final_form,
     form_for,
     is_embedding,
     restated,
-    two_factors,
 )
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.calibration import Calibration, measure_importance
-from lowrank_pl.strategies.decomposition import Decomposition, Factorised
+from lowrank_pl.strategies.decomposition import Decomposition
 from lowrank_pl.strategies.processes import assign, gathered, send_, work_shared
 from lowrank_pl.strategies.recalibration import Recalibration
 from lowrank_pl.strategies.refit import Refit, refitted_errors
+from lowrank_pl.strategies.writing import empty_factors, write_factors
 from lowrank_pl.surgery import (
     CompressionRecord,
     CostRecord,
@@ -213,10 +209,7 @@ class StaticStrategy(CompressionStrategy):
         before = (
             None if self.recalibration is None else self.recalibration.outputs(trainer, pl_module, self.calibration)
         )
-        decompositions, notes, samples = self._decompose_all(trainer, pl_module, layers)
-        energies = self._energies(trainer, decompositions)
-        allocation = self.allocation.allocate(request, energies)
-        told = self._exchange(trainer, encoder, layers, allocation, decompositions, notes)
+        allocation, told, notes, samples = self._factorise(trainer, pl_module, layers, request)
         options = self.options() | ({} if samples is None else {"calibration_samples": samples})
         exchanged = {name: layers[name] for name in told}
         heads = {head: vocabulary for head, vocabulary in heads.items() if vocabulary in told}
@@ -232,7 +225,7 @@ class StaticStrategy(CompressionStrategy):
                 notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
         except BaseException:
             for name, layer in exchanged.items():
-                replace_module_(encoder, name, layer)
+                replace_module_(encoder, name, layer.to(trainer.strategy.root_device))
             for head, layer in dense_heads.items():
                 untie_head_(encoder, head, heads[head], layer)
             raise
@@ -282,6 +275,19 @@ class StaticStrategy(CompressionStrategy):
                 raise ResumeMismatchError(f"{key}={theirs!r} there, {key}={own.get(key)!r} here")
 
     # The work.
+
+    def _factorise(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module], request: RankRequest
+    ) -> tuple[Allocation, dict[str, dict[str, Any]], dict[str, str], int | None]:
+        """Measures layers, allocates ranks, and puts factorised layers into the encoder.
+
+        Returns:
+            The ranks; a record of each factorised layer; notes; samples, `None` where nothing was measured.
+        """
+        decompositions, notes, samples = self._decompose_all(trainer, pl_module, layers)
+        allocation = self.allocation.allocate(request, self._energies(trainer, decompositions))
+        encoder = as_compressible(pl_module).encoder
+        return allocation, self._exchange(trainer, encoder, layers, allocation, decompositions, notes), notes, samples
 
     def _decompose_all(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module]
@@ -357,15 +363,15 @@ class StaticStrategy(CompressionStrategy):
         owners = {name: owner for name, owner in self._owners(trainer, layers).items() if name in ranks}
 
         def write(name: str) -> tuple[dict[str, Any], str | None]:
-            made = _empty(layers[name], ranks[name])
-            told, note = _write_factors(name, layers[name], made, decompositions.pop(name).at(ranks[name]))
+            made = empty_factors(layers[name], ranks[name])
+            told, note = write_factors(name, layers[name], made, decompositions.pop(name).at(ranks[name]))
             replace_module_(encoder, name, made)
             return told, note
 
         written = work_shared(trainer, owners, write, "Factorisation")
         for name, owner in owners.items():
             if owner != trainer.global_rank:
-                replace_module_(encoder, name, _empty(layers[name], ranks[name]))
+                replace_module_(encoder, name, empty_factors(layers[name], ranks[name]))
             for parameter in encoder.get_submodule(name).parameters():
                 send_(trainer, parameter.data, owner)
         notes |= {f"{name} solver": note for name, (_, note) in written.items() if note is not None}
@@ -400,23 +406,3 @@ class StaticStrategy(CompressionStrategy):
             )
             for name, shape in allocation.shapes.items()
         )
-
-
-def _empty(layer: nn.Module, rank: int) -> LayerForm:
-    return two_factors(dense_shape(layer)).empty({"rank": rank}, layer)
-
-
-def _write_factors(
-    name: str, layer: nn.Module, made: LayerForm, found: Factorised
-) -> tuple[dict[str, Any], str | None]:
-    """Writes factors into an empty layer; returns the fields of its record, and a note."""
-    made.assign_(found.factors)
-    record = {
-        "error": relative_error(dense_weight(layer).detach(), found.factors.product()),
-        "weighted_error": found.weighted_error,
-        "losses": found.losses,
-        "outcome": found.outcome,
-    }
-    if found.outcome is not None and found.outcome.startswith(DIVERGED):
-        return record, f"the solver of {name!r} {found.outcome}: the best of its iterates is used"
-    return record, None

@@ -127,6 +127,19 @@ def check_plan(
         raise refused[0]
 
 
+def shapes_of(task: Task) -> nn.Module | None:
+    """The encoder without values, of a task that starts from a folder without weights; `None` for any other."""
+    if task.is_built or task.init_from is not None or task.pretrained is None:
+        return None
+    try:
+        require_weights(task.pretrained)
+    except ModelFolderError:
+        config = load_config(task.pretrained)
+        check_supported(task.auto_class, task.pretrained, config)
+        return outline(task.auto_class, config)
+    return None
+
+
 def _outlines(task: Task, ckpt_path: str | None, expected: TargetSpec | None) -> Iterator[nn.Module]:
     """The encoder without values; twice, with a small and a large head, where the data are yet to tell the labels."""
     source = ckpt_path or task.init_from

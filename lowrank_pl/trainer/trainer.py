@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from typing import Any
 
@@ -28,7 +29,7 @@ from lowrank_pl.strategies.any_module import check_factorised
 from lowrank_pl.strategies.base import as_compressible, strategy_of
 from lowrank_pl.strategies.processes import Agreement
 from lowrank_pl.tasks import EncoderTask
-from lowrank_pl.tasks.before_data import check_plan
+from lowrank_pl.tasks.before_data import check_plan, shapes_of
 from lowrank_pl.trainer.compressor import Compressor
 from lowrank_pl.trainer.diagnoser import Diagnoser
 from lowrank_pl.trainer.inspection import inspect_model
@@ -53,7 +54,8 @@ class LowRankTrainer(pl.Trainer):
         """Factorises a model without training it, and scores it before and after.
 
         The model is scored, calibrated on the training split where the method needs it, factorised and scored
-        again. The original stays untouched.
+        again. The original stays untouched. A method that works block by block keeps what is finished in
+        `<output>.blocks` until the output is there; the same command goes on from it when it was stopped.
 
         Args:
             model: The task, with a static strategy; its weights come from `init_from` (or `pretrained`). Or any
@@ -64,6 +66,7 @@ class LowRankTrainer(pl.Trainer):
 
         Raises:
             OutputExistsError: the folder holds something already.
+            BlocksMismatchError: `<output>.blocks` belongs to another run.
             NotCompressibleError: a module that is no task has no encoder.
         """
         if datamodule is None:
@@ -82,7 +85,12 @@ class LowRankTrainer(pl.Trainer):
         compressor = Compressor(strategy)
         dense = self._validate_with(compressor, model, datamodule, ckpt_path)
         compressor.armed = True
-        scores = self._validate_with(compressor, model, datamodule, None)
+        progress = folder.beside("blocks") if strategy.keeps_progress else None
+        strategy.progress_folder = progress
+        try:
+            scores = self._validate_with(compressor, model, datamodule, None)
+        finally:
+            strategy.progress_folder = None
         if not compressor.done:
             raise NothingToScoreError
         module = as_compressible(model)
@@ -95,6 +103,8 @@ class LowRankTrainer(pl.Trainer):
         extra = {"score_dense": dense.get("val/score"), "metrics_dense": dense, "checkpoint": CHECKPOINT_NAME}
         report = build_report(model, "compress", "val", scores, time.monotonic() - started, **extra)
         self._write_compressed(model, report, folder)
+        if progress is not None:
+            shutil.rmtree(progress, ignore_errors=True)
         RankDashboard.log_ranks(self, model)
         kept, total = report["parameters"]["total"], report["parameters"]["total_dense"]
         score = (
@@ -208,17 +218,23 @@ class LowRankTrainer(pl.Trainer):
         """Shows what can be factorised and what the configured budget would give; no training, no data.
 
         Args:
-            model: The task; its encoder is built, nothing is written.
-            datamodule: Not used.
+            model: The task; its encoder is built, nothing is written. Of a folder with a configuration and no weights
+                the shapes are looked at.
+            datamodule: Tells how long samples are, for the memory of methods that know it; no data are read.
 
         Raises:
             LowRankError: the strategy's plan is impossible for this model; the table is printed before.
         """
-        del datamodule
-        if not model.is_built:
-            model.build()
-        print(inspect_model(model.encoder, model.strategy))
-        model.strategy.plan(model.encoder)
+        encoder = shapes_of(model)
+        if encoder is None:
+            if not model.is_built:
+                model.build()
+            encoder = model.encoder
+        print(inspect_model(encoder, model.strategy))
+        model.strategy.plan(encoder)
+        tokens = getattr(datamodule, "window", None) or getattr(datamodule, "max_length", None)
+        for line in model.strategy.told_of_memory(encoder, 2 if str(self.precision).endswith("-true") else 4, tokens):
+            print(line)
 
 
 def _ratio_to_diagnose(strategy: CompressionStrategy, asked: float | None) -> tuple[float, str]:

@@ -164,3 +164,13 @@ def test_code_is_found_again_in_another_process_unless_it_has_changed(
     assert order != other_order
     assert len(set(first)) == len(VARIANTS) + 1
     assert second == first
+
+
+def test_looking_at_a_class_does_not_change_it() -> None:
+    class Owner:
+        def loss(self) -> int:
+            return 1
+
+    before = identity(Owner)
+    assert Owner.__annotations__ == {}
+    assert identity(Owner) == before

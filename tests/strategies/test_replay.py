@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertLayer
 
-from lowrank_pl.strategies import Refit, refit
+from lowrank_pl.strategies import Calibration, Refit, kept_calls
 from lowrank_pl.strategies.replay import Stage, again, call_of, stages
-from tests.strategies.test_refit import factorised, strategy
+from tests.strategies.test_refit import dense_layers, factorised, strategy
+from tests.support.runs import make_trainer
+from tests.support.synthetic import SyntheticData
 from tests.support.tiny import save_tiny_model
 
 
@@ -116,13 +119,47 @@ def test_refitting_block_by_block_is_refitting_by_whole_passes(
     pretrained = str(save_tiny_model(family, tmp_path / "model"))
     calls: list[nn.Module] = []
 
-    def counted(block: nn.Module, call: Any) -> None:
+    def counted(block: nn.Module, call: Any) -> object:
         calls.append(block)
-        again(block, call)
+        return again(block, call)
 
-    monkeypatch.setattr(refit, "again", counted)
+    monkeypatch.setattr(kept_calls, "again", counted)
     by_blocks = factorised(pretrained, tmp_path / "blocks", strategy(Refit())).encoder.state_dict()
     assert calls
-    monkeypatch.setattr(refit, "call_of", lambda *_: None)
+    monkeypatch.setattr(kept_calls, "call_of", lambda *_: None)
     whole = factorised(pretrained, tmp_path / "whole", strategy(Refit())).encoder.state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in by_blocks.items())
+
+
+def test_blocks_are_called_as_often_as_there_are_layers_in_them(tmp_path: Path) -> None:
+    """Twice as deep a model takes twice as many calls of blocks, and not four times as many."""
+
+    def calls(depth: int, monkeypatch: pytest.MonkeyPatch) -> int:
+        pretrained = str(save_tiny_model("bert", tmp_path / f"model-{depth}", layers=depth))
+        counted: list[str] = []
+        original = BertLayer.forward
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            counted.append("")
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(BertLayer, "forward", forward)
+        data = SyntheticData()
+        refitted = Refit(16)
+        task = factorised(pretrained, tmp_path / f"run-{depth}", strategy(None))
+        trainer = make_trainer(tmp_path / f"again-{depth}", logger=False)
+        trainer.strategy.connect(task)
+        dense, layers = dense_layers(pretrained)
+        del dense
+        setattr(trainer, "datamodule", data)  # noqa: B010
+        counted.clear()
+        refitted.fit_(trainer, task, Calibration(cache=False, batch_size=16), layers)
+        return len(counted)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        few = calls(2, monkeypatch)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        many = calls(6, monkeypatch)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        more = calls(10, monkeypatch)
+    assert more - many == many - few

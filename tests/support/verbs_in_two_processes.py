@@ -24,7 +24,7 @@ from lowrank_pl.strategies import SVD
 from lowrank_pl.tasks import EncoderTask
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-COMPRESSING = ("svd", "fwsvd", "tfwsvd", "kronecker")
+COMPRESSING = ("svd", "fwsvd", "tfwsvd", "kronecker", "sequential")
 # All static methods factorise in `fit` as they do in `compress`; one of them trains, whose ranks depend on the data.
 TRAINING = ("none", "kronecker", "rankdyna")
 RESUMED = ("kronecker", "rankdyna")  # what has a state of its own
@@ -62,7 +62,7 @@ def weights(pl_module: pl.LightningModule) -> dict[str, torch.Tensor]:
 def run(folder: Path, common: list[str], processes: int) -> None:
     """All verbs, in folders `<strategy>-<verb>` of the logger; one process does what two are compared with."""
     for name in dict.fromkeys((*TRAINING, *COMPRESSING)):
-        recipe = "glue_finetune" if name == "none" else f"glue_{name}"
+        recipe = {"none": "glue_finetune", "sequential": "glue_kronecker"}.get(name, f"glue_{name}")
         base = ["--config", str(CONFIGS / "recipes" / f"{recipe}.yaml"), *common]
 
         def version(verb: str, name: str = name) -> str:
@@ -80,11 +80,12 @@ def run(folder: Path, common: list[str], processes: int) -> None:
                 main(["test", *base, version("test"), final])
                 main(["predict", *base, version("predict"), final])
         if name in COMPRESSING:
-            more = (
-                ["--model.init_args.strategy.init_args.refit=lowrank_pl.strategies.Refit"]
-                if name == "kronecker"
-                else []
-            )
+            option = "--model.init_args.strategy.init_args"
+            chosen = {
+                "kronecker": f"{option}.refit=lowrank_pl.strategies.Refit",
+                "sequential": f"{option}.sequential=true",
+            }
+            more = [chosen[name]] if name in chosen else []
             main(["compress", *base, *more, version("compress"), f"--output={folder / f'{name}-compressed'}"])
     main(["diagnose", *base, version("diagnose"), f"--output={folder / 'diagnosis'}"])
     score_decoder(common)

@@ -271,6 +271,21 @@ def test_inspect_shows_an_impossible_budget_with_its_floor(
     assert "floor: 896" in capsys.readouterr().out
 
 
+def test_inspect_tells_what_block_by_block_takes_from_a_configuration_alone(
+    tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((Path(tiny_bert) / "config.json").read_text())
+    task = make_task(str(tmp_path), KroneckerSVD(keep_ratio=0.5, sequential=True))
+    make_trainer(tmp_path / "runs").inspect(task)
+    with_weights = make_task(tiny_bert, KroneckerSVD(keep_ratio=0.5, sequential=True))
+    told = capsys.readouterr().out
+    make_trainer(tmp_path / "runs").inspect(with_weights)
+    assert capsys.readouterr().out == told
+    assert not task.is_built
+    assert "memory block by block: at most 0.00 GiB" in told
+    assert "(512 samples of one token; multiply by their length)" in told
+
+
 def test_inspect_shows_factorised_layers(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
     make_trainer(tmp_path).compress(task, SyntheticData(), str(tmp_path / "out"))

@@ -1,0 +1,206 @@
+"""Passes of a dense model and of a factorised one beside it, block by block, as little of them as its layers need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lowrank_pl.importance.batches import Batch
+from lowrank_pl.strategies.base import as_compressible
+from lowrank_pl.strategies.calibration import Calibration
+from lowrank_pl.strategies.labels import ObservedLabels
+from lowrank_pl.strategies.links import Link, links
+from lowrank_pl.strategies.replay import Call, Stage, again, call_of, neighbours
+from lowrank_pl.surgery import Exchange
+
+Pass = Callable[[], object]
+
+
+@dataclass
+class _Kept:
+    """What the block at hand is called with on one batch, in the dense model and in the factorised one."""
+
+    batch: Batch
+    was: Call
+    now: Call
+
+
+class KeptCalls:
+    """Passes of the dense and of the factorised model for every batch.
+
+    What a block is called with is kept while its layers are fitted, which changes nothing of what is before it; so each
+    layer takes two passes through its block, not through the model. When the layers of a block are fitted, the kept
+    calls go through it, and what it puts out is what the next block is called with, where one pass of each model has
+    shown that on this very batch. Elsewhere the batch goes through both models again, as far as the next block.
+
+    Args:
+        trainer: Of the run.
+        encoder: With the factorised layers; more may be put in before a block is looked at.
+        dense: The layers that they stand for, by name, looked at anew every time.
+        model: Runs the encoder on a batch.
+        order: The layers that are fitted, in the order of their calls.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        encoder: nn.Module,
+        dense: Mapping[str, nn.Module],
+        model: Callable[[Batch], object],
+        order: Sequence[Stage],
+    ) -> None:
+        self._trainer = trainer
+        self._encoder = encoder
+        self._layers = dense
+        self._dense = Exchange(encoder, dense)
+        self._model = model
+        self._order = order
+        self._block = ""
+        self._kept: list[_Kept] | None = None
+        self._links: list[tuple[dict[str, Link], dict[str, Link]]] | None = None
+
+    def of(self, block: str, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Pass, Pass]]:
+        """Every batch, with a pass of the dense model and one of the factorised one, run before the next one."""
+        self._dense = Exchange(self._encoder, self._layers)
+        if block and block != self._block:
+            self._go_to(block, batches)
+        if not block or self._kept is None:
+            for batch in map(self._moved, batches):
+                run = partial(self._model, batch)
+                yield batch, self._as_dense(run), run
+            return
+        module = self._encoder.get_submodule(block)
+        for kept in self._kept:
+            yield kept.batch, self._as_dense(partial(again, module, kept.was)), partial(again, module, kept.now)
+
+    @property
+    def needs_whole_passes(self) -> bool:
+        """Whether layers that are still to come cannot be reached from the block at hand."""
+        blocks = list(dict.fromkeys(stage.block for stage in self._order))
+        rest = blocks[blocks.index(self._block) :] if self._block in blocks else blocks
+        if len(rest) == 1 and self._kept is not None:
+            return False
+        if self._links is None or self._kept is None or "" in rest:
+            return True
+        pairs = list(pairwise(rest))
+        return any(_way(links, *pair) is None for both in self._links for links in both for pair in pairs)
+
+    def _go_to(self, block: str, batches: Iterable[Batch]) -> None:
+        """Keeps what a block is called with, of the block before while it lasts."""
+        before, self._block = self._block, block
+        if self._kept is not None and before and self._advance(before, block, batches):
+            return
+        self._kept = None
+        self._kept = self._keep(self._encoder.get_submodule(block), batches)
+
+    def _keep(self, module: nn.Module, batches: Iterable[Batch]) -> list[_Kept] | None:
+        """From passes of both models as far as the block."""
+        kept = []
+        for batch in map(self._moved, batches):
+            run = partial(self._model, batch)
+            was, now = call_of(module, self._as_dense(run)), call_of(module, run)
+            if was is None or now is None:
+                return None
+            kept.append(_Kept(batch, was, now))
+        return kept
+
+    def _advance(self, before: str, block: str, batches: Iterable[Batch]) -> bool:
+        """From what the kept calls of a block before it put out; `False` where one batch does not show the way."""
+        assert self._kept is not None
+        if self._links is None:
+            self._links = self._found_links(batches)
+        if len(self._links) != len(self._kept):
+            return False
+        ways = [tuple(_way(of_model, before, block) for of_model in pair) for pair in self._links]
+        if not all(way is not None for pair in ways for way in pair):
+            return False
+        with torch.no_grad():
+            for kept, (was, now) in zip(self._kept, ways, strict=True):
+                with self._dense:
+                    kept.was = self._through(before, kept.was, was or [])
+                kept.now = self._through(before, kept.now, now or [])
+        for pair in self._links:  # masks and the like of blocks that are done
+            for of_model in pair:
+                of_model.pop(block, None)
+        return True
+
+    def _through(self, block: str, call: Call, way: Sequence[tuple[str, Link]]) -> Call:
+        """The call at the end of a way that begins with a call of a block."""
+        for name, link in way:
+            call = link.after(again(self._encoder.get_submodule(block), call))
+            block = name
+        return call
+
+    def _found_links(self, batches: Iterable[Batch]) -> list[tuple[dict[str, Link], dict[str, Link]]]:
+        """How blocks follow each other on every batch, in the dense model and in the factorised one."""
+        blocks = list(dict.fromkeys(stage.block for stage in self._order if stage.block))
+        blocks = neighbours(self._encoder, blocks)
+        names = [name for stage in self._order for name in stage.layers]
+        forms = [self._encoder.get_submodule(name) for name in names]
+        found = []
+        for batch in map(self._moved, batches):
+            run = partial(self._model, batch)
+            layers = [self._layers.get(name, form) for name, form in zip(names, forms, strict=True)]
+            was = links(self._as_dense(run), self._encoder, blocks, layers)
+            found.append((was, links(run, self._encoder, blocks, forms)))
+        return found
+
+    def _as_dense(self, run: Pass) -> Pass:
+        def run_dense() -> object:
+            with self._dense:
+                return run()
+
+        return run_dense
+
+    def _moved(self, batch: Batch) -> Batch:
+        moved: Batch = self._trainer.strategy.batch_to_device(batch, self._trainer.strategy.root_device)
+        return moved
+
+
+def _way(links: Mapping[str, Link], start: str, end: str) -> list[tuple[str, Link]] | None:
+    """The links from one block to another, through what is between them."""
+    way: list[tuple[str, Link]] = []
+    while end != start:
+        if end not in links or len(way) > len(links):
+            return None
+        way.append((end, links[end]))
+        end = links[end].before
+    return way[::-1]
+
+
+def model_of(pl_module: pl.LightningModule, calibration: Calibration, asked_by: str) -> Callable[[Batch], object]:
+    """What runs the model on a batch. Modules of others need not have a `forward` that takes one."""
+    if calibration.labels == "sampled":
+        return pl_module  # as drawing labels does, of which there may be none for a loss
+    module = as_compressible(pl_module, asked_by, "per_sample_losses")
+
+    def run(batch: Batch) -> object:
+        (checked,) = ObservedLabels(pl_module, [batch])
+        return module.per_sample_losses(checked)
+
+    return run
+
+
+@contextmanager
+def every_layer_called(encoder: nn.Module) -> Iterator[None]:
+    """Without what calls layers otherwise than in training: torch's fast path of attention, and decoders' caches."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    config: Any = getattr(encoder, "config", None)
+    cached = getattr(config, "use_cache", None)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if cached:
+            config.use_cache = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        if cached:
+            config.use_cache = cached
