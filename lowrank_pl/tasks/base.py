@@ -157,6 +157,8 @@ class EncoderTask(DistilledModule, ABC):
             return "parameters are divided for training alone, in the verb fit"
         if self.distillation is not None:
             return "a teacher beside a divided model has not been tried"
+        if self._checkpoint_to_load is not None:
+            return "a run that is resumed under it goes on a little differently than one that was not stopped"
         return ""
 
     def setup(self, stage: str) -> None:

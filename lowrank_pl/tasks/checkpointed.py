@@ -27,7 +27,6 @@ from lowrank_pl.surgery import CompressionRecord, ModelLayout, conform_, read_la
 from lowrank_pl.tasks import random_state
 from lowrank_pl.tasks.compatibility import check_same_architecture, check_same_target
 from lowrank_pl.tasks.scored import ScoredModule
-from lowrank_pl.tasks.sharding import is_sharded
 
 
 class CheckpointedModule(ScoredModule, ABC):
@@ -122,32 +121,24 @@ class CheckpointedModule(ScoredModule, ABC):
             NotACheckpointError, LayoutVersionError, CheckpointMismatchError: it is not a fitting checkpoint.
             ResumeMismatchError: it would resume a run whose factorised layers differ.
         """
-        self._random_states = checkpoint.get(random_state.RANDOM_KEY) if self.is_fitting else None
-        if self.is_built and is_sharded(self.encoder):
-            # Lightning has loaded the weights already, and taken them out; the shapes are those of the same file.
-            self._take_over(from_checkpoint({**checkpoint, "state_dict": {}}, "the checkpoint"))
-            return
         saved = from_checkpoint(checkpoint, "the checkpoint")
         if not self.is_fitting:
             # Only a run that goes on needs the training form; Lightning loads what is left in the checkpoint.
             saved = saved.compacted()
         # Also what an earlier version has written gets its names of today.
         checkpoint["state_dict"] = saved.replace_in(checkpoint["state_dict"])
+        self._random_states = checkpoint.get(random_state.RANDOM_KEY) if self.is_fitting else None
         if not self.is_built:
             if self._trainer is not None and self.pretrained is not None:
                 check_same_architecture(saved, self.pretrained)
             self._restore(saved, self._target_of_data() if self._trainer is not None else None)
             return
-        self._conform(saved)
-        check_state(self.encoder.state_dict(), saved.state, saved.source)
-        self._take_over(saved)
-
-    def _take_over(self, saved: SavedModel) -> None:
-        """What a checkpoint tells beside shapes and weights."""
         if saved.target is not None:
             if self.target is not None:
                 check_same_target(saved, self.target)
             self.target = saved.target
+        self._conform(saved)
+        check_state(self.encoder.state_dict(), saved.state, saved.source)
         self.compression = saved.compression
         self.freshly_initialised_head = False
 
