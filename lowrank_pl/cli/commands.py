@@ -111,7 +111,8 @@ class LowRankCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Raises an error for processes that lose the trained model, and for the folder of another run."""
         trainer = super().instantiate_trainer(**kwargs)
-        check_parallelism(trainer.strategy, "lowrank-pl")
+        training_only = "" if self.subcommand == "fit" else "parameters are divided for training alone, in the verb fit"
+        check_parallelism(trainer.strategy, "lowrank-pl", training_only)
         if self.subcommand != "inspect":
             check_unused(trainer)
         return trainer

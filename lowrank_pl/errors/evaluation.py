@@ -29,7 +29,7 @@ class TextStartError(LowRankError):
         )
 
 
-class UnknownTaskError(LowRankError):
+class UnknownHarnessTaskError(LowRankError):
     """A task's name is not among those that were found."""
 
     def __init__(self, name: str, close: Sequence[str], found: int, include_path: str | None, unread: str) -> None:

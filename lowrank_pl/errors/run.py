@@ -51,13 +51,25 @@ class NotCompressibleError(LowRankError):
 
 
 class UnsupportedParallelismError(LowRankError):
-    """The trainer runs the model in a way that is not tested with factorised layers."""
+    """The trainer runs the model in a way that factorised layers do not survive, or that is not tested with them."""
 
-    def __init__(self, strategy: str, given: str) -> None:
+    def __init__(self, strategy: str, given: str, reason: str) -> None:
         super().__init__(
-            f"{strategy} cannot work under trainer.strategy {given}: shapes, checkpoints and reports need whole weight "
-            "matrices on every process. Allowed are a single device and DDP itself, not its subclasses. Set "
-            "trainer.strategy to 'auto' or 'ddp'."
+            f"{strategy} cannot work under trainer.strategy {given}: {reason}. Allowed are a single device and DDP "
+            "itself, not its subclasses, and to train what is factorised by a static method, or as it is, also "
+            "ModelParallelStrategy (FSDP2, configs/trainer/fsdp2.yaml). Set trainer.strategy to 'auto' or 'ddp'; "
+            "docs/multi_gpu.md says what each needs."
+        )
+
+
+class UnevenValidationError(LowRankError):
+    """A process has nothing to validate while others have."""
+
+    def __init__(self, rank: int, processes: int) -> None:
+        super().__init__(
+            f"process {rank} of {processes} has no sample of the validation split, and in the forward passes of a "
+            "divided model all processes take part. Allowed are at least as many samples as processes: give more "
+            "validation data, or set trainer.strategy to 'ddp'."
         )
 
 

@@ -64,7 +64,7 @@ def evaluate(
         MissingArgumentError: no model or task, one named twice, a device that is not there, no folder `include_path`,
             or a checkpoint that does not tell its tokenizer.
         NotALanguageModelError: an encoder, or a model without a head for tokens.
-        UnknownTaskError, TaskDataError, TaskUnusableError: a task is not known, has no data, or cannot be run.
+        UnknownHarnessTaskError, TaskDataError, TaskUnusableError: a task is not known, has no data, or cannot be run.
         NotACheckpointError, ModelFolderError, HubUnreachableError, PackageModelError, CheckpointMismatchError,
             TextStartError: a model or a tokenizer cannot be read or used.
     """

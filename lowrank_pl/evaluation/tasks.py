@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lowrank_pl.errors.evaluation import TaskDataError, TaskUnusableError, UnknownTaskError
+from lowrank_pl.errors.evaluation import TaskDataError, TaskUnusableError, UnknownHarnessTaskError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingArgumentError, MissingPackagesError
 from lowrank_pl.hub import first_line
@@ -41,7 +41,7 @@ def load_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int 
 
     Raises:
         MissingArgumentError: `include_path` is no folder.
-        UnknownTaskError, TaskDataError, TaskUnusableError: a task is not known, has no data, or cannot be run.
+        UnknownHarnessTaskError, TaskDataError, TaskUnusableError: a task is not known, has no data, or cannot be run.
         RangeError: a task has too few examples.
     """
     manager = _manager(names, include_path)
@@ -76,7 +76,7 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
     for name in names:
         if name not in manager.all_tasks:
             close = get_close_matches(name, manager.all_tasks, n=3)
-            raise UnknownTaskError(name, close, len(manager.all_tasks), include_path, _unread(folder))
+            raise UnknownHarnessTaskError(name, close, len(manager.all_tasks), include_path, _unread(folder))
     return manager
 
 

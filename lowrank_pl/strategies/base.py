@@ -64,6 +64,7 @@ _DEFAULTS: dict[str, Any] = {
     "prepared_by": None,
     "layout_to_resume": None,
 }
+_NOT_BY_ITSELF = "the module does not divide its encoder among processes once the layers have their shapes"
 ABOUT_COMPRESSION = ("strategy", *_DEFAULTS)
 """Attributes of a `Compressible` that are about its compression: no loss depends on them."""
 
@@ -127,6 +128,11 @@ class CompressionStrategy(pl.Callback, ABC):
     def why_no_embeddings(cls) -> str:
         """Why the method cannot factorise the vocabulary's matrix; empty where it can."""
         return "it is for linear layers alone"
+
+    @classmethod
+    def why_not_sharded(cls) -> str:
+        """Why the method cannot train a model whose parameters are divided among processes; empty where it can."""
+        return "the method has not been tried on parameters of which each process has a part"
 
     @property
     def measure(self) -> Measure:
@@ -203,12 +209,15 @@ class CompressionStrategy(pl.Callback, ABC):
 
         Raises:
             StrategyPlacementError: it stands under `trainer.callbacks`, and the module has a strategy of its own.
-            UnsupportedParallelismError: the trainer uses neither a single device nor DDP.
+            UnsupportedParallelismError: the trainer uses neither a single device nor DDP, nor shards what this method
+                and the module can train sharded.
             StartMethodError: DDP in forked or spawned processes.
         """
         if getattr(pl_module, "strategy", self) is not self:
             raise StrategyPlacementError(type(self).__name__)
-        check_parallelism(trainer.strategy, type(self).__name__)
+        check_sharding = getattr(pl_module, "why_not_sharded", None)
+        reason = _NOT_BY_ITSELF if check_sharding is None else check_sharding()
+        check_parallelism(trainer.strategy, type(self).__name__, self.why_not_sharded() or reason)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Calls `check_run`, and prepares the encoder of a module that has not done so itself.

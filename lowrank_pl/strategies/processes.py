@@ -8,7 +8,13 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.strategies import Strategy as Parallelism
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,23 +24,51 @@ from lowrank_pl.errors.run import ProcessFailedError, StartMethodError, Unsuppor
 Result = TypeVar("Result")
 
 
-def check_parallelism(parallelism: Parallelism, asked_by: str) -> None:
+_WHOLE = "shapes, checkpoints and reports need whole weight matrices on every process"
+_REASONS: dict[type[Parallelism], str] = {
+    FSDPStrategy: "FSDP1 flattens the parameters of a block into one vector, in which the factors of a layer are lost",
+    DeepSpeedStrategy: "its engine takes over parameters, optimizer and checkpoints, which then tell nothing of ranks",
+}
+
+
+def shards(parallelism: Parallelism) -> bool:
+    """Whether it divides parameters among processes, where that is supported at all."""
+    return type(parallelism) is ModelParallelStrategy
+
+
+def check_parallelism(parallelism: Parallelism, asked_by: str, why_not_sharded: str = "") -> None:
     """Raises an error for what is not tested, subclasses included: DeepSpeed's is one of DDP's.
 
     Args:
         parallelism: The trainer's `strategy`.
         asked_by: Who cannot work under it, for the message.
+        why_not_sharded: Why parameters cannot be divided among processes here; empty where they can.
 
     Raises:
-        UnsupportedParallelismError: neither a single device nor DDP.
+        UnsupportedParallelismError: neither a single device, nor DDP, nor FSDP2 where it is supported.
         StartMethodError: DDP in processes that fork from this one or are spawned by it. The encoder is built in those
             processes, so the process that started them would be left without the trained one.
     """
+    name = type(parallelism).__name__
+    if shards(parallelism):
+        if reason := why_not_sharded or _misconfigured(parallelism):
+            raise UnsupportedParallelismError(asked_by, name, reason)
+        return
     if type(parallelism) not in (SingleDeviceStrategy, DDPStrategy):
-        raise UnsupportedParallelismError(asked_by, type(parallelism).__name__)
+        reason = next((told for kind, told in _REASONS.items() if isinstance(parallelism, kind)), _WHOLE)
+        raise UnsupportedParallelismError(asked_by, name, reason)
     method = getattr(parallelism, "_start_method", "popen")  # Lightning has no public name for it
     if method != "popen":
         raise StartMethodError(asked_by, method)
+
+
+def _misconfigured(parallelism: Any) -> str:
+    """What of a `ModelParallelStrategy` is not supported; Lightning has no public names for its arguments."""
+    if (size := parallelism._tensor_parallel_size) != 1:
+        return f"tensor_parallel_size={size!r} would split matrices by plans that know no factors; it has to be 1"
+    if parallelism._save_distributed_checkpoint:
+        return "save_distributed_checkpoint=True would leave a folder of shards, which no verb reads; set it to false"
+    return ""
 
 
 def assign(costs: Mapping[str, float], processes: int) -> dict[str, int]:

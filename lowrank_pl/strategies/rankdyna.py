@@ -145,6 +145,14 @@ class RankDyna(CompressionStrategy):
         self._rewarming: Rewarming | None = None
 
     @classmethod
+    def why_not_sharded(cls) -> str:
+        """Singular groups lie across the parts."""
+        return (
+            "it scores singular groups by their gradients and moves them, whole columns and rows with their optimizer "
+            "state, of which each process would have a part"
+        )
+
+    @classmethod
     def why_no_embeddings(cls) -> str:
         """Its forms of training are those of linear layers."""
         return (

@@ -120,6 +120,11 @@ class StaticStrategy(CompressionStrategy):
         """Why the method cannot say what a singular group is worth to the loss; empty where it can."""
         return "it looks at each weight by itself"
 
+    @classmethod
+    def why_not_sharded(cls) -> str:
+        """It can: shapes are final before training starts."""
+        return ""
+
     @abstractmethod
     def decompose(self, weight: Tensor, measured: LayerImportance | None, samples: int) -> Decomposition:
         """Prepares one weight for any rank.

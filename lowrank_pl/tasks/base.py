@@ -19,7 +19,7 @@ from lowrank_pl.errors.run import MissingArgumentError, StrategyPlacementError
 from lowrank_pl.hub import load_pretrained
 from lowrank_pl.strategies import CompressionStrategy, NoCompression
 from lowrank_pl.strategies.averaging import averaged_models, copy_buffers_instead_of_averaging_
-from lowrank_pl.strategies.processes import check_parallelism
+from lowrank_pl.strategies.processes import check_parallelism, shards
 from lowrank_pl.surgery import ModelLayout, read_layout
 from lowrank_pl.tasks import optimization
 from lowrank_pl.tasks.before_data import check_before_data, check_kind, tell_target
@@ -28,6 +28,7 @@ from lowrank_pl.tasks.compatibility import check_same_architecture, check_same_t
 from lowrank_pl.tasks.distillation import Distillation
 from lowrank_pl.tasks.distilled import DistilledModule
 from lowrank_pl.tasks.encoder_first import EncoderFirst
+from lowrank_pl.tasks.sharding import EvenValidation, shard_
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +110,15 @@ class EncoderTask(DistilledModule, ABC):
         check_before_data(self, self.trainer)
         # Lightning leaves a module's callbacks in the trainer; one that served another module has no part in this one.
         callbacks: list[pl.Callback] = getattr(self.trainer, "callbacks")  # noqa: B009, set without a type
-        for callback in [c for c in callbacks if isinstance(c, (CompressionStrategy, EncoderFirst))]:
+        for callback in [c for c in callbacks if isinstance(c, (CompressionStrategy, EncoderFirst, EvenValidation))]:
             if isinstance(callback, CompressionStrategy) and not callback.adopted:
                 raise StrategyPlacementError(type(callback).__name__)
             callbacks.remove(callback)
         # `setup` comes after the data's preparation.
-        check_parallelism(self.trainer.strategy, type(self.strategy).__name__)
+        reason = self.strategy.why_not_sharded() or self.why_not_sharded()
+        check_parallelism(self.trainer.strategy, type(self.strategy).__name__, reason)
+        if shards(self.trainer.strategy):
+            callbacks.insert(0, EvenValidation())
         callbacks.insert(0, EncoderFirst())
         self.strategy.adopted = True
         return [self.strategy]
@@ -143,6 +147,19 @@ class EncoderTask(DistilledModule, ABC):
             self.strategy.prepare(self.trainer, self)
             self.strategy.mark_prepared(self)
             self._prepared_layout = read_layout(self.encoder)
+        if self.is_fitting and shards(self.trainer.strategy):
+            assert self.device_mesh is not None
+            shard_(self.encoder, self.device_mesh["data_parallel"])
+
+    def why_not_sharded(self) -> str:
+        """Why the encoder cannot be divided among processes in the coming run; empty where it can."""
+        if not self.is_fitting:
+            return "parameters are divided for training alone, in the verb fit"
+        if self.distillation is not None:
+            return "a teacher beside a divided model has not been tried"
+        if self._checkpoint_to_load is not None:
+            return "a run that is resumed under it goes on a little differently than one that was not stopped"
+        return ""
 
     def setup(self, stage: str) -> None:
         """Lets averaging callbacks know what can be averaged; their copies compress nothing by themselves."""

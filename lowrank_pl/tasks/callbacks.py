@@ -5,11 +5,18 @@ from __future__ import annotations
 import logging
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.run import MonitorModeError, UnsupportedCallbackError
 from lowrank_pl.strategies import CompressionStrategy
+from lowrank_pl.strategies.processes import shards
 from lowrank_pl.tasks.metrics import lower_is_better
 
 logger = logging.getLogger(__name__)
@@ -20,7 +27,7 @@ def check_callbacks(trainer: pl.Trainer, strategy: CompressionStrategy, target: 
 
     Raises:
         MonitorModeError: a callback would keep, or wait for, the worst model.
-        UnsupportedCallbackError: a callback exchanges parameters for others.
+        UnsupportedCallbackError: a callback exchanges parameters for others, or copies a model that is divided.
     """
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks")  # noqa: B009, set without a type
     for callback in callbacks:
@@ -30,6 +37,12 @@ def check_callbacks(trainer: pl.Trainer, strategy: CompressionStrategy, target: 
                 "it exchanges parameters for masked ones under other names, which checkpoints of this package, made of "
                 "the architecture and its factorised layers, cannot describe",
                 "Remove it; fewer parameters come from model.init_args.strategy.",
+            )
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and shards(trainer.strategy):
+            raise UnsupportedCallbackError(
+                type(callback).__name__,
+                "it copies the whole model, of which ModelParallelStrategy leaves each process a part",
+                "Remove it, or set trainer.strategy to 'ddp'.",
             )
         if isinstance(callback, (EarlyStopping, ModelCheckpoint)):
             _tell_of_monitor(callback, strategy)

@@ -14,7 +14,7 @@ from lowrank_pl.errors.evaluation import (
     TaskDataError,
     TaskUnusableError,
     TextStartError,
-    UnknownTaskError,
+    UnknownHarnessTaskError,
 )
 from lowrank_pl.errors.model import (
     CheckpointMismatchError,
@@ -93,6 +93,7 @@ from lowrank_pl.errors.run import (
     StartMethodError,
     StrategyPlacementError,
     TargetKindError,
+    UnevenValidationError,
     UnsupportedCallbackError,
     UnsupportedParallelismError,
 )
@@ -166,7 +167,7 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (NotADecoderError("o/m", "bert"), ["'o/m'", "'bert', an encoder"], "MaskedLM"),
     (NotALanguageModelError("m", "it is an encoder"), ["'m'", "it is an encoder"], "Check --models"),
     (TextStartError("t"), ["'t'", "neither a bos nor an eos"], "--tokenizer"),
-    (UnknownTaskError("a", ["b"], 3, "f", " (x)"), ["'a'", "3 names", "'f' (x)", "'b'"], "lm_eval ls tasks"),
+    (UnknownHarnessTaskError("a", ["b"], 3, "f", " (x)"), ["'a'", "3 names", "'f' (x)", "'b'"], "lm_eval ls tasks"),
     (TaskDataError("a", "no such file", False), ["'a'", "no such file"], "--include_path"),
     (TaskDataError("a", "unreachable", True), ["'a'", "HF_DATASETS_OFFLINE is set"], "set HF_HUB_OFFLINE=1"),
     (TaskUnusableError("a", "KeyError: 'b'"), ["'a'", "KeyError: 'b'"], "leave it out of --tasks"),
@@ -209,7 +210,8 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     ),
     (OutputExistsError("out"), ["'out'"], "--output"),
     (StrategyPlacementError("SVD"), ["SVD", "trainer.callbacks"], "model.init_args.strategy"),
-    (UnsupportedParallelismError("SVD", "FSDP"), ["SVD", "FSDP"], "'ddp'"),
+    (UnsupportedParallelismError("SVD", "FSDP", "it is old"), ["SVD", "FSDP: it is old"], "'ddp'"),
+    (UnevenValidationError(1, 2), ["process 1 of 2"], "give more validation data"),
     (StartMethodError("SVD", "fork"), ["SVD", "'fork'", "ddp_notebook"], "trainer.devices to 1"),
     (ProcessFailedError(1, "NonFiniteError: bad."), ["process 1", "NonFiniteError: bad. This"], "start the run again"),
     (RunFolderInUseError("logs/a"), ["'logs/a'"], "--trainer.logger.init_args.version"),

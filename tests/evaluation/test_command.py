@@ -17,7 +17,7 @@ from lowrank_pl.errors.evaluation import (
     TaskDataError,
     TaskUnusableError,
     TextStartError,
-    UnknownTaskError,
+    UnknownHarnessTaskError,
 )
 from lowrank_pl.errors.model import ModelFolderError
 from lowrank_pl.errors.numerics import RangeError
@@ -144,7 +144,7 @@ def test_tasks_that_cannot_be_run_are_named_before_weights_are_read(
         evaluate([llama], ["which_ending"], str(tmp_path / "out"), tasks, num_fewshot=10)
     (folder / "bad.yaml").write_text("task: [", encoding="utf-8")
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(folder / "manager.py"))  # a harness with few tasks
-    with pytest.raises(UnknownTaskError, match=r"'which_ened' among .*bad.yaml cannot be read.*mean 'which_ending'"):
+    with pytest.raises(UnknownHarnessTaskError, match=r"'which_ened' .*bad.yaml cannot be read.*mean 'which_ending'"):
         evaluate([llama], ["which_ened"], str(tmp_path / "out"), tasks)
     assert not (tmp_path / "out").exists()
 
