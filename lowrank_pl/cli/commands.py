@@ -183,9 +183,9 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
 
 
 def _own_error(error: BaseException | None) -> LowRankError | None:
-    """The innermost exception of this package in a chain."""
+    """The innermost exception of this package in a chain, as far as it tells: what is raised `from None` says it all."""
     found = None
     while error is not None:
         found = error if isinstance(error, LowRankError) else found
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return found
