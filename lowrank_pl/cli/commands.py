@@ -183,7 +183,7 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
 
 
 def _own_error(error: BaseException | None) -> LowRankError | None:
-    """The innermost exception of this package in a chain, as far as it tells: what is raised `from None` says it all."""
+    """The innermost exception of this package in a chain; what is raised `from None` ends it."""
     found = None
     while error is not None:
         found = error if isinstance(error, LowRankError) else found

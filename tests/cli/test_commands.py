@@ -16,18 +16,22 @@ class OuterError(LowRankError):
     """Says it in the words of the command."""
 
 
+def fail(whole: bool) -> None:
+    try:
+        try:
+            raise InnerError("inner")
+        except InnerError as error:
+            if whole:
+                raise OuterError("outer") from None
+            raise OuterError("outer") from error
+    except OuterError as error:
+        raise RuntimeError("of a library") from error
+
+
 @pytest.mark.parametrize(("whole", "told"), [(True, OuterError), (False, InnerError)])
 def test_the_innermost_error_is_told_unless_another_says_it_all(whole: bool, told: type[LowRankError]) -> None:
     with pytest.raises(RuntimeError) as caught:
-        try:
-            try:
-                raise InnerError("inner")
-            except InnerError as error:
-                if whole:
-                    raise OuterError("outer") from None
-                raise OuterError("outer") from error
-        except OuterError as error:
-            raise RuntimeError("of a library") from error
+        fail(whole)
     assert type(_own_error(caught.value)) is told
 
 
