@@ -233,7 +233,8 @@ class LowRankTrainer(pl.Trainer):
         print(inspect_model(encoder, model.strategy))
         model.strategy.plan(encoder)
         tokens = getattr(datamodule, "window", None) or getattr(datamodule, "max_length", None)
-        for line in model.strategy.told_of_memory(encoder, 2 if str(self.precision).endswith("-true") else 4, tokens):
+        item = {"16-true": 2, "bf16-true": 2, "64-true": 8}.get(str(self.precision), 4)
+        for line in model.strategy.told_of_memory(encoder, item, tokens):
             print(line)
 
 

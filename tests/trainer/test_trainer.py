@@ -286,6 +286,22 @@ def test_inspect_tells_what_block_by_block_takes_from_a_configuration_alone(
     assert "(512 samples of one token; multiply by their length)" in told
 
 
+@pytest.mark.parametrize(("precision", "size"), [("32-true", 4), ("bf16-true", 2), ("64-true", 8), ("bf16-mixed", 4)])
+def test_inspect_counts_the_bytes_that_a_parameter_has_in_the_run(
+    precision: str, size: int, tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+
+    def told_of_memory(_: KroneckerSVD, encoder: object, item: int, tokens: int | None) -> list[str]:
+        asked.append(item)
+        return []
+
+    monkeypatch.setattr(KroneckerSVD, "told_of_memory", told_of_memory)
+    task = make_task(tiny_bert, KroneckerSVD(keep_ratio=0.5))
+    make_trainer(tmp_path, precision=precision).inspect(task)
+    assert asked == [size]
+
+
 def test_inspect_shows_factorised_layers(tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = make_task(None, SVD(keep_ratio=0.5), init_from=tuned)
     make_trainer(tmp_path).compress(task, SyntheticData(), str(tmp_path / "out"))
