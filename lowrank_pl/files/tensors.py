@@ -20,7 +20,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, 
 
     Args:
         path: The file; its folder is made.
-        tensors: By name.
+        tensors: By name; no two are the same.
         told: What else is kept with them.
 
     Raises:
@@ -29,10 +29,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        # A tensor of its own memory each: parts of one would be written as a whole.
-        save_file(
-            {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, temporary, dict(told or {})
-        )
+        save_file({name: _whole(tensor) for name, tensor in tensors.items()}, temporary, dict(told or {}))
         follow_umask(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -51,3 +48,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError):
         return None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """On the CPU, in memory of its own; copied only where it is a part of another tensor."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

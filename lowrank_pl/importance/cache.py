@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import uuid
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank_pl.files import follow_umask
+from lowrank_pl.files.tensors import write_tensors
 from lowrank_pl.importance.identity import identity, own_code
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
 
@@ -87,7 +85,6 @@ class ImportanceCache:
         Raises:
             OSError: the folder cannot be written, or the disk is full; nothing is left behind.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         places: dict[str, dict[str, str]] = {}
         known: dict[int, str] = {}
@@ -97,17 +94,9 @@ class ImportanceCache:
                 place = known.setdefault(id(tensor), f"{name}/{part}")
                 places[name][part] = place
                 if place not in tensors:
-                    tensors[place] = tensor.cpu().contiguous()
-        temporary = self.folder / f".{key}.{uuid.uuid4().hex}"
-        try:
-            told = {"num_samples": str(measured.num_samples), "places": json.dumps(places)}
-            save_file(tensors, temporary, metadata=told)
-            follow_umask(temporary)
-            temporary.replace(self._path(key))
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+                    tensors[place] = tensor
+        told = {"num_samples": str(measured.num_samples), "places": json.dumps(places)}
+        write_tensors(self._path(key), tensors, told)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

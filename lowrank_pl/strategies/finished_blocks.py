@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_pl.errors.run import BlocksMismatchError, OutputNotWritableError
+from lowrank_pl.errors.run import BlocksMismatchError
+from lowrank_pl.files.atomic import errors_told
 from lowrank_pl.files.tensors import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,5 @@ class FinishedBlocks:
                     folder.rmdir()
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str] | None = None) -> None:
-        try:
+        with errors_told(self._folder or path.parent):
             write_tensors(path, tensors, told)
-        except OSError as error:
-            raise OutputNotWritableError(str(self._folder or self._temporary), str(error)) from error

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig
 
+import lowrank_pl.files.tensors as tensors_module
 from lowrank_pl.importance import Fisher, FullFisher, ImportanceCache, LayerFisher
-from lowrank_pl.importance import cache as cache_module
 from tests.core.matrices import random_importance
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_a_crash_while_writing_leaves_what_was_there(tmp_path: Path, monkeypatch
         Path(path).write_bytes(b"half a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(cache_module, "save_file", crash)
+    monkeypatch.setattr(tensors_module, "save_file", crash)
     with pytest.raises(OSError, match="no space"):
         cache.save("k", some_fisher())
     assert list(tmp_path.iterdir()) == []  # what was begun is removed
@@ -99,7 +99,7 @@ def test_a_full_disk_as_safetensors_tells_it_is_an_error_of_the_system(
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("No space left on device (os error 28)")
 
-    monkeypatch.setattr(cache_module, "save_file", full)
+    monkeypatch.setattr(tensors_module, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         ImportanceCache(tmp_path).save("k", some_fisher())
     assert list(tmp_path.iterdir()) == []
