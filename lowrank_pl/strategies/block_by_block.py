@@ -27,9 +27,9 @@ from lowrank_pl.nn import LowRankLinear, dense_weight, input_of
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
 from lowrank_pl.strategies.decomposition import Factorised
-from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called, model_of
+from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called, model_of, order_of_calls
 from lowrank_pl.strategies.processes import Agreement, gathered, progress, send_
-from lowrank_pl.strategies.replay import SeenEnoughError, Stage, stages
+from lowrank_pl.strategies.replay import SeenEnoughError, Stage
 
 Record = dict[str, Any]
 """What is told of a layer that has been factorised: fields of a `LayerRecord`."""
@@ -122,13 +122,9 @@ class BlockByBlock:
     ) -> list[Stage]:
         """Layers in the order of their calls, those with the same input together; the same on every process."""
         encoder = as_compressible(pl_module).encoder
-        batches, found = self.batches(trainer, calibration), list[Stage]()
-        with _as_measured(encoder), Agreement(trainer):
-            if trainer.is_global_zero:
-                first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
-                model = model_of(pl_module, calibration, "sequential")
-                found = stages(lambda: model(first), encoder, list(layers))
-        return trainer.strategy.broadcast(found)
+        model = model_of(pl_module, calibration, "sequential")
+        with _as_measured(encoder):
+            return order_of_calls(trainer, encoder, model, self.batches(trainer, calibration), list(layers))
 
     def fit_(
         self,

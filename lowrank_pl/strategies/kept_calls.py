@@ -18,7 +18,8 @@ from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.labels import ObservedLabels
 from lowrank_pl.strategies.links import Link, links
-from lowrank_pl.strategies.replay import Call, Stage, again, call_of, neighbours
+from lowrank_pl.strategies.processes import Agreement
+from lowrank_pl.strategies.replay import Call, Stage, again, call_of, neighbours, stages
 from lowrank_pl.surgery import Exchange
 
 Pass = Callable[[], object]
@@ -174,6 +175,30 @@ def _way(links: Mapping[str, Link], start: str, end: str) -> list[tuple[str, Lin
         way.append((end, links[end]))
         end = links[end].before
     return way[::-1]
+
+
+def order_of_calls(
+    trainer: pl.Trainer,
+    encoder: nn.Module,
+    model: Callable[[Batch], object],
+    batches: Iterable[Batch],
+    layers: Sequence[str],
+) -> list[Stage]:
+    """Layers in the order of their calls, on the first process's first batch; the same on every process.
+
+    Args:
+        trainer: Of the run.
+        encoder: With the layers.
+        model: Runs the encoder on a batch.
+        batches: Of which the first is looked at.
+        layers: Their names.
+    """
+    found: list[Stage] = []
+    with Agreement(trainer):
+        if trainer.is_global_zero:
+            first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
+            found = stages(lambda: model(first), encoder, layers)
+    return trainer.strategy.broadcast(found)
 
 
 def model_of(pl_module: pl.LightningModule, calibration: Calibration, asked_by: str) -> Callable[[Batch], object]:

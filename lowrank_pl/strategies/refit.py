@@ -23,9 +23,9 @@ from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.nn import LowRankLinear, dense_weight, input_of
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
-from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called, model_of
+from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called, model_of, order_of_calls
 from lowrank_pl.strategies.processes import Agreement, progress, send_
-from lowrank_pl.strategies.replay import SeenEnoughError, Stage, stages
+from lowrank_pl.strategies.replay import SeenEnoughError
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,7 @@ class Refit:
         batches = calibration_batches(trainer, calibration, "refit", self.max_samples)
         model = model_of(pl_module, calibration, "refit")
         with isolate_rng(), frozen_eval(encoder), torch.no_grad(), every_layer_called(encoder):
-            order: list[Stage] = []
-            with Agreement(trainer):
-                if trainer.is_global_zero:
-                    first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
-                    order = stages(lambda: model(first), encoder, list(forms))
-            order = trainer.strategy.broadcast(order)
+            order = order_of_calls(trainer, encoder, model, batches, list(forms))
             kept = KeptCalls(trainer, encoder, dense, model, order)
             fitted = 0
             for stage in progress(trainer, order, "Refit", len(order)):
