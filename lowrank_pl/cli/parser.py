@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lowrank_pl.cli.complaint import shortened
 from lowrank_pl.cli.entry import debugging
+
+_NONE = re.compile(r"(?<==)None$")
 
 
 class Parser(LightningArgumentParser):
@@ -19,6 +23,14 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # An abbreviation means something else once another option begins with the same letters.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:
+        """As jsonargparse does, with `null` at any depth.
+
+        A value of a class inside a class is handed on as text, and Python's text of a null is no null of YAML.
+        """
+        known = args if args is None else [_NONE.sub("null", arg) for arg in args]
+        return super().parse_args(known, *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Says what is wrong, what was probably meant and where to look, and exits with code 2."""

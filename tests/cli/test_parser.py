@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lowrank_pl.cli import main
 
@@ -63,6 +64,17 @@ def test_typing_errors(
     lines = capsys.readouterr().err.strip().splitlines()
     assert told in lines[0]
     assert lines[1:] == [f"See `lowrank-pl {words[0]} --help`."]
+
+
+def test_null_clears_what_a_recipe_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    decoder = str(Path(RECIPE[1]).with_name("causal_lm_kronecker.yaml"))
+    cleared = [f"{STRATEGY}.init_args.refit", f"{STRATEGY}.init_args.calibration.max_samples"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", decoder, cleared[0], "null", f"{cleared[1]}=null", "--print_config"])
+    strategy = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["strategy"]["init_args"]
+    assert strategy["refit"] is None
+    assert strategy["calibration"]["max_samples"] is None
+    assert strategy["calibration"]["batch_size"] == 4
 
 
 def test_debugging_shows_everything(monkeypatch: pytest.MonkeyPatch) -> None:
