@@ -24,7 +24,9 @@ class Parser(LightningArgumentParser):
         # An abbreviation means something else once another option begins with the same letters.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:
+    def parse_args(  # type: ignore[override]  # argparse's overloads know no options of jsonargparse
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Namespace:
         """As jsonargparse does, with `null` at any depth.
 
         A value of a class inside a class is handed on as text, and Python's text of a null is no null of YAML.

@@ -28,11 +28,9 @@ from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
 from lowrank_pl.strategies.decomposition import Factorised
 from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called, model_of, order_of_calls
+from lowrank_pl.strategies.layer_factoriser import Record
 from lowrank_pl.strategies.processes import Agreement, gathered, progress, send_
 from lowrank_pl.strategies.replay import SeenEnoughError, Stage
-
-Record = dict[str, Any]
-"""What is told of a layer that has been factorised: fields of a `LayerRecord`."""
 
 
 class Work(Protocol):

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -14,15 +13,14 @@ from lowrank_pl.allocation import Allocation, RankRequest
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import Importance, ImportanceCache, LayerMoments, SecondMoments
 from lowrank_pl.nn import is_embedding
-from lowrank_pl.strategies.base import as_compressible
-from lowrank_pl.strategies.block_by_block import BlockByBlock, Record
-from lowrank_pl.strategies.calibration import loss_identity, measure_importance
+from lowrank_pl.strategies.block_by_block import BlockByBlock
+from lowrank_pl.strategies.calibration import loss_identity
 from lowrank_pl.strategies.decomposition import Factorised
 from lowrank_pl.strategies.finished_blocks import FinishedBlocks
+from lowrank_pl.strategies.layer_factoriser import LayerFactoriser, Record
 from lowrank_pl.strategies.memory_bound import memory_bound
 from lowrank_pl.strategies.processes import Agreement, gathered, send_, work_shared
 from lowrank_pl.strategies.static import StaticStrategy
-from lowrank_pl.strategies.writing import empty_factors
 from lowrank_pl.surgery import replace_module_
 
 logger = logging.getLogger(__name__)
@@ -96,41 +94,32 @@ class SequentialStrategy(StaticStrategy):
         kept = self.moments if self.allocation.needs_energies else SecondMoments("none", self.moments.outputs)
         return None if kept.inputs == kept.outputs == "none" else kept
 
-    def _factorise(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module], request: RankRequest
-    ) -> tuple[Allocation, dict[str, Record], dict[str, str], int | None]:
+    def _factorise(self, run: LayerFactoriser, request: RankRequest) -> tuple[Allocation, dict[str, Record]]:
         if self.sequential is None:
-            return super()._factorise(trainer, pl_module, layers, request)
+            return super()._factorise(run, request)
         finished = FinishedBlocks(self.progress_folder, on_disk=self.calibration.max_memory is not None)
-        exchanged: dict[str, nn.Module] = {}
+        in_order = _InOrder(self, self.sequential, run, finished)
         try:
-            with Agreement(trainer):
-                if trainer.is_global_zero:
-                    finished.begin(self._identity(trainer, pl_module, layers, self.sequential))
-            return _InOrder(self, self.sequential, trainer, pl_module, layers, finished, exchanged).run(request)
+            with Agreement(run.trainer):
+                if run.trainer.is_global_zero:
+                    finished.begin(self._identity(run, self.sequential))
+            return in_order.run(request)
         except BaseException:
-            for name, layer in exchanged.items():
-                replace_module_(as_compressible(pl_module).encoder, name, layer.to(trainer.strategy.root_device))
+            for name, layer in in_order.dense.items():
+                replace_module_(run.encoder, name, layer.to(run.trainer.strategy.root_device))
             raise
         finally:
             finished.close()
 
-    def _identity(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        layers: Mapping[str, nn.Module],
-        sequential: BlockByBlock,
-    ) -> dict[str, Any]:
+    def _identity(self, run: LayerFactoriser, sequential: BlockByBlock) -> dict[str, Any]:
         """What the factors depend on; looked at only where they are kept."""
         if self.progress_folder is None:
             return {}
-        encoder = as_compressible(pl_module).encoder
         return {
-            "model": ImportanceCache.key(encoder, list(layers), "", ""),
-            "data": sequential.batches(trainer, self.calibration).fingerprint,
-            "loss": loss_identity(trainer, pl_module),
-            "processes": trainer.world_size,
+            "model": ImportanceCache.key(run.encoder, list(run.layers), "", ""),
+            "data": sequential.batches(run.trainer, self.calibration).fingerprint,
+            "loss": loss_identity(run.trainer, run.pl_module),
+            "processes": run.trainer.world_size,
             "method": type(self).__name__,
             **{key: value for key, value in self.options().items() if key not in ("refit", "recalibration", "form")},
             "max_samples": self.calibration.max_samples,
@@ -138,86 +127,79 @@ class SequentialStrategy(StaticStrategy):
 
 
 class _InOrder:
-    """One run of a strategy.
+    """One run of a strategy: `Work` for its option, and what comes before.
 
     Args:
         strategy: The strategy.
         sequential: Its option.
-        trainer: Of the run.
-        pl_module: With the encoder.
-        layers: What is targeted, dense.
+        layers: What is targeted.
         finished: What was done before, and where more is kept.
-        exchanged: Gets the dense layers of what has been exchanged, by name, before it is.
+
+    Attributes:
+        dense: The dense layers of what has been exchanged, by name.
+        owners: Which process decomposes which layer.
     """
 
     def __init__(
         self,
         strategy: SequentialStrategy,
         sequential: BlockByBlock,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        layers: Mapping[str, nn.Module],
+        layers: LayerFactoriser,
         finished: FinishedBlocks,
-        exchanged: dict[str, nn.Module],
     ) -> None:
         self._strategy = strategy
         self._sequential = sequential
-        self._trainer = trainer
-        self._module = pl_module
-        self._encoder = as_compressible(pl_module).encoder
         self._layers = layers
+        self._trainer = layers.trainer
         self._finished = finished
-        self.dense = exchanged
-        self.owners: Mapping[str, int] = strategy._owners(trainer, layers)
+        self.dense: dict[str, nn.Module] = {}
+        self.owners = layers.owners
         self._ranks: dict[str, int] = {}
-        self._notes: dict[str, str] = {}
-        self._samples: int | None = None
 
-    def run(self, request: RankRequest) -> tuple[Allocation, dict[str, Record], dict[str, str], int | None]:
+    def run(self, request: RankRequest) -> tuple[Allocation, dict[str, Record]]:
         """See `StaticStrategy._factorise`."""
-        strategy, calibration = self._strategy, self._strategy.calibration
-        linears = [name for name, layer in self._layers.items() if not is_embedding(layer)]
-        order = self._sequential.order(self._trainer, self._module, calibration, linears)
-        allocation = strategy.allocation.allocate(request, self._energies())
+        layers, calibration, pl_module = self._layers, self._strategy.calibration, self._layers.pl_module
+        linears = [name for name, layer in layers.layers.items() if not is_embedding(layer)]
+        order = self._sequential.order(self._trainer, pl_module, calibration, linears)
+        allocation = self._strategy.allocation.allocate(request, self._energies())
         ranks = self._ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
         order = [stage for stage in (stage.among(ranks) for stage in order) if stage.layers]
         in_order = [name for stage in order for name in stage.layers]
-        rest = {name: self._layers[name] for name in ranks if name not in in_order}
+        rest = [name for name in ranks if name not in in_order]
         told = self._loaded()
-        if missing := {name: layer for name, layer in rest.items() if name not in told}:
-            decompositions, notes, samples = strategy._decompose_all(self._trainer, self._module, missing)
-            self._notes |= notes
-            self._samples = self._samples if samples is None else samples
-            self.dense |= missing
-            told |= strategy._exchange(self._trainer, self._encoder, missing, allocation, decompositions, self._notes)
-            self.finish(list(missing), told)
+        if missing := [name for name in rest if name not in told]:
+            decompositions = layers.decompose_all(missing)
+            self.dense |= {name: layers.layers[name] for name in missing}
+            told |= layers.exchange_({name: ranks[name] for name in missing}, decompositions)
+            self.finish(missing, told)
         todo = [stage for stage in order if stage.layers[0] not in told]
-        found, samples = self._sequential.fit_(self._trainer, self._module, calibration, todo, self)
+        found, samples = self._sequential.fit_(self._trainer, pl_module, calibration, todo, self)
         note = f"{len(in_order)} layers were factorised in the order of their calls on {samples} samples"
         if rest:
             note += f"; {len(rest)} that are called several times, or never, before them"
-        self._notes["sequential"] = note
+        layers.notes["sequential"] = note
         told |= found
         if apart := [name for name, record in told.items() if record.pop("apart", False)]:
-            self._notes["apart"] = (
+            layers.notes["apart"] = (
                 f"layers that get other tokens than in the dense model: {len(apart)}, e.g. {apart[0]!r}"
             )
-        return allocation, {name: told[name] for name in ranks}, self._notes, self._samples or samples
+        layers.samples = layers.samples or samples
+        return allocation, {name: told[name] for name in ranks}
 
     def _energies(self) -> dict[str, Tensor]:
         """Energies of all layers, measured now or by an earlier start; moments of outputs are kept on the way."""
-        importance = self._strategy.beforehand
+        importance, layers = self._strategy.beforehand, self._layers
         if importance is None:
             return {}
         if (found := self._energies_of_before(importance)) is not None:
             return found
         energies: dict[str, Tensor] = {}
-        shapes = self._strategy.targets.shapes(self._layers)
+        shapes = self._strategy.targets.shapes(layers.layers)
         for names in importance.groups(shapes, self._strategy.calibration.max_memory):
             energies |= self._measured(names, importance)
         with Agreement(self._trainer):
             if self._trainer.is_global_zero:
-                self._finished.save_measured(energies, {"notes": self._notes, "samples": self._samples})
+                self._finished.save_measured(energies, {"notes": layers.notes, "samples": layers.samples})
         return energies
 
     def _energies_of_before(self, importance: SecondMoments) -> dict[str, Tensor] | None:
@@ -231,27 +213,24 @@ class _InOrder:
             if not all(gathered(self._trainer, all(map(self._finished.has_moment, own)))):
                 return None
         energies, told = kept
-        self._notes, self._samples = dict(told["notes"]), told["samples"]
+        self._layers.notes, self._layers.samples = dict(told["notes"]), told["samples"]
         return dict(energies)
 
     def _measured(self, names: Sequence[str], importance: SecondMoments) -> dict[str, Tensor]:
         """The energies of a group of layers."""
-        strategy, group = self._strategy, {name: self._layers[name] for name in names}
-        asked_by = type(strategy).__name__
-        found = measure_importance(self._trainer, self._module, group, importance, strategy.calibration, asked_by)
-        self._samples = found.num_samples
+        measured = self._layers.measure(names, importance).layers
 
         def look(name: str) -> tuple[Tensor | None, str | None]:
-            moments, energies, note = found.layers.pop(name), None, None
-            if strategy.allocation.needs_energies:
-                decomposition, note = strategy._decompose_one(name, group[name], moments, found.num_samples)
+            moments, energies, note = measured.pop(name), None, None
+            if self._strategy.allocation.needs_energies:
+                decomposition, note = self._layers.decompose(name, moments)
                 energies = decomposition.energies
             if moments.outputs is not None:
                 self._finished.put_moment(name, moments.outputs)
             return None if energies is None else energies.cpu(), note
 
         told = work_shared(self._trainer, {name: self.owners[name] for name in names}, look, "Energies")
-        self._notes |= {name: note for name, (_, note) in told.items() if note is not None}
+        self._layers.notes |= {name: note for name, (_, note) in told.items() if note is not None}
         return {name: energies for name, (energies, _) in told.items() if energies is not None}
 
     def _loaded(self) -> dict[str, Record]:
@@ -275,10 +254,8 @@ class _InOrder:
 
     def _exchange(self, name: str) -> nn.Module:
         """Puts empty factors in the place of a layer."""
-        self.dense[name] = self._layers[name]
-        made = empty_factors(self._layers[name], self._ranks[name])
-        replace_module_(self._encoder, name, made)
-        return made
+        self.dense[name] = self._layers.layers[name]
+        return self._layers.put_empty(name, self._ranks[name])
 
     # `Work`.
 
@@ -292,13 +269,13 @@ class _InOrder:
         outputs = None if self._strategy.moments.outputs == "none" else self._finished.moment(name)
         outputs = None if outputs is None else outputs.to(weight.device)
         measured = LayerMoments(_as_measured(moment, self._strategy.moments), outputs)
-        return self._strategy.decompose(weight, measured, self._samples or 0).at(self._ranks[name])
+        return self._strategy.decompose(weight, measured, self._layers.samples or 0).at(self._ranks[name])
 
     def finish(self, names: Sequence[str], told: Mapping[str, Record]) -> None:
         """Keeps the factors of layers that are done, and drops what is not needed any more."""
         with Agreement(self._trainer):
             if self._trainer.is_global_zero:
-                states = {name: self._encoder.get_submodule(name).state_dict() for name in names}
+                states = {name: self._layers.encoder.get_submodule(name).state_dict() for name in names}
                 self._finished.save(states, {name: dict(told[name]) for name in names})
         self._finished.drop_moments(names)
 

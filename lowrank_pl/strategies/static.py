@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
@@ -24,15 +24,14 @@ from lowrank_pl.nn import (
     final_form,
     form_for,
     is_embedding,
-    restated,
 )
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
-from lowrank_pl.strategies.calibration import Calibration, measure_importance
+from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.decomposition import Decomposition
-from lowrank_pl.strategies.processes import assign, gathered, send_, work_shared
+from lowrank_pl.strategies.layer_factoriser import LayerFactoriser, Record
+from lowrank_pl.strategies.processes import send_
 from lowrank_pl.strategies.recalibration import Recalibration
 from lowrank_pl.strategies.refit import Refit, refitted_errors
-from lowrank_pl.strategies.writing import empty_factors, write_factors
 from lowrank_pl.surgery import (
     CompressionRecord,
     CostRecord,
@@ -214,8 +213,9 @@ class StaticStrategy(CompressionStrategy):
         before = (
             None if self.recalibration is None else self.recalibration.outputs(trainer, pl_module, self.calibration)
         )
-        allocation, told, notes, samples = self._factorise(trainer, pl_module, layers, request)
-        options = self.options() | ({} if samples is None else {"calibration_samples": samples})
+        run = LayerFactoriser(self, trainer, pl_module, layers)
+        allocation, told = self._factorise(run, request)
+        options = self.options() | ({} if run.samples is None else {"calibration_samples": run.samples})
         exchanged = {name: layers[name] for name in told}
         heads = {head: vocabulary for head, vocabulary in heads.items() if vocabulary in told}
         dense_heads = {head: tie_head_(encoder, head, vocabulary) for head, vocabulary in heads.items()}
@@ -223,11 +223,12 @@ class StaticStrategy(CompressionStrategy):
             linears = [name for name, layer in exchanged.items() if not is_embedding(layer)]
             if self.refit is not None and linears:
                 dense = exchanged | dense_heads
-                notes |= {"refit": self.refit.fit_(trainer, pl_module, self.calibration, dense, linears)}
+                run.notes |= {"refit": self.refit.fit_(trainer, pl_module, self.calibration, dense, linears)}
                 told |= {n: told[n] | refitted_errors(layers[n], encoder.get_submodule(n)) for n in linears}
-            self._restate(trainer, encoder, layers, told)
+            if (form := final_form(self.form)) is not LowRankLinear:
+                run.restate_(form, linears)
             if self.recalibration is not None and before is not None:
-                notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
+                run.notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
         except BaseException:
             for name, layer in exchanged.items():
                 replace_module_(encoder, name, layer.to(trainer.strategy.root_device))
@@ -238,7 +239,9 @@ class StaticStrategy(CompressionStrategy):
         spent = allocation.total_cost(self.cost)
         cost = CostRecord(self.cost.unit, spent, self.cost.total_dense(allocation.shapes))
         records = self._records(allocation, told)
-        module.compression = CompressionRecord(type(self).__name__, options, records, tuple(notes.values()), cost=cost)
+        module.compression = CompressionRecord(
+            type(self).__name__, options, records, tuple(run.notes.values()), cost=cost
+        )
         self.mark_prepared(pl_module)
 
     def _tied_heads(self, encoder: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -281,127 +284,17 @@ class StaticStrategy(CompressionStrategy):
 
     # The work.
 
-    def _factorise(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module], request: RankRequest
-    ) -> tuple[Allocation, dict[str, dict[str, Any]], dict[str, str], int | None]:
+    def _factorise(self, run: LayerFactoriser, request: RankRequest) -> tuple[Allocation, dict[str, Record]]:
         """Measures layers, allocates ranks, and puts factorised layers into the encoder.
 
         Returns:
-            The ranks; a record of each factorised layer; notes; samples, `None` where nothing was measured.
+            The ranks; a record of each factorised layer.
         """
-        decompositions, notes, samples = self._decompose_all(trainer, pl_module, layers)
-        allocation = self.allocation.allocate(request, self._energies(trainer, decompositions))
-        encoder = as_compressible(pl_module).encoder
-        return allocation, self._exchange(trainer, encoder, layers, allocation, decompositions, notes), notes, samples
-
-    def _decompose_all(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, layers: Mapping[str, nn.Module]
-    ) -> tuple[dict[str, Decomposition], dict[str, str], int | None]:
-        """Measures layers group by group, and decomposes those that are this process's.
-
-        Returns:
-            Decompositions of this process's layers; notes by layer; samples, `None` where nothing was measured.
-        """
-        importance, module = self.importance, as_compressible(pl_module)
-        if importance.needs_data and layers and module.freshly_initialised_head:
-            logger.warning(
-                "the head is freshly initialised: %s will weigh the weights for a task the model has not "
-                "learned. Fine-tune first and pass the checkpoint as model.init_args.init_from.",
-                type(self).__name__,
-            )
-        decompositions: dict[str, Decomposition] = {}
-        notes: dict[str, str] = {}
-        samples: int | None = None
-        owners = self._owners(trainer, layers)
-        max_memory = self.calibration.max_memory if importance.needs_data else None
-        for names in importance.groups(self.targets.shapes(layers), max_memory):
-            group = {name: layers[name] for name in names}
-            measured: dict[str, LayerImportance] = {}
-            if importance.needs_data and group:
-                found = measure_importance(trainer, pl_module, group, importance, self.calibration, type(self).__name__)
-                measured, samples = found.layers, found.num_samples
-
-            def decompose(
-                name: str, measured: dict[str, LayerImportance] = measured, samples: int = samples or 0
-            ) -> str | None:
-                decompositions[name], note = self._decompose_one(name, layers[name], measured.pop(name, None), samples)
-                return note
-
-            told = work_shared(trainer, {name: owners[name] for name in names}, decompose, "Decomposition")
-            notes |= {name: note for name, note in told.items() if note is not None}
-        return decompositions, notes, samples
-
-    def _decompose_one(
-        self, name: str, layer: nn.Module, measured: LayerImportance | None, samples: int
-    ) -> tuple[Decomposition, str | None]:
-        note = None
-        if measured is not None:
-            measured.check(name)
-            if measured.is_zero:
-                note = f"no loss depends on {name!r}: factorised by plain SVD instead"
-                logger.warning(note)
-        return self.decompose(dense_weight(layer).detach(), measured, samples), note
-
-    def _owners(self, trainer: pl.Trainer, layers: Mapping[str, nn.Module]) -> dict[str, int]:
-        """Which process decomposes which layer, by what a decomposition costs up to a constant: `m n min(m, n)`."""
-        shapes = self.targets.shapes(layers)
-        return assign({n: float(s.dense_params * s.full_rank) for n, s in shapes.items()}, trainer.world_size)
-
-    def _energies(self, trainer: pl.Trainer, decompositions: Mapping[str, Decomposition]) -> dict[str, Tensor]:
-        """Those of all processes' layers, on the CPU; empty where ranks do not depend on them."""
-        if not self.allocation.needs_energies:
-            return {}
-        own = {name: d.energies.cpu() for name, d in decompositions.items() if d.energies is not None}
-        return {name: energy for share in gathered(trainer, own) for name, energy in share.items()}
-
-    def _exchange(
-        self,
-        trainer: pl.Trainer,
-        encoder: nn.Module,
-        layers: Mapping[str, nn.Module],
-        allocation: Allocation,
-        decompositions: dict[str, Decomposition],
-        notes: dict[str, str],
-    ) -> dict[str, dict[str, Any]]:
-        """Puts factorised layers into the encoder, one at a time; returns a record of each."""
+        made = run.decompose_all(run.layers)
+        energies = run.energies(made) if self.allocation.needs_energies else {}
+        allocation = self.allocation.allocate(request, energies)
         ranks = {name: rank for name, rank in allocation.ranks.items() if rank is not None}
-        owners = {name: owner for name, owner in self._owners(trainer, layers).items() if name in ranks}
-
-        def write(name: str) -> tuple[dict[str, Any], str | None]:
-            made = empty_factors(layers[name], ranks[name])
-            told, note = write_factors(name, layers[name], made, decompositions.pop(name).at(ranks[name]))
-            replace_module_(encoder, name, made)
-            return told, note
-
-        written = work_shared(trainer, owners, write, "Factorisation")
-        for name, owner in owners.items():
-            if owner != trainer.global_rank:
-                replace_module_(encoder, name, empty_factors(layers[name], ranks[name]))
-            for parameter in encoder.get_submodule(name).parameters():
-                send_(trainer, parameter.data, owner)
-        notes |= {f"{name} solver": note for name, (_, note) in written.items() if note is not None}
-        return {name: told for name, (told, _) in written.items()}
-
-    def _restate(
-        self, trainer: pl.Trainer, encoder: nn.Module, layers: Mapping[str, nn.Module], factorised: Collection[str]
-    ) -> None:
-        """Brings two factors, as refit needs them, to the form in which layers are to be."""
-        form = final_form(self.form)
-        if form is LowRankLinear:
-            return
-        linears = {name: layer for name, layer in layers.items() if name in factorised and not is_embedding(layer)}
-        owners = self._owners(trainer, linears)
-
-        def restate(name: str) -> None:
-            replace_module_(encoder, name, restated(encoder.get_submodule(name), form))
-
-        work_shared(trainer, owners, restate, "Pivot rows")
-        for name, owner in owners.items():
-            layer = cast(LowRankLinear, encoder.get_submodule(name))
-            if owner != trainer.global_rank:
-                replace_module_(encoder, name, form.empty(layer.spec(), layer))
-            for tensor in encoder.get_submodule(name).state_dict().values():
-                send_(trainer, tensor, owner)
+        return allocation, run.exchange_(ranks, made)
 
     def _records(self, allocation: Allocation, told: Mapping[str, dict[str, Any]]) -> tuple[LayerRecord, ...]:
         exact = {"error": 0.0, "weighted_error": 0.0 if self.importance.needs_data else None}

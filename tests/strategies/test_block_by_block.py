@@ -16,7 +16,7 @@ from lowrank_pl.allocation import LayerOverride, Uniform
 from lowrank_pl.core import kronecker_groups
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import BlocksMismatchError
-from lowrank_pl.strategies import SVD, BlockByBlock, Calibration, KroneckerSVD, sequential
+from lowrank_pl.strategies import SVD, BlockByBlock, Calibration, KroneckerSVD, layer_factoriser, sequential
 from lowrank_pl.strategies.finished_blocks import FinishedBlocks
 from lowrank_pl.surgery import TargetSelector, read_layout
 from tests.strategies.test_refit import Routed, cross_entropies, vectors
@@ -286,7 +286,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert all(layer in needed for layer in read_layout_of(whole, "layer.2."))
     assert not any(layer in needed for layer in read_layout_of(whole, "layer.0."))
     measured: list[str] = []
-    monkeypatch.setattr(sequential, "measure_importance", lambda *_: measured.append(""))
+    monkeypatch.setattr(layer_factoriser, "measure_importance", lambda *_: measured.append(""))
     assert not (tmp_path / "parts" / "out").exists()
     again = run(deep, tmp_path / "parts")
     assert "going on with the blocks that an earlier start has finished" in caplog.text

@@ -84,7 +84,7 @@ def test_bad_importance_is_refused_with_layer_and_entry(
         full[3, 2] = poison
         return replace(fisher, layers={**fisher.layers, LAYER: replace(fisher.layers[LAYER], full=full)})
 
-    monkeypatch.setattr("lowrank_pl.strategies.static.measure_importance", poisoned)
+    monkeypatch.setattr("lowrank_pl.strategies.layer_factoriser.measure_importance", poisoned)
     with pytest.raises(error, match=message):
         compress(tiny_bert, tmp_path, TFWSVD(keep_ratio=0.5))
 
@@ -99,7 +99,7 @@ def test_zero_importance_falls_back_to_svd_and_is_told(
         zero = LayerFisher(*(torch.zeros_like(t) for t in vars(fisher.layers[LAYER]).values()))
         return replace(fisher, layers={**fisher.layers, LAYER: zero})
 
-    monkeypatch.setattr("lowrank_pl.strategies.static.measure_importance", emptied)
+    monkeypatch.setattr("lowrank_pl.strategies.layer_factoriser.measure_importance", emptied)
     task = compress(tiny_bert, tmp_path, TFWSVD(keep_ratio=0.5))
     (note,) = task.compression.notes
     assert LAYER in note
