@@ -99,13 +99,22 @@ def _prepare(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def _going_on(run: Run) -> list[str]:
+    """What makes a training run that was stopped go on after its last epoch; of another, nothing is left."""
+    checkpoint = run.folder / "checkpoints" / "last.ckpt"
+    if run.arguments[0] == "fit" and checkpoint.exists():
+        (run.folder / "config.yaml").unlink(missing_ok=True)  # which says that a run has this folder
+        return [f"--ckpt_path={checkpoint}"]
+    shutil.rmtree(run.folder, ignore_errors=True)
+    return []
+
+
 def _execute(run: Run) -> int:
     """In the worker: one run with its output in a log file."""
     from lowrank_pl.cli import console
 
-    shutil.rmtree(run.folder, ignore_errors=True)  # of a run that was stopped
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    sys.argv = ["lowrank-pl", *run.arguments]
+    sys.argv = ["lowrank-pl", *run.arguments, *_going_on(run)]
     descriptor = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     before = [(stream, os.dup(stream)) for stream in (1, 2)]
     try:
@@ -129,7 +138,7 @@ def _execute(run: Run) -> int:
         os.close(descriptor)
     if code:  # a report of what went wrong is none of a run that is done
         (run.folder / "report.json").unlink(missing_ok=True)
-    if not run.keep:
+    if code or not run.keep:
         for path in run.folder.rglob("*.ckpt"):
             path.unlink()
     return code
