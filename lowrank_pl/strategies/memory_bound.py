@@ -18,6 +18,7 @@ class MemoryBound:
         weights: The whole model; blocks that are behind hold factors, and their dense layers are gone.
         factors: Those of the block at hand, beside its dense layers; of all blocks where dense layers have to stay.
         measuring: Sums of the largest group of layers, before ranks are given; `calibration.max_memory` bounds them.
+        decomposing: The decomposition that tells the energies of the largest layer, while its group's sums are there.
         fitting: Sums, moments and the decomposition of the largest layer.
         kept_calls: What the block at hand is called with, in both models, on all samples.
         disk: Moments of output gradients and the factors of finished blocks, until the run has ended.
@@ -26,6 +27,7 @@ class MemoryBound:
     weights: int
     factors: int
     measuring: int
+    decomposing: int
     fitting: int
     kept_calls: int
     disk: int
@@ -33,7 +35,7 @@ class MemoryBound:
     @property
     def peak(self) -> int:
         """The most at one time: layers are measured before the first is fitted."""
-        return self.weights + max(self.measuring, self.factors + self.fitting + self.kept_calls)
+        return self.weights + max(self.measuring + self.decomposing, self.factors + self.fitting + self.kept_calls)
 
     def lines(self, samples: str) -> list[str]:
         """The same as text.
@@ -44,6 +46,7 @@ class MemoryBound:
         parts = {
             "weights": self.weights,
             "measuring the largest group of layers": self.measuring,
+            "decomposing the largest layer": self.decomposing,
             "factors": self.factors,
             "fitting the largest layer": self.fitting,
             f"kept calls of one block ({samples})": self.kept_calls,
@@ -68,6 +71,15 @@ def fitting_bytes(shape: LinearShape) -> int:
     """
     m, n = shape.out_features, shape.in_features
     return 8 * (7 * n * n + 4 * m * n + 2 * m * m)
+
+
+def decomposing_bytes(shape: LinearShape) -> int:
+    """What `kronecker_groups` takes of one layer, in float64: the root of either moment, or the decomposition itself.
+
+    A root takes four matrices at a time; the second is made beside the first.
+    """
+    m, n, k = shape.out_features, shape.in_features, shape.full_rank
+    return 8 * max(4 * n * n, n * n + 4 * m * m, n * n + m * m + 3 * m * n + 4 * k * k)
 
 
 def memory_bound(
@@ -105,6 +117,7 @@ def memory_bound(
         parameters * item,
         (sum(blocks) if stays else max(blocks, default=0)) * item,
         measuring,
+        0 if beforehand is None else max(map(decomposing_bytes, shapes.values()), default=0),
         max((fitting_bytes(shape) for shape in factorised.values()), default=0),
         2 * call * item,
         moments + sum(kept.values()) * item,

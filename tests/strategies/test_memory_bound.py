@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowrank_pl.core import LinearShape
 from lowrank_pl.importance import SecondMoments
-from lowrank_pl.strategies.memory_bound import fitting_bytes, memory_bound
+from lowrank_pl.strategies.memory_bound import decomposing_bytes, fitting_bytes, memory_bound
 
 SHAPES = {f"layers.{block}.{name}": LinearShape(2, 4) for block in (0, 1) for name in ("a", "b")}
 KEPT = dict.fromkeys(SHAPES, 6)
@@ -18,6 +18,9 @@ def test_every_part_is_what_it_is_by_hand() -> None:
     assert found.measuring == 3 * 8 * (16 + 4)
     assert found.disk == 4 * 4 * 4 + 2 * 24
     assert found.peak == 200 + 24 + 1216 + 120
+    assert decomposing_bytes(LinearShape(2, 4)) == 8 * max(4 * 16, 16 + 4 * 4, 16 + 4 + 3 * 8 + 4 * 4) == 512
+    every = memory_bound(SHAPES, KEPT, 100, 2, SecondMoments(), [list(SHAPES) * 4], 30)
+    assert every.peak == 200 + every.measuring + 512, "many sums at once, and one layer decomposed"
     assert memory_bound(SHAPES, KEPT, 100, 2, None, [], 30, stays=True).peak == 200 + 48 + 1216 + 120
 
 
@@ -30,4 +33,4 @@ def test_the_text_names_every_part() -> None:
     lines = memory_bound(SHAPES, KEPT, 2**30, 4, None, [], 2**29).lines("3 samples")
     assert lines[0] == "memory block by block: at most 8.00 GiB, beside the activations of one batch"
     assert lines[1] == "  weights: 4.00 GiB"
-    assert lines[5] == "  kept calls of one block (3 samples): 4.00 GiB"
+    assert lines[6] == "  kept calls of one block (3 samples): 4.00 GiB"
