@@ -22,10 +22,10 @@ def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
 
 
 def leave_unscaling_(optimizer: Optimizer) -> None:
-    """Lets a fused optimizer take gradients that somebody else has unscaled, in mixed precision with float16.
+    """Lets a fused optimizer take gradients that somebody else has unscaled, in mixed precision.
 
-    By default its step unscales them itself. Clipping and strategies, which look at gradients before the step, would
-    see them scaled, and Lightning refuses to clip.
+    By default its step unscales them itself. With float16, clipping and strategies, which look at gradients before the
+    step, would see them scaled. Lightning refuses to clip, with bfloat16 as well, where nothing is ever scaled.
     """
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined] # torch's, without a public name
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -44,7 +45,7 @@ class ScheduledModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all trainable parameters and a scheduler stepped with it."""
         optimizer = optimization.make_optimizer(self._make_optimizer, optimization.decay_groups(self))
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+        if isinstance(self.trainer.precision_plugin, MixedPrecision):
             optimization.leave_unscaling_(optimizer)
         if self._make_scheduler is not None:
             scheduler: Any = self._make_scheduler(optimizer)
