@@ -26,7 +26,7 @@ class MetricGroups(GroupTraining):
     Args:
         sensitivity: Collects the moments of inputs and output gradients.
         floor: Every layer keeps at least this share of the rank that uniform ranks would give it.
-        multiple_of: Bring the final ranks to a multiple.
+        multiple_of: Every rank in two factors is a multiple.
         ends_dense: Whether a layer may be dense in the end.
     """
 
@@ -107,8 +107,8 @@ class MetricGroups(GroupTraining):
         ranks: dict[str, int] = {}
         if trainer.is_global_zero:
             present = {name: layer.rank for name, layer in elastic.items()}
-            step = self.multiple_of if final else 1
-            ranks = plan.best(energies, budget, present, self.floor, final, step, self.ends_dense or not final)
+            dense = self.ends_dense or not final
+            ranks = plan.best(energies, budget, present, self.floor, final, self.multiple_of, dense)
         ranks = trainer.strategy.broadcast(ranks)
         self._write(trainer, elastic, {n: r for n, r in ranks.items() if r < elastic[n].rank}, owners, groups)
         return energies

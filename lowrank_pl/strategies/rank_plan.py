@@ -90,15 +90,17 @@ class RankPlan:
     def choose(
         self, scores: Mapping[str, Tensor], budget: float, per_parameter: bool, final: bool, multiple_of: int
     ) -> dict[str, Tensor]:
-        """The groups to keep; upper bounds and multiples are for the end: on the way a layer may have any rank.
+        """The groups to keep; upper bounds are for the end.
+
+        Multiples are kept to on the way as well: no rank rises again, so that ranks in between would end below them.
 
         Raises:
             NonFiniteError: a score is NaN or Inf.
         """
         bounds = self.bounds if final else {name: RankBounds(low=bound.low) for name, bound in self.bounds.items()}
         kept = globally_ranked(scores, self.shapes, budget, bounds, per_parameter, self.cost)
-        if final and multiple_of > 1:
-            kept = rounded(kept, scores, self.shapes, budget, multiple_of, self.bounds, self.cost)
+        if multiple_of > 1:
+            kept = rounded(kept, scores, self.shapes, budget, multiple_of, bounds, self.cost)
         return kept
 
     def best(
@@ -118,8 +120,8 @@ class RankPlan:
             budget: What all layers may cost together.
             present: The ranks that there are; the full rank where a layer is dense.
             floor: Share of the rank that uniform ranks would give a layer, which it keeps at least.
-            final: Whether upper bounds count: on the way a layer may have any rank.
-            multiple_of: Of which ranks are multiples.
+            final: Whether upper bounds count.
+            multiple_of: Of which ranks are multiples, also on the way: no rank rises again.
             ends_dense: Whether a layer that is dense may stay so.
 
         Raises:

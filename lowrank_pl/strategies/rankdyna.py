@@ -73,7 +73,7 @@ class RankDyna(CompressionStrategy):
         start_ratio: With other scores, share of the full rank to start with, `0 < start_ratio <= 1`; below 1 the
             smallest singular values go before the first step.
         bounds: How few and how many groups layers may end with.
-        multiple_of: Bring the final ranks to a multiple, within the budget.
+        multiple_of: Bring ranks to multiples, within the budget.
         allow_dense: Let a layer that ends at or above its break-even rank end dense, and count it as such.
         cost: In what the budget is measured, and groups are paid: `Parameters`, `Flops`, or `Latency` with a table of
             times.

@@ -23,7 +23,7 @@ class SingularGroups(GroupTraining):
     Args:
         sensitivity: How groups are scored.
         per_parameter: Whether they compete by score per unit of cost.
-        multiple_of: Bring the final ranks to a multiple.
+        multiple_of: Every rank is a multiple, within the budget.
     """
 
     sensitivity: GroupSensitivity

@@ -70,6 +70,6 @@ def test_bounds_go_before_the_floor_where_the_budget_has_no_room_for_both() -> N
     assert ranks == {"a": 1, "b": 3, "c": 1}
 
 
-def test_multiples_are_for_the_end() -> None:
+def test_ranks_are_multiples() -> None:
     ranks = best(plan(), 150, energies(), multiple_of=2, floor=0.25)
     assert all(rank % 2 == 0 for rank in ranks.values())

@@ -28,7 +28,7 @@ from lowrank_pl.errors.run import (
     ResumeMismatchError,
     ScheduleError,
 )
-from lowrank_pl.importance import FirstOrder, Groups, KroneckerSensitivity, Squared
+from lowrank_pl.importance import FirstOrder, Groups, GroupSensitivity, KroneckerSensitivity, Squared
 from lowrank_pl.monitoring import RankHistory, ReportWriter
 from lowrank_pl.nn import ElasticLinear, LowRankLinear, forms_in_training
 from lowrank_pl.strategies import RankDyna
@@ -295,6 +295,19 @@ def test_bounds_multiples_and_dense_layers(tiny_bert: str, tmp_path: Path) -> No
         module = task.encoder.get_submodule(f"bert.encoder.layer.{name}")
         assert isinstance(module, nn.Linear if layer.kind == "dense" else LowRankLinear)
     assert task.compression.keep_ratio <= 0.6
+
+
+@pytest.mark.parametrize("sensitivity", [None, FirstOrder()], ids=["kronecker", "scores"])
+def test_multiples_leave_less_of_the_budget_than_one_of_them_costs(
+    tiny_bert: str, tmp_path: Path, sensitivity: GroupSensitivity | None
+) -> None:
+    strategy = RankDyna(keep_ratio=0.5, multiple_of=4, sensitivity=sensitivity)
+    task, _ = fit(tiny_bert, tmp_path, strategy)
+    record = task.compression
+    assert all(layer.rank % 4 == 0 or layer.rank < 4 for layer in record.layers if layer.kind == "low_rank")
+    left = 0.5 * record.targeted_dense - record.targeted_kept
+    dearest = max(4 * (layer.out_features + layer.in_features) for layer in record.layers)
+    assert 0 <= left < dearest
 
 
 def test_starting_below_full_rank(tiny_bert: str, tmp_path: Path) -> None:
