@@ -101,6 +101,13 @@ class CubicCurve:
         action = self.start + intervals * self.interval
         return action if action <= self._last_on_the_way else self.end
 
+    def actions(self) -> list[int]:
+        """All steps after which ranks are reallocated, ascending."""
+        found = [self.next_action(self.start + 1)]
+        while found[-1] != self.end:
+            found.append(self.next_action(found[-1] + 1))
+        return found
+
     def budget(self, step: int, first: float, last: float) -> float:
         """`last + (first − last) · share(step)`."""
         return last + (first - last) * self.share(step)

@@ -139,8 +139,8 @@ class CompressionStrategy(pl.Callback, ABC):
         """In what the method counts what a layer costs."""
         return Parameters()
 
-    def told_of_memory(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
-        """Lines for `inspect` about what `compress` takes at most; none, unless a method knows it from shapes alone.
+    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
+        """Lines for `inspect` about what a run will do and take at most, as far as shapes alone tell; none by default.
 
         Args:
             encoder: The model; its values do not matter.

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lowrank_pl.core import KroneckerGroups, kronecker_groups, kronecker_regroup
+from lowrank_pl.core.checks import check_finite
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import KroneckerSensitivity, LayerMoments
 from lowrank_pl.nn import ElasticLinear, LinearForm, forms_in_training
@@ -99,6 +100,7 @@ class MetricGroups(GroupTraining):
         energies: dict[str, Tensor] = {}
         with Agreement(trainer):
             for name in (name for name, owner in owners.items() if owner == trainer.global_rank):
+                check_finite("the weight", elastic[name].storage.detach(), name)
                 groups[name] = self._decompose(
                     elastic[name], moments.pop(name) if moments else self._own(name, elastic[name])
                 )

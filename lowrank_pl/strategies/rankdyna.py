@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -179,6 +180,24 @@ class RankDyna(CompressionStrategy):
         """Raises errors for an impossible budget; ranks are known only in the end."""
         self._plan_for(encoder)
 
+    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
+        """See `CompressionStrategy.told_beforehand`: budget, reallocations in a run of 1,000 steps, memory."""
+        del item, tokens
+        return self._told(self._plan_for(encoder), self.schedule.over(1000), 1000)
+
+    def _told(self, plan: RankPlan, curve: CubicCurve, steps: int) -> list[str]:
+        """What a run of some length will do and take."""
+        share = plan.budget / plan.dense_cost
+        spent = f"{plan.budget:,} of {plan.dense_cost:,} {self.cost.measure.unit} of {len(plan.shapes)} layers"
+        actions = ", ".join(f"{step:,}" for step in curve.actions())
+        told = [
+            f"{type(self).__name__}: the budget is {spent} (keep_ratio {share:.4f})",
+            f"ranks are reallocated after steps {actions} of {steps:,}; the last one reaches the budget",
+        ]
+        if needed := self._training.bytes(plan):
+            told.append(f"until then, what is observed takes up to {needed / 2**20:,.1f} MiB")
+        return told
+
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replaces every target by a layer whose rank can shrink.
 
@@ -258,7 +277,7 @@ class RankDyna(CompressionStrategy):
         layers = forms_in_training(module.encoder)
         if not layers:
             self._restored = None  # of a checkpoint that was only looked at
-            logger.info("the budget was reached in an earlier run: training goes on at the ranks of the model")
+            rank_zero_info("the budget was reached in an earlier run: training goes on at the ranks of the model")
             return
         frozen = [name for name, layer in layers.items() if not layer.reference.requires_grad]
         if frozen:
@@ -283,8 +302,8 @@ class RankDyna(CompressionStrategy):
         self.state.total_steps = int(steps)
         if self._curve.rewarmup:
             self._rewarming = Rewarming(trainer.optimizers, self._rate(trainer))
-        if (needed := self._training.bytes(self._plan)) and not self.state.reached:
-            logger.info("until the budget is reached, what is observed takes up to %.0f MiB", needed / 2**20)
+        if not self.state.reached:
+            rank_zero_info("\n".join(self._told(self._plan, self._curve, int(steps))))
         module.compression = self._record({name: layer.rank for name, layer in layers.items()})
 
     def _rate(self, trainer: pl.Trainer) -> Callable[[], float]:
@@ -357,8 +376,8 @@ class RankDyna(CompressionStrategy):
         module.compression = self._record(ranks)
         if final:
             self.sensitivity.release()
-            told = (self.state.budget, self.cost.measure.unit, step, self.state.history[-1].kept)
-            logger.info("the budget of %d %s is reached at step %d: %d kept", *told)
+            kept, unit = self.state.history[-1].kept, self.cost.measure.unit
+            rank_zero_info(f"the budget of {self.state.budget:,} {unit} is reached at step {step:,}: {kept:,} kept")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compacts the model: no step follows."""

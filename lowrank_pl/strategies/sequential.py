@@ -57,10 +57,10 @@ class SequentialStrategy(StaticStrategy):
         """Whether a stopped run can go on where it was: block by block."""
         return self.sequential is not None
 
-    def told_of_memory(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
-        """See `CompressionStrategy.told_of_memory`; of a sample whose length is not known, one token."""
+    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
+        """See `CompressionStrategy.told_beforehand`; of a sample whose length is not known, one token."""
         if self.sequential is None:
-            return []
+            return super().told_beforehand(encoder, item, tokens)
         layers = self.targets.select(encoder)
         plan, shapes, beforehand = self.plan(encoder), self.targets.shapes(layers), self.beforehand
         ranked = {name: rank for name, rank in plan.ranks.items() if rank is not None}

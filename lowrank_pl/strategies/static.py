@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocation, Allocator, LayerOverride, Measure, Parameters, RankRequest, Uniform
@@ -169,6 +170,20 @@ class StaticStrategy(CompressionStrategy):
         """Whether ranks follow from calibration: `plan` then shows uniform ones of the same budget."""
         return self.allocation.needs_energies
 
+    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
+        """See `CompressionStrategy.told_beforehand`: what is measured of the layers."""
+        del item, tokens
+        importance, shapes = self.importance, self.targets.shapes(self.targets.select(encoder))
+        if not importance.needs_data:
+            return []
+        groups = importance.groups(shapes, self.calibration.max_memory)
+        most = max(sum(importance.bytes(shapes[name]) for name in names) for names in groups)
+        passes = "one pass" if len(groups) == 1 else f"{len(groups)} passes"
+        return [
+            f"{type(self).__name__} measures the layers in {passes} over the calibration samples: at most "
+            f"{most / 2**20:,.1f} MiB of sums at a time, which calibration.max_memory bounds"
+        ]
+
     def check(self, encoder: nn.Module) -> None:
         """Raises an error for an impossible plan, and weights that are not finite."""
         self.plan(encoder)
@@ -213,6 +228,10 @@ class StaticStrategy(CompressionStrategy):
         before = (
             None if self.recalibration is None else self.recalibration.outputs(trainer, pl_module, self.calibration)
         )
+        data = getattr(trainer, "datamodule", None)
+        tokens = getattr(data, "window", None) or getattr(data, "max_length", None)
+        for line in self.told_beforehand(encoder, next(encoder.parameters()).element_size(), tokens):
+            rank_zero_info(line)
         run = LayerFactoriser(self, trainer, pl_module, layers)
         allocation, told = self._factorise(run, request)
         options = self.options() | ({} if run.samples is None else {"calibration_samples": run.samples})

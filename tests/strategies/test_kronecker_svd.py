@@ -229,3 +229,16 @@ def test_inspect_says_that_ranks_follow_from_data(tiny_bert: str, capsys: pytest
     for strategy, expected in ((KroneckerSVD(keep_ratio=0.4), True), (SVD(keep_ratio=0.4), False)):
         LowRankTrainer(logger=False).inspect(make_task(tiny_bert, strategy))
         assert (told in capsys.readouterr().out) is expected
+
+
+def test_it_says_beforehand_what_measuring_takes(tiny_bert: str) -> None:
+    task = make_task(tiny_bert, KroneckerSVD(keep_ratio=0.5, calibration=Calibration(max_memory=0.0001)))
+    task.build()
+    shapes = task.strategy.targets.shapes(task.strategy.targets.select(task.encoder))
+    groups = SecondMoments().groups(shapes, 0.0001)
+    most = max(sum(8 * (shapes[n].in_features ** 2 + shapes[n].out_features ** 2) for n in names) for names in groups)
+    assert task.strategy.told_beforehand(task.encoder, 4, None) == [
+        f"KroneckerSVD measures the layers in {len(groups)} passes over the calibration samples: at most "
+        f"{most / 2**20:,.1f} MiB of sums at a time, which calibration.max_memory bounds"
+    ]
+    assert SVD(keep_ratio=0.5).told_beforehand(task.encoder, 4, None) == []

@@ -292,11 +292,11 @@ def test_inspect_counts_the_bytes_that_a_parameter_has_in_the_run(
 ) -> None:
     asked = list[int]()
 
-    def told_of_memory(_: KroneckerSVD, encoder: object, item: int, tokens: int | None) -> list[str]:
+    def told_beforehand(_: KroneckerSVD, encoder: object, item: int, tokens: int | None) -> list[str]:
         asked.append(item)
         return []
 
-    monkeypatch.setattr(KroneckerSVD, "told_of_memory", told_of_memory)
+    monkeypatch.setattr(KroneckerSVD, "told_beforehand", told_beforehand)
     task = make_task(tiny_bert, KroneckerSVD(keep_ratio=0.5))
     make_trainer(tmp_path, precision=precision).inspect(task)
     assert asked == [size]
