@@ -46,7 +46,7 @@ def make(folder: Path, arguments: argparse.Namespace) -> None:
         max_position_embeddings=arguments.window,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder / "model")
+    LlamaForCausalLM(config).float().save_pretrained(folder / "model")
     draw, length = random.Random(0), arguments.window * arguments.samples
     for name, tokens in (("train.txt", length), ("valid.txt", arguments.window)):
         text = " ".join(f"w{draw.randrange(2, arguments.vocabulary)}" for _ in range(tokens))
