@@ -10,7 +10,7 @@ from lowrank_pl.allocation.ranking import Cost
 from lowrank_pl.allocation.uniform import check_ratio
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, RangeError
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.run import ExclusiveArgumentsError
 
 
 @dataclass
@@ -31,10 +31,7 @@ class Budget:
         """Raises an error for none, several, and impossible numbers."""
         given = [name for name, value in vars(self).items() if value is not None]
         if len(given) != 1:
-            raise MissingArgumentError(
-                "exactly one of keep_ratio, parameters and model_parameters",
-                f"Given: {', '.join(given) or 'none'}. Set one of them in model.init_args.strategy.init_args.",
-            )
+            raise ExclusiveArgumentsError(list(vars(self)), given, "model.init_args.strategy.init_args")
         if self.keep_ratio is not None:
             check_ratio("keep_ratio", self.keep_ratio)
         for name in ("parameters", "model_parameters"):

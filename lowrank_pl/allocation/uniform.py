@@ -11,7 +11,7 @@ from lowrank_pl.allocation.measure import Measure, Parameters
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.run import ExclusiveArgumentsError
 from lowrank_pl.nn import LinearForm, LowRankLinear
 
 
@@ -99,7 +99,7 @@ def uniform_ranks(
         on, in the pivoted form only at the full rank.
 
     Raises:
-        MissingArgumentError: neither or both of the ratios are given.
+        ExclusiveArgumentsError: neither or both of the ratios are given.
         RatioError: a ratio outside `0 < ratio <= 1`, NaN, or a multiple below 1.
         RankError: an override asks for an impossible rank.
         OverrideError: an override matches no layer or does not say exactly one thing.
@@ -133,14 +133,10 @@ def uniform_ranks(
 
 
 def check_share(keep_ratio: float | None, rank_ratio: float | None, multiple_of: int) -> None:
-    """Raises `MissingArgumentError` or `RatioError` unless the arguments of `uniform_ranks` make sense."""
+    """Raises `ExclusiveArgumentsError` or `RatioError` unless the arguments of `uniform_ranks` make sense."""
     if (keep_ratio is None) == (rank_ratio is None):
-        given = "Both are given" if keep_ratio is not None else "Neither is given"
-        raise MissingArgumentError(
-            "exactly one of keep_ratio and rank_ratio",
-            f"{given}; set model.init_args.strategy.init_args.keep_ratio (share of what the targeted layers "
-            "cost) or .rank_ratio (share of the full rank).",
-        )
+        names = ["keep_ratio", "rank_ratio"]
+        raise ExclusiveArgumentsError(names, [] if keep_ratio is None else names, "model.init_args.strategy.init_args")
     for name, ratio in (("keep_ratio", keep_ratio), ("rank_ratio", rank_ratio)):
         if ratio is not None:
             check_ratio(name, ratio)

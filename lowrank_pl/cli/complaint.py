@@ -94,6 +94,10 @@ def _told(found: Sequence[_Complaint], message: str) -> str:
         return _unknown_argument(refused[1], first.owner, place)
     if unknown := re.match(r"Expected a dot import path string: (.+)", first.text):
         return _unknown_class(unknown[1], first.base, place)
+    if re.match(r"Expected an instantiatable class, but \S+ is abstract", first.text):
+        names = sorted(_short_names(cls)) if (cls := _load(first.base)) is not None else []
+        listed = f", one of {', '.join(names)}," if 0 < len(names) <= _MOST_NAMES else ""
+        return f"{place} gets an argument before its class is known. Name the class first{listed} as {place} NAME."
     if choice := re.match(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", first.text):
         allowed = re.findall(r"'([^']*)'", choice[1])
         return f"{place} {choice[2]!r} is none of {', '.join(allowed)}.{_meant(choice[2], allowed)}"

@@ -99,6 +99,9 @@ class TextFiles(TextDataModule):
             raise ArgumentRangeError("validation_fraction", validation_fraction, "above 0 and below 1")
         if label_names is not None and not 2 <= len(set(label_names)) == len(label_names):
             raise ArgumentRangeError("label_names", label_names, "two or more names, all different")
+        for name, column in (("text", text), ("label", label)):
+            if not isinstance(column, str):
+                raise ArgumentRangeError(name, column, "the name of a column")
         self.files: dict[str, str | None] = {"train": train, "validation": validation, "test": test}
         self.to_predict = predict
         self.text = text

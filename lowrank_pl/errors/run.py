@@ -172,6 +172,26 @@ class MissingArgumentError(LowRankError):
         super().__init__(f"{what} is missing. {remedy}")
 
 
+class ExclusiveArgumentsError(LowRankError):
+    """Of some arguments that say one thing in several ways, none or several were given.
+
+    Args:
+        names: The arguments.
+        given: Those that were given.
+        where: The key above them, as in YAML.
+    """
+
+    def __init__(self, names: Sequence[str], given: Sequence[str], where: str) -> None:
+        listed = ", ".join(names)
+        if given:
+            what = f"{' and '.join(given)} are given together; allowed is exactly one of {listed}"
+            remedy = f"Set the others to null, e.g. --{where}.{given[0]}=null."
+        else:
+            what = f"none of {listed} is given; allowed is exactly one of them"
+            remedy = f"Set it as {where}.{names[0]}, for example."
+        super().__init__(f"{what}. {remedy}")
+
+
 class ConstructionError(LowRankError):
     """A class of the configuration rejects its arguments, or needs what is not installed.
 
@@ -327,7 +347,7 @@ class NothingToCompressError(LowRankError):
     def __init__(self, strategy: str) -> None:
         super().__init__(
             f"compress was called with strategy {strategy}, which factorises nothing by itself. Allowed are the static "
-            "methods: set --model.init_args.strategy to SVD or FWSVD, with keep_ratio or rank_ratio."
+            "methods: set --model.init_args.strategy to KroneckerSVD, FWSVD or SVD, with keep_ratio or rank_ratio."
         )
 
 

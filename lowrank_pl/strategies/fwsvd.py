@@ -58,7 +58,7 @@ class FWSVD(StaticStrategy):
         damping: float = DEFAULT_DAMPING,
         cost: Measure | None = None,
         allocation: Allocator | None = None,
-        recalibration: Recalibration | None = None,
+        recalibration: Recalibration | bool | None = None,
         refit: Refit | bool | None = False,
         form: FinalForm = "low_rank",
     ) -> None:

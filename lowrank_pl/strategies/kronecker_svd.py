@@ -68,7 +68,7 @@ class KroneckerSVD(SequentialStrategy):
         damping: float = DEFAULT_DAMPING,
         cost: Measure | None = None,
         allocation: Allocator | None = None,
-        recalibration: Recalibration | None = None,
+        recalibration: Recalibration | bool | None = None,
         diagonal: bool = False,
         refit: Refit | bool | None = True,
         block_size: int | None = None,

@@ -66,7 +66,7 @@ class StaticStrategy(CompressionStrategy):
         allocation: Which layer gets which rank: `Uniform`, or `Global` for methods that know what a group is worth to
             the loss.
         recalibration: Fit one scale and one bias per output of the head, so that the outputs on the calibration samples
-            are close to the dense model's; none by default.
+            are close to the dense model's: `true` for `Recalibration()`, or one with other settings; none by default.
         refit: Fit left factors and biases anew to the outputs of the dense layers, on inputs as the factorised model
             gives them: `true` for `Refit()`, or one with other settings. Only KroneckerSVD does unless it is asked for.
         form: In what layers end: `low_rank`, two factors, or `pivoted`, the same functions with `r (m + n − r)` instead
@@ -83,7 +83,7 @@ class StaticStrategy(CompressionStrategy):
         calibration: Calibration | None = None,
         cost: Measure | None = None,
         allocation: Allocator | None = None,
-        recalibration: Recalibration | None = None,
+        recalibration: Recalibration | bool | None = None,
         refit: Refit | bool | None = False,
         form: FinalForm = "low_rank",
     ) -> None:
@@ -97,7 +97,9 @@ class StaticStrategy(CompressionStrategy):
         self.form = form
         self.cost = (cost or Parameters()).in_form(final_form(form))
         self.allocation = allocation or Uniform()
-        self.recalibration = recalibration
+        if not isinstance(recalibration, (Recalibration, bool, type(None))):
+            raise RangeError("recalibration", recalibration, "true, false or a Recalibration")
+        self.recalibration = Recalibration() if recalibration is True else recalibration or None
         if not isinstance(refit, (Refit, bool, type(None))):
             raise RangeError("refit", refit, "true, false or a Refit")
         self.refit = Refit() if refit is True else refit or None

@@ -64,7 +64,7 @@ class TFWSVD(StaticStrategy):
         shrinkage: float | None = None,
         cost: Measure | None = None,
         allocation: Allocator | None = None,
-        recalibration: Recalibration | None = None,
+        recalibration: Recalibration | bool | None = None,
         refit: Refit | bool | None = False,
         form: FinalForm = "low_rank",
     ) -> None:

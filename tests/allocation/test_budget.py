@@ -9,7 +9,7 @@ import pytest
 from lowrank_pl.allocation import Budget, Cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.run import ExclusiveArgumentsError
 
 # Dense 2,500 + 625 + 375 = 3,500 parameters; one group in each costs 100 + 50 + 40 = 190.
 SHAPES = {"a": LinearShape(50, 50), "b": LinearShape(25, 25), "c": LinearShape(15, 25)}
@@ -61,15 +61,18 @@ def test_only_the_size_of_the_model_counts_what_is_not_targeted() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, "Given: none"),
-        ({"keep_ratio": 0.5, "parameters": 100}, "Given: keep_ratio, parameters"),
-        ({"keep_ratio": 0.5, "model_parameters": 100}, "Given: keep_ratio, model_parameters"),
-        ({"parameters": 90, "model_parameters": 100}, "Given: parameters, model_parameters"),
-        ({"keep_ratio": 0.5, "parameters": 9, "model_parameters": 100}, "keep_ratio, parameters, model_parameters"),
+        ({}, "none of keep_ratio"),
+        ({"keep_ratio": 0.5, "parameters": 100}, "keep_ratio and parameters are given together"),
+        ({"keep_ratio": 0.5, "model_parameters": 100}, "keep_ratio and model_parameters are"),
+        ({"parameters": 90, "model_parameters": 100}, "parameters and model_parameters are"),
+        (
+            {"keep_ratio": 0.5, "parameters": 9, "model_parameters": 100},
+            "keep_ratio and parameters and",
+        ),
     ],
 )
 def test_exactly_one_is_given(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(MissingArgumentError, match=said):
+    with pytest.raises(ExclusiveArgumentsError, match=said):
         Budget(**given)
 
 

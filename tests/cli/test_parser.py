@@ -10,6 +10,7 @@ import yaml
 from lowrank_pl.cli import main
 
 RECIPE = ["--config", str(Path(__file__).parents[2] / "configs" / "recipes" / "glue_finetune.yaml")]
+KRONECKER = ["--config", str(Path(RECIPE[1]).with_name("glue_kronecker.yaml"))]
 STRATEGY = "--model.init_args.strategy"
 
 
@@ -40,6 +41,10 @@ STRATEGY = "--model.init_args.strategy"
         (
             ["fit", *RECIPE, STRATEGY, "FWSVD", f"{STRATEGY}.init_args.side", "inputs"],
             "--model.init_args.strategy.init_args.side 'inputs' is none of input, output, both. Did you mean 'input'?",
+        ),
+        (
+            ["fit", *KRONECKER, f"{STRATEGY}.init_args.allocation.floor", "0.5"],
+            "gets an argument before its class is known. Name the class first, one of Global, Uniform,",
         ),
         (["fit", "--config", "nowhere.yaml"], "--config: File does not exist"),
         (["fit", "--config", "broken.yaml"], "Problems parsing config"),

@@ -23,8 +23,8 @@ from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, RangeError,
 from lowrank_pl.errors.run import (
     BudgetAboveStartError,
     BudgetNotReachedError,
+    ExclusiveArgumentsError,
     FrozenFactorsError,
-    MissingArgumentError,
     ResumeMismatchError,
     ScheduleError,
 )
@@ -344,8 +344,8 @@ def test_any_length_of_run(tiny_bert: str, tmp_path: Path, arguments: dict[str, 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: RankDyna(), MissingArgumentError, "Given: none"),
-        (lambda: RankDyna(0.5, 100), MissingArgumentError, "keep_ratio, parameters"),
+        (lambda: RankDyna(), ExclusiveArgumentsError, "none of keep_ratio"),
+        (lambda: RankDyna(0.5, 100), ExclusiveArgumentsError, "keep_ratio and parameters"),
         (lambda: RankDyna(1.5), RatioError, "keep_ratio=1.5"),
         (lambda: RankDyna(0.5, start_ratio=0.0), RangeError, "start_ratio"),
         (lambda: RankDyna(0.5, multiple_of=0), RangeError, "multiple_of"),

@@ -19,7 +19,7 @@ from lowrank_pl.errors.model import NoTargetError
 from lowrank_pl.errors.numerics import BudgetError, NonFiniteError, RangeError, RankError, RatioError
 from lowrank_pl.errors.run import (
     CalibrationError,
-    MissingArgumentError,
+    ExclusiveArgumentsError,
     OptimizerCoverageError,
     ResumeMismatchError,
     StrategyPlacementError,
@@ -153,8 +153,8 @@ def test_multiple_of_rounds_ranks(tiny_bert: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "told"),
     [
-        ({}, MissingArgumentError, "Neither is given"),
-        ({"keep_ratio": 0.5, "rank_ratio": 0.5}, MissingArgumentError, "Both are given"),
+        ({}, ExclusiveArgumentsError, "none of keep_ratio, rank_ratio is given"),
+        ({"keep_ratio": 0.5, "rank_ratio": 0.5}, ExclusiveArgumentsError, "=null"),
         ({"keep_ratio": 0.0}, RatioError, "keep_ratio=0.0"),
         ({"keep_ratio": 1.5}, RatioError, "0 < keep_ratio <= 1"),
         ({"keep_ratio": float("nan")}, RatioError, "nan"),
