@@ -28,7 +28,7 @@ from lowrank_pl.tasks.compatibility import check_same_architecture, check_same_t
 from lowrank_pl.tasks.distillation import Distillation
 from lowrank_pl.tasks.distilled import DistilledModule
 from lowrank_pl.tasks.encoder_first import EncoderFirst
-from lowrank_pl.tasks.sharding import EvenValidation, shard_
+from lowrank_pl.tasks.sharding import RESUMED, EvenValidation, shard_
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class EncoderTask(DistilledModule, ABC):
         if self.distillation is not None:
             return "a teacher beside a divided model has not been tried"
         if self._checkpoint_to_load is not None:
-            return "a run that is resumed under it goes on a little differently than one that was not stopped"
+            return RESUMED
         return ""
 
     def setup(self, stage: str) -> None:

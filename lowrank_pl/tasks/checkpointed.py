@@ -20,13 +20,15 @@ from lowrank_pl.checkpoint import (
     saved_layout,
 )
 from lowrank_pl.contract import TargetSpec
-from lowrank_pl.errors.run import ResumeMismatchError
+from lowrank_pl.errors.run import ResumeMismatchError, UnsupportedParallelismError
 from lowrank_pl.hub import lasting_name
 from lowrank_pl.strategies import CompressionStrategy
+from lowrank_pl.strategies.processes import shards
 from lowrank_pl.surgery import CompressionRecord, ModelLayout, conform_, read_layout
 from lowrank_pl.tasks import random_state
 from lowrank_pl.tasks.compatibility import check_same_architecture, check_same_target
 from lowrank_pl.tasks.scored import ScoredModule
+from lowrank_pl.tasks.sharding import RESUMED
 
 
 class CheckpointedModule(ScoredModule, ABC):
@@ -120,7 +122,11 @@ class CheckpointedModule(ScoredModule, ABC):
         Raises:
             NotACheckpointError, LayoutVersionError, CheckpointMismatchError: it is not a fitting checkpoint.
             ResumeMismatchError: it would resume a run whose factorised layers differ.
+            UnsupportedParallelismError: parameters are divided among processes; Lightning's own trainer comes as far.
         """
+        if self.is_fitting and shards(self.trainer.strategy):
+            name = type(self.trainer.strategy).__name__
+            raise UnsupportedParallelismError(type(self.strategy).__name__, name, RESUMED)
         saved = from_checkpoint(checkpoint, "the checkpoint")
         if not self.is_fitting:
             # Only a run that goes on needs the training form; Lightning loads what is left in the checkpoint.

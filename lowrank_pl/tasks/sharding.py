@@ -11,6 +11,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lowrank_pl.errors.run import UnevenValidationError
 from lowrank_pl.strategies.processes import gathered
 
+RESUMED = "a run that is resumed under it goes on a little differently than one that was not stopped"
+"""Why a checkpoint is not resumed by processes of which each has a part of the parameters."""
+
 
 def shard_(encoder: nn.Module, mesh: Any) -> None:
     """Divides the parameters of an encoder among the processes of a mesh, once; a second call changes nothing.

@@ -27,7 +27,7 @@ from lowrank_pl.monitoring.report import build_report, layer_records, write_repo
 from lowrank_pl.strategies import CompressionStrategy, NoCompression, StaticStrategy
 from lowrank_pl.strategies.any_module import check_factorised
 from lowrank_pl.strategies.base import as_compressible, strategy_of
-from lowrank_pl.strategies.processes import Agreement
+from lowrank_pl.strategies.processes import Agreement, shards
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.before_data import check_plan, shapes_of
 from lowrank_pl.trainer.compressor import Compressor
@@ -134,7 +134,8 @@ class LowRankTrainer(pl.Trainer):
     def _run(self, model: pl.LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         # Lightning's only place, and a private one, that knows the checkpoint before the data are prepared. Without it
         # (a plain Trainer) data without labels have to be given to a model that has been loaded.
-        if not isinstance(model, EncoderTask) or ckpt_path is None or self.strategy.restore_checkpoint_after_setup:
+        late = self.strategy.restore_checkpoint_after_setup and not shards(self.strategy)
+        if not isinstance(model, EncoderTask) or ckpt_path is None or late:
             return super()._run(model, ckpt_path, weights_only)
         model.expect_checkpoint(str(ckpt_path))
         try:

@@ -21,7 +21,8 @@ from lowrank_pl.tasks.distillation import Distillation
 from lowrank_pl.tasks.sharding import EvenValidation
 from tests.support import sharded_run
 from tests.support.forks import Forks
-from tests.support.runs import make_task
+from tests.support.runs import last_checkpoint, make_task, make_trainer
+from tests.support.synthetic import SyntheticData
 from tests.support.tiny import save_tiny_decoder
 
 
@@ -101,6 +102,15 @@ def test_teachers_averages_and_other_modules_are_refused(tiny_bert: str, monkeyp
         strategy.check_run(trainer, task)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedParallelismError, match="the module does not divide its encoder"):
         strategy.check_run(trainer, torch.nn.Module())  # type: ignore[arg-type]
+
+
+def test_resuming_is_refused_before_the_data_are_looked_at(tiny_bert: str, tmp_path: Path) -> None:
+    dense = make_task(tiny_bert)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(dense, datamodule=SyntheticData())
+    divided = make_trainer(tmp_path / "on", strategy=Trainer(data_parallel_size=1).strategy)
+    with pytest.raises(UnsupportedParallelismError, match=r"ModelParallelStrategy: .*is resumed"):
+        divided.fit(make_task(tiny_bert), datamodule=SyntheticData(), ckpt_path=last_checkpoint(trainer))
 
 
 @pytest.mark.parametrize(("kind", "reason"), [(FSDPStrategy, "into one vector"), (DeepSpeedStrategy, "its engine")])
