@@ -96,9 +96,9 @@ def _decoder(name: str, *options: str) -> list[str]:
 
 
 DECODERS: dict[str, list[str]] = {
-    "SVD": _decoder("SVD"),
-    "FWSVD input": _decoder("FWSVD", "side=input"),
-    "FWSVD both": _decoder("FWSVD", "side=both"),
+    "SVD": _decoder("SVD", "refit=false"),
+    "FWSVD input": _decoder("FWSVD", "side=input", "refit=false"),
+    "FWSVD both": _decoder("FWSVD", "side=both", "refit=false"),
     "whitening": _decoder("KroneckerSVD", "side=input", "refit=false"),
     # What SVD-LLM does, with both factors made for the inputs that compressed blocks give.
     "whitening, sequential": _decoder(
