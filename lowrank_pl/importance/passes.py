@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from lowrank_pl.importance.batches import Batch as Batch
 from lowrank_pl.importance.batches import batch_size as batch_size
 from lowrank_pl.importance.batches import first
 from lowrank_pl.importance.batches import split as split
+from lowrank_pl.importance.finite import first_not_finite
 from lowrank_pl.importance.memory import is_out_of_memory, release_memory
 from lowrank_pl.importance.tape import LinearTape, SampleMixingError
 from lowrank_pl.importance.vectorise import vectorised
-from lowrank_pl.nn import input_of
 
 logger = logging.getLogger(__name__)
 
@@ -157,24 +157,8 @@ class Passes:
     def _first_seen(self, batch: Batch) -> str:
         """Where in a batch's forward pass NaN or Inf first come up. Ends the recording."""
         self._tape.__exit__(None, None, None)
-        seen: list[str] = []
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-                for part, tensor in (("input", input_of(args, kwargs)), ("output", output)):
-                    if not bool(torch.isfinite(tensor).all()):
-                        seen.append(f"the {part} of layer {name!r}")
-
-            return hook
-
-        handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in self._layers.items()]
-        try:
-            with torch.no_grad():
-                self._loss(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen[0] if seen else "what follows the layers to factorise"
+        seen = first_not_finite(self._layers, lambda: self._loss(batch), inputs=True)
+        return seen or "what follows the layers to factorise"
 
     def _losses(self, batch: Batch) -> Tensor:
         size = batch_size(batch)

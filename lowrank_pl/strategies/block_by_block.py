@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lowrank_pl.contract import CalibrationBatches
 from lowrank_pl.core import Compensation, PairedSums, compensation, relative_error
 from lowrank_pl.core.precision import float64_device
-from lowrank_pl.errors.numerics import NonFiniteError, RangeError
+from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.importance.gram import GramSum
@@ -27,7 +27,14 @@ from lowrank_pl.nn import LowRankLinear, dense_weight, input_of
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
 from lowrank_pl.strategies.decomposition import Factorised
-from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called, model_of, order_of_calls
+from lowrank_pl.strategies.kept_calls import (
+    KeptCalls,
+    Pass,
+    check_activations,
+    every_layer_called,
+    model_of,
+    order_of_calls,
+)
 from lowrank_pl.strategies.layer_factoriser import Record
 from lowrank_pl.strategies.processes import Agreement, gathered, progress, send_
 from lowrank_pl.strategies.replay import SeenEnoughError, Stage
@@ -194,10 +201,7 @@ class BlockByBlock:
             return
         found, comparable = sums.paired(), sums.comparable
         del sums
-        for tensor in (found.cross, found.gram):
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
-                where = f"an activation in block {stage.block!r}" if stage.block else "an activation"
-                raise NonFiniteError(f"{where}, which goes into a layer,", layer=stage.layers[0])
+        check_activations(stage.layers[0], stage.block, found.cross, found.gram)
         yield stage.layers, found, comparable
 
     def _write(

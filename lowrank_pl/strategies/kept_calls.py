@@ -11,8 +11,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration
@@ -199,6 +200,18 @@ def order_of_calls(
             first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
             found = stages(lambda: model(first), encoder, layers)
     return trainer.strategy.broadcast(found)
+
+
+def check_activations(layer: str, block: str, *sums: Tensor | None) -> None:
+    """Raises an error for sums over what a layer gets, the same on every process, that are not finite.
+
+    Raises:
+        NonFiniteError: it names block and layer.
+    """
+    for tensor in sums:
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            where = f"an activation in block {block!r}" if block else "an activation"
+            raise NonFiniteError(f"{where}, which goes into a layer,", layer=layer)
 
 
 def model_of(pl_module: pl.LightningModule, calibration: Calibration, asked_by: str) -> Callable[[Batch], object]:

@@ -23,7 +23,14 @@ from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.nn import LowRankLinear, dense_weight, input_of
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
-from lowrank_pl.strategies.kept_calls import KeptCalls, Pass, every_layer_called, model_of, order_of_calls
+from lowrank_pl.strategies.kept_calls import (
+    KeptCalls,
+    Pass,
+    check_activations,
+    every_layer_called,
+    model_of,
+    order_of_calls,
+)
 from lowrank_pl.strategies.processes import Agreement, progress, send_
 from lowrank_pl.strategies.replay import SeenEnoughError
 
@@ -76,7 +83,7 @@ class Refit:
 
         Raises:
             CalibrationError: there are no calibration batches.
-            NonFiniteError: an activation is NaN or Inf.
+            NonFiniteError: an activation is NaN or Inf; it names block and layer.
         """
         encoder = as_compressible(pl_module).encoder
         forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in linears or dense}
@@ -99,6 +106,7 @@ class Refit:
                         cross, gram = (trainer.strategy.reduce(part, reduce_op="sum") for part in (cross, gram))
                     if bool(gram.isinf().all()):  # on all processes; an activation that is Inf leaves other entries
                         continue
+                    check_activations(name, stage.block, cross, gram)
                     fitted += 1
                     with Agreement(trainer):
                         _write_(dense_weight(dense[name]).detach(), forms[name], cross, gram)

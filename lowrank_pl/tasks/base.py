@@ -69,6 +69,7 @@ class EncoderTask(DistilledModule, ABC):
         "_configured",
         "_metrics",
         "_losses",
+        "_not_finite",
         "_random_states",
         "prepared_by",
         "_prepared_layout",

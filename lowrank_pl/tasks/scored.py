@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.core.precision import float64_device
 from lowrank_pl.errors.run import MissingArgumentError
-from lowrank_pl.tasks import budget_score
+from lowrank_pl.tasks import budget_score, finite_scores
 from lowrank_pl.tasks.metrics import build_metrics, score
 from lowrank_pl.tasks.scheduled import ScheduledModule
 
@@ -31,6 +31,7 @@ class ScoredModule(ScheduledModule, ABC):
         self.target: TargetSpec | None = None
         self._metrics: dict[str, MetricCollection] = {}
         self._losses: dict[str, MeanMetric] = {}
+        self._not_finite: dict[str, Tensor] | None = None
 
     # What a subclass says.
 
@@ -87,7 +88,17 @@ class ScoredModule(ScheduledModule, ABC):
         self._log_metrics("test")
 
     def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
-        self.add_to_scores(stage, self(batch).float(), batch["labels"])
+        logits, labels = self(batch).float(), batch["labels"]
+        loss = self.training_loss(logits, labels)
+        if self._not_finite is None and finite_scores.is_refused(self.trainer) and not bool(loss.isfinite()):
+            self._not_finite = batch
+            if self.trainer.world_size == 1:  # others would wait at the end of the epoch
+                self._refuse_not_finite(stage)
+        self._add(stage, logits, labels, loss)
+
+    def _refuse_not_finite(self, stage: str) -> None:
+        batch, self._not_finite = self._not_finite, None
+        finite_scores.refuse_together(self, stage, batch)
 
     def add_to_scores(self, stage: str, logits: Tensor, labels: Tensor) -> None:
         """Adds a batch to the loss and the metrics, whatever has computed its logits.
@@ -97,7 +108,9 @@ class ScoredModule(ScheduledModule, ABC):
             logits: Of the batch, in float32.
             labels: Likewise.
         """
-        loss = self.training_loss(logits, labels)
+        self._add(stage, logits, labels, self.training_loss(logits, labels))
+
+    def _add(self, stage: str, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
         self._losses[stage].update(loss, self.loss_weight(labels))
         self._metrics[stage].update(*self.metric_inputs(logits, labels))
 
@@ -118,6 +131,8 @@ class ScoredModule(ScheduledModule, ABC):
         return {"loss": self._losses[stage].compute(), **values, "score": score(self.target, values)}
 
     def _log_metrics(self, stage: str) -> None:
+        if finite_scores.is_refused(self.trainer):
+            self._refuse_not_finite(stage)
         found = self.scores(stage)
         for name, value in found.items():
             self._log_computed(f"{stage}/{name}", value, prog_bar=name in ("loss", "score"))

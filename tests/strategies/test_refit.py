@@ -185,7 +185,7 @@ def test_activations_that_are_infinite_are_refused() -> None:
     model, batches = Routed(), vectors()
     batches[-1][0][3, 2] = torch.inf
     before = dict(model.named_modules())
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError, match=r"an activation in block 'blocks\.0', which .*, of layer 'blocks\.0'"):
         compress(model, batches, cross_entropies, SVD(keep_ratio=0.7, refit=True, calibration=Calibration(cache=False)))
     assert dict(model.named_modules()) == before
 

@@ -8,15 +8,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import CausalText
 from lowrank_pl.errors.model import CheckpointMismatchError, NotADecoderError, UnsupportedModelError
-from lowrank_pl.errors.numerics import NonFiniteError
+from lowrank_pl.errors.numerics import NonFiniteScoreError
 from lowrank_pl.errors.run import MonitorModeError, TargetKindError
-from lowrank_pl.strategies import Calibration, KroneckerSVD
+from lowrank_pl.strategies import SVD
 from lowrank_pl.tasks import CausalLM, MaskedLM
 from lowrank_pl.tasks.metrics import Perplexity
 from tests.support.runs import last_checkpoint, make_trainer
@@ -152,15 +153,29 @@ def test_wrong_models_and_data_are_refused(llama: str, tiny_bert: str, tmp_path:
         make_trainer(tmp_path).fit(CausalLM(init_from=last_checkpoint(trainer)), corpus(tmp_path, tiny_bert))
 
 
-def test_an_activation_that_is_not_finite_is_named_with_its_block(llama: str, tmp_path: Path) -> None:
-    strategy = KroneckerSVD(keep_ratio=0.5, calibration=Calibration(cache=False))
+@pytest.mark.parametrize("verb", ["compress", "validate", "test", "fit"])
+def test_a_model_whose_loss_is_not_finite_is_refused_with_the_module(verb: str, llama: str, tmp_path: Path) -> None:
+    strategy = SVD(keep_ratio=0.5) if verb == "compress" else None
     task, data = CausalLM(llama, strategy=strategy), corpus(tmp_path, llama)
     task.build(TARGET)
     norm: Any = task.encoder.get_submodule("model.layers.1.post_attention_layernorm")
-    norm.weight.data.fill_(torch.nan)
-    with pytest.raises(NonFiniteError, match=r"the input of layer 'model\.layers\.1\.mlp\.gate_proj'"):
-        make_trainer(tmp_path).compress(task, data, output=str(tmp_path / "out"))
+    norm.weight.data[3] = torch.nan
+    options = {"output": str(tmp_path / "out")} if verb == "compress" else {}
+    trainer = make_trainer(tmp_path, num_sanity_val_steps=2)
+    module = r"module 'model\.layers\.1\.post_attention_layernorm', whose weight is not finite"
+    with pytest.raises(NonFiniteScoreError, match=f"batch is NaN or Inf, first seen in the output of {module}"):
+        getattr(trainer, verb)(task, datamodule=data, **options)
     assert not (tmp_path / "out").exists()
+    assert not any(module._forward_hooks for module in task.encoder.modules())
+
+
+def test_a_run_that_has_trained_keeps_what_it_has_although_its_loss_is_not_finite(llama: str, tmp_path: Path) -> None:
+    trainer, task = make_trainer(tmp_path, num_sanity_val_steps=2, limit_train_batches=1), CausalLM(llama)
+    spoil = LambdaCallback(on_train_batch_end=lambda *_: task.encoder.lm_head.weight.data.fill_(torch.nan))
+    trainer.callbacks.append(spoil)
+    trainer.fit(task, datamodule=corpus(tmp_path, llama))
+    assert trainer.callback_metrics["val/loss"].isnan()
+    assert Path(last_checkpoint(trainer)).exists()
 
 
 def test_a_student_imitates_only_where_tokens_are_predicted() -> None:
