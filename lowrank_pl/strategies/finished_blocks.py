@@ -24,6 +24,10 @@ _RUN, _MEASURED, _MOMENTS, _BLOCKS = "run.safetensors", "measured.safetensors", 
 State = dict[str, Tensor]
 
 
+def _written(identity: Mapping[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value, sort_keys=True) for key, value in {"format": _FORMAT, **identity}.items()}
+
+
 class FinishedBlocks:
     """A folder with what was measured, the moments that are still needed, and the factors of every finished block.
 
@@ -49,15 +53,32 @@ class FinishedBlocks:
         """
         if self._folder is None:
             return
-        own = {key: json.dumps(value, sort_keys=True) for key, value in {"format": _FORMAT, **identity}.items()}
-        if self._folder.exists() and any(self._folder.iterdir()):
-            found = read_tensors(self._folder / _RUN)
-            theirs = {} if found is None else found[1]
-            for key in [*theirs, *own]:
-                if theirs.get(key) != own.get(key):
-                    raise BlocksMismatchError(str(self._folder), key, theirs.get(key), own.get(key))
+        self.check(identity)
+        if not self.is_begun:
+            shutil.rmtree(self._folder / _MOMENTS, ignore_errors=True)  # of a run that has not measured all
+            self._write(self._folder / _RUN, {}, _written(identity))
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Raises an error where what is kept is another run's; writes nothing.
+
+        Raises:
+            BlocksMismatchError: see `begin`.
+        """
+        if self._folder is None or not self.is_begun:
             return
-        self._write(self._folder / _RUN, {}, own)
+        found, own = read_tensors(self._folder / _RUN), _written(identity)
+        theirs = {} if found is None else found[1]
+        for key in [*theirs, *own]:
+            if theirs.get(key) != own.get(key):
+                raise BlocksMismatchError(str(self._folder), key, theirs.get(key), own.get(key))
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run has left anything in the folder that would be of use to it, or somebody has something else."""
+        if self._folder is None or not self._folder.exists():
+            return False
+        names = {path.name for path in self._folder.iterdir()}
+        return bool(names) and not (_RUN in names and names <= {_RUN, _MOMENTS})
 
     # Moments of output gradients, which are many and large: each is needed once.
 

@@ -53,6 +53,22 @@ def test_moments_are_there_until_they_are_dropped(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_has_kept_nothing_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    first = filled(tmp_path / "kept", blocks=0)
+    first.put_moment("x", torch.eye(2))
+    second = FinishedBlocks(tmp_path / "kept")
+    second.begin({"model": "other"})
+    assert not second.has_moment("x")
+    second.save_measured({"x": torch.ones(2)}, {})
+    with pytest.raises(BlocksMismatchError, match="another model"):
+        first.begin({"model": "m"})
+    second.begin({"model": "other"})
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "moments").mkdir()
+    with pytest.raises(BlocksMismatchError):
+        FinishedBlocks(tmp_path / "own").begin({"model": "m"})
+
+
 def test_without_a_folder_nothing_else_is_kept() -> None:
     kept = FinishedBlocks(None)
     kept.begin({"model": "m"})
