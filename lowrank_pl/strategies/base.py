@@ -195,6 +195,17 @@ class CompressionStrategy(pl.Callback, ABC):
         del encoder
         raise NothingToCompressError(type(self).__name__)
 
+    def check_compress(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raises an error for what `compress` could not do in a run whose model and data are there; changes nothing.
+
+        Called before the model is scored. What needs no data stands in `check`, which comes before they are prepared.
+
+        Raises:
+            NotCompressibleError: the module has no encoder.
+        """
+        del trainer
+        self.check(as_compressible(pl_module, type(self).__name__, "encoder").encoder)
+
     def compress(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compresses the module's encoder at once, without training it.
 

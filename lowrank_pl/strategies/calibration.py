@@ -103,9 +103,8 @@ def measure_importance(
         LabelsError: the samples have no labels, or labels were to be drawn for a task that cannot.
         NonFiniteError: a loss or gradient is NaN or Inf.
     """
-    module = as_compressible(pl_module, asked_by, "per_sample_losses")
-    check_labels(pl_module, options.labels)
-    batches = calibration_batches(trainer, options, asked_by)
+    module = as_compressible(pl_module)
+    batches = check_calibration(trainer, pl_module, options, asked_by)
     cache = ImportanceCache(options.folder()) if options.cache else None
     device = trainer.strategy.root_device
     what = type(importance).__name__
@@ -146,6 +145,19 @@ def measure_importance(
         except OSError as error:
             logger.warning("%s is not kept: %s cannot be written (%s)", what, cache.folder, error)
     return measured
+
+
+def check_calibration(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, options: Calibration, asked_by: str
+) -> CalibrationBatches:
+    """The samples that are measured on.
+
+    Raises:
+        CalibrationError, NotCompressibleError, LabelsError: see `measure_importance`.
+    """
+    as_compressible(pl_module, asked_by, "per_sample_losses")
+    check_labels(pl_module, options.labels)
+    return calibration_batches(trainer, options, asked_by)
 
 
 def _key_of_labels(trainer: pl.Trainer, options: Calibration) -> str:

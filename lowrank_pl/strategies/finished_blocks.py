@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,12 @@ class FinishedBlocks:
             shutil.rmtree(self._folder / _MOMENTS, ignore_errors=True)  # of a run that has not measured all
             self._write(self._folder / _RUN, {}, _written(identity))
 
-    def check(self, identity: Mapping[str, Any]) -> None:
+    def check(self, identity: Mapping[str, Any], leaving_out: Collection[str] = ()) -> None:
         """Raises an error where what is kept is another run's; writes nothing.
+
+        Args:
+            identity: See `begin`.
+            leaving_out: Keys of it that are not compared.
 
         Raises:
             BlocksMismatchError: see `begin`.
@@ -69,7 +73,7 @@ class FinishedBlocks:
         found, own = read_tensors(self._folder / _RUN), _written(identity)
         theirs = {} if found is None else found[1]
         for key in [*theirs, *own]:
-            if theirs.get(key) != own.get(key):
+            if key not in leaving_out and theirs.get(key) != own.get(key):
                 raise BlocksMismatchError(str(self._folder), key, theirs.get(key), own.get(key))
 
     @property

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_pl.core.recalibration import match_distributions, match_values
 from lowrank_pl.errors.model import HeadError
@@ -48,6 +49,20 @@ class Recalibration:
         """What identifies it in reports, as primitives."""
         return {"max_samples": self.max_samples}
 
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> None:
+        """Looks at the head on one batch, before any work.
+
+        Raises:
+            HeadError: it cannot be recalibrated.
+            CalibrationError: there are no calibration batches.
+        """
+        encoder = as_compressible(pl_module).encoder
+        for batch in islice(calibration_batches(trainer, calibration, _NAME, self.max_samples), 1):
+            there = trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
+            with isolate_rng(), torch.no_grad(), frozen_eval(encoder):
+                _check_number(encoder, outputs_of(pl_module, there, _NAME))
+                find_head(encoder, lambda there=there: outputs_of(pl_module, there, _NAME))
+
     def outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> Tensor:
         """The encoder's outputs `[d, k]` on this process's samples, tokens that are padding left out; on the CPU.
 
@@ -64,9 +79,7 @@ class Recalibration:
                 outputs = outputs_of(pl_module, there, _NAME).float()
                 mask = there.get("attention_mask") if isinstance(there, Mapping) else None
                 outputs = outputs[mask.bool()] if outputs.ndim == 3 and mask is not None else outputs.flatten(0, -2)
-                if outputs.shape[-1] > _MOST_OUTPUTS:
-                    problem = f"it has {outputs.shape[-1]:,} outputs, more than {_MOST_OUTPUTS:,}"
-                    raise HeadError(type(module.encoder).__name__, problem)
+                _check_number(module.encoder, outputs)
                 found.append(outputs.cpu())
         return torch.cat(found)
 
@@ -98,6 +111,12 @@ class Recalibration:
         told = f"the head was recalibrated on {len(outputs)} outputs: scales {_span(scale)}, biases {_span(bias)}"
         logger.info(told)
         return told
+
+
+def _check_number(encoder: nn.Module, outputs: Tensor) -> None:
+    if outputs.shape[-1] > _MOST_OUTPUTS:
+        problem = f"it has {outputs.shape[-1]:,} outputs, more than {_MOST_OUTPUTS:,}"
+        raise HeadError(type(encoder).__name__, problem)
 
 
 def _span(values: Tensor) -> str:

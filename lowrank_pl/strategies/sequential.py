@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from lowrank_pl.allocation import Allocation, RankRequest
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import Importance, ImportanceCache, LayerMoments, SecondMoments
 from lowrank_pl.nn import is_embedding
+from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.block_by_block import BlockByBlock
 from lowrank_pl.strategies.calibration import loss_identity
 from lowrank_pl.strategies.decomposition import Factorised
@@ -93,6 +95,28 @@ class SequentialStrategy(StaticStrategy):
         """What of it is measured of the dense model, before ranks are given; `None` for nothing."""
         kept = self.moments if self.allocation.needs_energies else SecondMoments("none", self.moments.outputs)
         return None if kept.inputs == kept.outputs == "none" else kept
+
+    @property
+    def measured_of_dense(self) -> Importance[Any] | None:
+        """In the order of calls only what ranks and the metric of the outputs need."""
+        return super().measured_of_dense if self.sequential is None else self.beforehand
+
+    def check_compress(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also looks whether the blocks that are kept are those of this run.
+
+        Raises:
+            BlocksMismatchError: they are not.
+        """
+        super().check_compress(trainer, pl_module)
+        if self.sequential is None:
+            return
+        finished = FinishedBlocks(self.progress_folder)
+        with Agreement(trainer):
+            if trainer.is_global_zero and finished.is_begun:
+                encoder = as_compressible(pl_module).encoder
+                run = LayerFactoriser(self, trainer, pl_module, self.candidates(encoder))
+                # What a module of somebody else's has noted while it was scored counts as a setting of its loss.
+                finished.check(self._identity(run, self.sequential), leaving_out=("loss",))
 
     def _factorise(self, run: LayerFactoriser, request: RankRequest) -> tuple[Allocation, dict[str, Record]]:
         if self.sequential is None:

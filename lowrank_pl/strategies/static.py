@@ -27,7 +27,7 @@ from lowrank_pl.nn import (
     is_embedding,
 )
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
-from lowrank_pl.strategies.calibration import Calibration
+from lowrank_pl.strategies.calibration import Calibration, calibration_batches, check_calibration
 from lowrank_pl.strategies.decomposition import Decomposition
 from lowrank_pl.strategies.layer_factoriser import LayerFactoriser, Record
 from lowrank_pl.strategies.processes import send_
@@ -175,8 +175,8 @@ class StaticStrategy(CompressionStrategy):
     def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
         """See `CompressionStrategy.told_beforehand`: what is measured of the layers."""
         del item, tokens
-        importance, shapes = self.importance, self.targets.shapes(self.targets.select(encoder))
-        if not importance.needs_data:
+        importance, shapes = self.importance, self.targets.shapes(self.candidates(encoder))
+        if not importance.needs_data or not shapes:
             return []
         groups = importance.groups(shapes, self.calibration.max_memory)
         most = max(sum(importance.bytes(shapes[name]) for name in names) for names in groups)
@@ -186,11 +186,40 @@ class StaticStrategy(CompressionStrategy):
             f"{most / 2**20:,.1f} MiB of sums at a time, which calibration.max_memory bounds"
         ]
 
+    @property
+    def measured_of_dense(self) -> Importance[Any] | None:
+        """What is measured of the dense layers, group by group; `None` for nothing."""
+        return self.importance if self.importance.needs_data else None
+
+    def candidates(self, encoder: nn.Module) -> dict[str, nn.Module]:
+        """The targeted layers but those that are known to stay dense before anything is measured."""
+        layers, ranks = self.targets.select(encoder), self.plan(encoder).ranks
+        return {name: layer for name, layer in layers.items() if self.allocation.needs_energies or ranks[name]}
+
     def check(self, encoder: nn.Module) -> None:
-        """Raises an error for an impossible plan, and weights that are not finite."""
+        """Raises an error for an impossible plan, weights that are not finite, and memory that is too short."""
         self.plan(encoder)
         for name, layer in self.targets.select(encoder).items():
             check_finite("the weight", dense_weight(layer), name)
+        if self.measured_of_dense is not None:
+            shapes = self.targets.shapes(self.candidates(encoder))
+            self.measured_of_dense.groups(shapes, self.calibration.max_memory)
+
+    def check_compress(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Also asks for the calibration samples, where there is something to do with them, and looks at the head.
+
+        Raises:
+            CalibrationError, MissingSplitError: there are no samples.
+            NotCompressibleError, LabelsError: the module cannot tell of them what is asked for.
+            HeadError: the head cannot be recalibrated.
+        """
+        super().check_compress(trainer, pl_module)
+        if self.importance.needs_data:
+            check_calibration(trainer, pl_module, self.calibration, type(self).__name__)
+        if self.refit is not None:
+            calibration_batches(trainer, self.calibration, "refit", self.refit.max_samples)
+        if self.recalibration is not None:
+            self.recalibration.check(trainer, pl_module, self.calibration)
 
     def _request(self, layers: Mapping[str, nn.Module]) -> RankRequest:
         shapes = self.targets.shapes(layers)
@@ -221,11 +250,8 @@ class StaticStrategy(CompressionStrategy):
         for tensor in encoder.state_dict().values():
             send_(trainer, tensor, 0)
         self.check(encoder)
-        layers = self.targets.select(encoder)
-        request = self._request(layers)
-        uniform = request.uniform()
-        if not self.allocation.needs_energies:
-            layers = {name: layer for name, layer in layers.items() if uniform.ranks[name] is not None}
+        request = self._request(self.targets.select(encoder))
+        layers = self.candidates(encoder)
         heads = self._tied_heads(encoder, layers)
         before = (
             None if self.recalibration is None else self.recalibration.outputs(trainer, pl_module, self.calibration)

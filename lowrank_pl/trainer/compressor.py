@@ -6,11 +6,10 @@ import lightning.pytorch as pl
 import torch
 
 from lowrank_pl.strategies import CompressionStrategy
-from lowrank_pl.strategies.base import as_compressible
 
 
 class Compressor(pl.Callback):
-    """First checks that the strategy's plan is possible; once `armed`, compresses before scores are taken.
+    """First checks that what the strategy is asked for is possible; once `armed`, compresses before scores are taken.
 
     Args:
         strategy: The module's.
@@ -29,5 +28,4 @@ class Compressor(pl.Callback):
                 self.strategy.compress(trainer, pl_module)
                 self.done = True
             else:
-                encoder = as_compressible(pl_module, type(self.strategy).__name__, "encoder").encoder
-                self.strategy.check(encoder)
+                self.strategy.check_compress(trainer, pl_module)

@@ -83,11 +83,11 @@ class LowRankTrainer(pl.Trainer):
             check_plan(model, strategy.check, ckpt_path)
         started = time.monotonic()
         compressor = Compressor(strategy)
-        dense = self._validate_with(compressor, model, datamodule, ckpt_path)
-        compressor.armed = True
         progress = folder.beside("blocks") if strategy.keeps_progress else None
         strategy.progress_folder = progress
         try:
+            dense = self._validate_with(compressor, model, datamodule, ckpt_path)
+            compressor.armed = True
             scores = self._validate_with(compressor, model, datamodule, None)
         finally:
             strategy.progress_folder = None
