@@ -134,6 +134,15 @@ class AdoptsTarget(Protocol):
 
 
 @runtime_checkable
+class HasTokenizer(Protocol):
+    """A datamodule that makes tokens of texts."""
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer, before anything is prepared: its length is the number of tokens, `name_or_path` its name."""
+        ...
+
+
+@runtime_checkable
 class TellsTexts(Protocol):
     """A datamodule that can show what was predicted on. Known once `setup` has run."""
 

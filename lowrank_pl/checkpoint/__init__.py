@@ -11,6 +11,7 @@ from lowrank_pl.checkpoint.reading import (
     check_resumable,
     read_saved_model,
     saved_at_budget,
+    saved_config,
     saved_layout,
 )
 from lowrank_pl.checkpoint.saved import SavedModel, check_state
@@ -39,5 +40,6 @@ __all__ = [
     "quantize_",
     "read_saved_model",
     "saved_at_budget",
+    "saved_config",
     "saved_layout",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
-from lowrank_pl.checkpoint.entries import LAYOUT_KEY, TASK_KEY, from_checkpoint
+from lowrank_pl.checkpoint.entries import LAYOUT_KEY, TASK_KEY, config_of, from_checkpoint
 from lowrank_pl.checkpoint.folders import CHECKPOINT_NAME, read_folder
 from lowrank_pl.checkpoint.saved import SavedModel
 from lowrank_pl.errors.model import NotACheckpointError
@@ -43,6 +45,20 @@ def saved_layout(path: str) -> ModelLayout:
     """
     checkpoint = _load(path, Path(path).expanduser(), "--ckpt_path")
     return ModelLayout.from_dict(checkpoint[LAYOUT_KEY])
+
+
+def saved_config(path: str) -> PreTrainedConfig | None:
+    """The configuration of what `read_saved_model` reads, weights left alone; `None` where it cannot be read."""
+    location = Path(path).expanduser()
+    if (location / CHECKPOINT_NAME).is_file():
+        location = location / CHECKPOINT_NAME
+    try:
+        if location.is_dir():
+            return config_of(json.loads((location / "config.json").read_text(encoding="utf-8")))
+        task = torch.load(location, weights_only=True, mmap=True, map_location="cpu")[TASK_KEY]
+        return config_of(json.loads(task["config"]))
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, KeyError):
+        return None
 
 
 def saved_at_budget(path: str) -> bool | None:

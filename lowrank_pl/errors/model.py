@@ -164,6 +164,17 @@ class CheckpointMismatchError(LowRankError):
         return cls(source, "; ".join(parts))
 
 
+class VocabularySizeError(LowRankError):
+    """Data whose tokenizer has tokens that the model does not know."""
+
+    def __init__(self, tokenizer: str, tokens: int, model: str, size: int) -> None:
+        super().__init__(
+            f"the tokenizer {tokenizer!r} has {tokens:,} tokens, and {model!r} embeddings for {size:,}: it could not "
+            "look up the others. Allowed is a tokenizer with as many tokens or fewer, such as the one that the model "
+            "was trained with. Check data.init_args.tokenizer, which by default is model.init_args.pretrained."
+        )
+
+
 class LayoutVersionError(LowRankError):
     """A layout was written by an incompatible version."""
 

@@ -108,7 +108,7 @@ class EncoderTask(DistilledModule, ABC):
     def configure_callbacks(self) -> Sequence[pl.Callback]:
         """The strategy: its hooks run as Lightning's. What needs no data to be seen raises here."""
         tell_target(self, getattr(self.trainer, "datamodule", None), self._checkpoint_to_load)
-        check_before_data(self, self.trainer)
+        check_before_data(self, self.trainer, self._checkpoint_to_load)
         # Lightning leaves a module's callbacks in the trainer; one that served another module has no part in this one.
         callbacks: list[pl.Callback] = getattr(self.trainer, "callbacks")  # noqa: B009, set without a type
         for callback in [c for c in callbacks if isinstance(c, (CompressionStrategy, EncoderFirst, EvenValidation))]:

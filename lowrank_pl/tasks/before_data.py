@@ -11,10 +11,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_pl.checkpoint import SavedModel, is_quantized, outline, read_saved_model
-from lowrank_pl.contract import LANGUAGE_MODELLING, AdoptsTarget, ForetellsTarget, TargetKind, TargetSpec
+from lowrank_pl.checkpoint import SavedModel, is_quantized, outline, read_saved_model, saved_config
+from lowrank_pl.contract import LANGUAGE_MODELLING, AdoptsTarget, ForetellsTarget, HasTokenizer, TargetKind, TargetSpec
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.model import ModelFolderError, QuantizedModelError
+from lowrank_pl.errors.model import ModelFolderError, QuantizedModelError, VocabularySizeError
 from lowrank_pl.errors.run import TargetKindError
 from lowrank_pl.hub import check_supported, load_config, require_weights
 from lowrank_pl.strategies import CompressionStrategy
@@ -49,11 +49,18 @@ class Task(Protocol):
     def _head_config(self, target: TargetSpec | None) -> dict[str, Any]: ...
 
 
-def check_before_data(task: Task, trainer: pl.Trainer) -> None:
+def check_before_data(task: Task, trainer: pl.Trainer, ckpt_path: str | None = None) -> None:
     """Raises an error for data of another kind, a monitor of the worst model, and an impossible plan.
+
+    Args:
+        task: The task.
+        trainer: Of the run.
+        ckpt_path: A checkpoint that the run takes the model from.
 
     Raises:
         TargetKindError: the task does not predict what the data ask for.
+        UnsupportedModelError, NotADecoderError: nor does the architecture.
+        VocabularySizeError: the data's tokenizer has tokens that the model does not know.
         MonitorModeError: see `check_monitor_modes`.
         TeacherError: the teacher of a distillation cannot teach this model.
         LowRankError: weights that are not there or predict something else, and whatever the strategy's plan raises.
@@ -62,13 +69,12 @@ def check_before_data(task: Task, trainer: pl.Trainer) -> None:
     expected = datamodule.expected_target if isinstance(datamodule, ForetellsTarget) else None
     if expected is not None:
         check_kind(task, expected)
-    if trainer.state.fn != TrainerFn.FITTING:
-        return
-    if task.is_built:
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    if fitting and task.is_built:
         _check_float(task.encoder, "fit")
-        return
-    check_monitor_modes(trainer, expected)
-    if task.init_from is None and task.pretrained is not None:
+    if fitting and not task.is_built:
+        check_monitor_modes(trainer, expected)
+    if not task.is_built and task.init_from is None and task.pretrained is not None and (fitting or not ckpt_path):
         try:
             config = load_config(task.pretrained)
         except ModelFolderError:
@@ -76,9 +82,27 @@ def check_before_data(task: Task, trainer: pl.Trainer) -> None:
             raise
         check_supported(task.auto_class, task.pretrained, config)
         require_weights(task.pretrained)
+    if isinstance(datamodule, HasTokenizer):
+        _check_vocabulary(task, datamodule, ckpt_path)
+    if not fitting or task.is_built:
+        return
     if task.distillation is not None:
         teaching.check_before_data(task.distillation, task.auto_class, task.pretrained, task.init_from, expected)
     check_plan(task, task.strategy.plan, expected=expected)
+
+
+def _check_vocabulary(task: Task, datamodule: HasTokenizer, ckpt_path: str | None) -> None:
+    """Raises `VocabularySizeError` for tokens that the model has no embedding for."""
+    config, source = None, ckpt_path or task.init_from or task.pretrained
+    if ckpt_path is None and task.is_built:
+        config, source = task.encoder.config, type(task.encoder).__name__
+    elif ckpt_path is not None or task.init_from is not None:
+        config = saved_config(str(source))
+    elif task.pretrained is not None:
+        config = load_config(task.pretrained)
+    size = getattr(config, "vocab_size", None)
+    if isinstance(size, int) and len(words := datamodule.load_tokenizer()) > size:
+        raise VocabularySizeError(words.name_or_path, len(words), str(source), size)
 
 
 def check_kind(task: Task, target: TargetSpec) -> None:

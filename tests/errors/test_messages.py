@@ -41,6 +41,7 @@ from lowrank_pl.errors.model import (
     UnknownFormError,
     UnsupportedModelError,
     VocabularyError,
+    VocabularySizeError,
 )
 from lowrank_pl.errors.numerics import (
     BatchShapeError,
@@ -153,6 +154,11 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (NoTargetError("Bert", None, [], [], 7), ["Bert", "7 layers"], "NoCompression"),
     (TiedWeightError("a", "b"), ["'a'", "'b'"], "targets.exclude"),
     (VocabularyError("Bert", "it has none"), ["Bert", "it has none"], "targets.embeddings"),
+    (
+        VocabularySizeError("t", 1200, "m", 1000),
+        ["'t' has 1,200", "'m' embeddings for 1,000"],
+        "data.init_args.tokenizer",
+    ),
     (OverrideError("*.x", "matches nothing", ["a"]), ["'*.x'", "matches nothing", "'a'"], "init_args.overrides"),
     (ModelFolderError("/m", "config.json", ["b", "a"]), ["'/m'", "config.json", "'a', 'b'"], "save_pretrained"),
     (ModelFolderError("/m", "config.json", []), ["nothing"], "save_pretrained"),

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lowrank_pl.data import GLUE, CoNLL, TextCorpus, TextFiles
+from lowrank_pl.data import GLUE, CausalText, CoNLL, TextCorpus, TextFiles
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.model import CheckpointMismatchError, ModelFolderError, NotACheckpointError, NoTargetError
+from lowrank_pl.errors.model import (
+    CheckpointMismatchError,
+    ModelFolderError,
+    NotACheckpointError,
+    NotADecoderError,
+    NoTargetError,
+    VocabularySizeError,
+)
 from lowrank_pl.errors.numerics import BudgetError
 from lowrank_pl.errors.run import MonitorModeError, NothingToCompressError, TargetKindError
 from lowrank_pl.strategies import FWSVD, SVD, RankDyna
 from lowrank_pl.surgery import TargetSelector
-from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
+from lowrank_pl.tasks import CausalLM, MaskedLM, SequenceClassification, TokenClassification
 from tests.data.samples import write_sst2
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.tiny import save_tiny_model
@@ -31,7 +40,7 @@ def _unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(self: Any) -> None:
         raise ReadError
 
-    for cls in (GLUE, TextFiles, CoNLL, TextCorpus):
+    for cls in (GLUE, TextFiles, CoNLL, TextCorpus, CausalText):
         monkeypatch.setattr(cls, "prepare_data", prepare)
 
 
@@ -118,6 +127,31 @@ def test_weights_and_monitors(tiny_bert: str, tmp_path: Path) -> None:
     (broken / "model.safetensors").unlink()
     with pytest.raises(ModelFolderError, match="no weights"):
         make_trainer(tmp_path).fit(MaskedLM(str(broken)), datamodule=data)
+
+
+@pytest.mark.usefixtures("_unread")
+def test_an_encoder_is_no_decoder_in_any_verb(tiny_bert: str, tmp_path: Path) -> None:
+    data = CausalText(tiny_bert, "a.txt", "b.txt")
+    for verb in ("fit", "validate", "test"):
+        with pytest.raises(NotADecoderError):
+            getattr(make_trainer(tmp_path), verb)(CausalLM(tiny_bert), datamodule=data)
+
+
+@pytest.mark.usefixtures("_unread")
+def test_tokens_without_an_embedding(tiny_bert: str, tmp_path: Path) -> None:
+    """Of the model that a run starts from, whatever it is read from."""
+    folder = save_tiny_model("bert", tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 50}))
+    with pytest.raises(VocabularySizeError, match=r"has \d+ tokens, and '.*/bert' embeddings for 50"):
+        make_trainer(tmp_path).test(MaskedLM(str(folder)), datamodule=TextCorpus(str(folder), "a.txt", "b.txt"))
+    task = make_task(None, init_from=str(folder))
+    with pytest.raises(VocabularySizeError):
+        make_trainer(tmp_path).validate(task, datamodule=sst2(tiny_bert, tmp_path))
+    saved = {"lowrank_task": {"config": json.dumps({**config, "vocab_size": 50})}}
+    torch.save(saved, tmp_path / "x.ckpt")
+    with pytest.raises(VocabularySizeError, match=r"x\.ckpt"):
+        make_trainer(tmp_path).test(make_task(None), sst2(tiny_bert, tmp_path), ckpt_path=str(tmp_path / "x.ckpt"))
 
 
 def test_weights_that_predict_something_else(tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
