@@ -269,12 +269,14 @@ class TextDataModule(BatchLoaders):
 
         Raises:
             MissingTokenError: it lacks a special token that batches need.
-            MaxLengthError: the model takes no input of `max_length` tokens.
+            MaxLengthError: the model takes no input of `max_length` tokens, padded to `pad_to_multiple_of`.
         """
         if self._loaded_tokenizer is None:
             tokenizer = load_tokenizer(self.tokenizer)
             check_tokenizer(tokenizer, self.tokenizer, self.needs_mask_token, self.needs_pad_token)
-            check_length(self.max_length, tokenizer, load_config(self.tokenizer), self.length_argument)
+            check_length(
+                self.max_length, tokenizer, load_config(self.tokenizer), self.length_argument, self.pad_to_multiple_of
+            )
             self._loaded_tokenizer = tokenizer
         return self._loaded_tokenizer
 

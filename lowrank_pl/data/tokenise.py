@@ -57,7 +57,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, mask: bool = 
 
 
 def check_length(
-    max_length: int, tokenizer: PreTrainedTokenizerBase, config: Any | None, argument: str = "max_length"
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any | None,
+    argument: str = "max_length",
+    multiple: int | None = None,
 ) -> None:
     """Raises an error for a `max_length` the model cannot take.
 
@@ -66,9 +70,10 @@ def check_length(
         tokenizer: Knows its own limit, or has none.
         config: The configuration of the model if it is at hand; knows the number of positions.
         argument: The argument that set it, for the error.
+        multiple: To which samples of that length are padded.
 
     Raises:
-        MaxLengthError: it is under `LEAST_LENGTH` or above the limit.
+        MaxLengthError: it is under `LEAST_LENGTH` or above the limit, or padding takes it beyond the positions.
     """
     limits = [tokenizer.model_max_length] if tokenizer.model_max_length < _NO_LIMIT else []
     positions = getattr(config, "max_position_embeddings", None)
@@ -79,7 +84,10 @@ def check_length(
             if getattr(config, "model_type", "") in _OFFSET_POSITIONS
             else 0
         )
-        limits.append(positions - offset)
+        places = positions - offset
+        limits.append(places)
+        if multiple is not None and max_length <= places < -(-max_length // multiple) * multiple:
+            raise MaxLengthError(max_length, LEAST_LENGTH, places // multiple * multiple, argument, multiple)
     limit = min(limits, default=None)
     if max_length < LEAST_LENGTH or (limit is not None and max_length > limit):
         raise MaxLengthError(max_length, LEAST_LENGTH, limit, argument)

@@ -128,8 +128,10 @@ class NotATextError(DataError):
     """
 
     def __init__(self, path: str | Path, row: int, column: str, value: object) -> None:
+        kind = type(value).__name__
+        article = "an" if kind[0].lower() in "aeiou" else "a"
         super().__init__(
-            f"{_place(path, row)} has a {type(value).__name__} in column {column!r}; allowed are strings and numbers. "
+            f"{_place(path, row)} has {article} {kind} in column {column!r}; allowed are strings and numbers. "
             "Check the file, and that the column is the right one."
         )
 
@@ -251,7 +253,8 @@ class EmptyDataError(DataError):
     """
 
     def __init__(self, what: str | Path) -> None:
-        super().__init__(f"no samples in {str(what)!r}; at least one is needed. Check the file and its header line.")
+        header = " and its header line" if Path(what).suffix.lower() in (".csv", ".tsv") else ""
+        super().__init__(f"no samples in {str(what)!r}; at least one is needed. Check the file{header}.")
 
 
 class TooFewSamplesError(DataError):
@@ -415,9 +418,21 @@ class MaxLengthError(DataError):
         least: Smallest value allowed.
         limit: Largest value the tokenizer and the model allow, or `None` for none.
         argument: The argument that set it.
+        multiple: To which samples are padded, where that makes them too long.
     """
 
-    def __init__(self, max_length: int, least: int, limit: int | None, argument: str = "max_length") -> None:
+    def __init__(
+        self, max_length: int, least: int, limit: int | None, argument: str = "max_length", multiple: int | None = None
+    ) -> None:
+        if multiple is not None:
+            padded = -(-max_length // multiple) * multiple
+            room = f"{least} to {limit}" if limit is not None and limit >= least else "no length"
+            super().__init__(
+                f"{argument}={max_length} is padded to {padded} tokens, and the model takes fewer; with "
+                f"pad_to_multiple_of={multiple} allowed is {room}. Lower data.init_args.{argument} or "
+                "data.init_args.pad_to_multiple_of."
+            )
+            return
         if limit is not None and max_length > limit:
             what = "is longer than the longest input of this model"
         else:

@@ -100,7 +100,7 @@ class PredictedTokens(Metric):
 
 
 class LongestWindow(Metric):
-    """Tokens of the longest window, without which a perplexity says little."""
+    """Tokens of the longest window, without which a perplexity says little; padding behind the last does not count."""
 
     full_state_update = False
     longest: Tensor
@@ -110,9 +110,11 @@ class LongestWindow(Metric):
         self.add_state("longest", torch.tensor(0), dist_reduce_fx="max")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Looks at a batch `[b, t]`."""
+        """Looks at the tokens `[b, t]` that follow in a batch, -100 where none is predicted."""
         del preds
-        self.longest = self.longest.clamp(min=target.shape[1])
+        # The last token of a window is the one that follows at the place before it.
+        lengths = (target != IGNORED) * torch.arange(2, target.shape[1] + 2, device=target.device)
+        self.longest = torch.maximum(self.longest, lengths.max())
 
     def compute(self) -> Tensor:
         """As a floating-point number, which Lightning logs."""

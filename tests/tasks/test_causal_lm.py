@@ -19,6 +19,7 @@ from lowrank_pl.errors.numerics import NonFiniteScoreError
 from lowrank_pl.errors.run import MonitorModeError, TargetKindError
 from lowrank_pl.strategies import SVD
 from lowrank_pl.tasks import CausalLM, MaskedLM
+from lowrank_pl.tasks.causal_lm import LongestWindow, next_tokens
 from lowrank_pl.tasks.metrics import Perplexity
 from tests.support.runs import last_checkpoint, make_trainer
 from tests.support.synthetic import SyntheticData
@@ -176,6 +177,15 @@ def test_a_run_that_has_trained_keeps_what_it_has_although_its_loss_is_not_finit
     trainer.fit(task, datamodule=corpus(tmp_path, llama))
     assert trainer.callback_metrics["val/loss"].isnan()
     assert Path(last_checkpoint(trainer)).exists()
+
+
+def test_the_longest_window_is_told_without_padding() -> None:
+    metric = LongestWindow()
+    labels = torch.tensor([[-100, 5, 6, 7, -100, -100, -100, -100], [-100, -100, -100, -100, 8, -100, -100, -100]])
+    metric.update(torch.zeros(2, 8, 9), next_tokens(labels))
+    assert metric.compute() == 5
+    metric.update(torch.zeros(1, 3, 9), next_tokens(torch.tensor([[-100, 5, 6]])))
+    assert metric.compute() == 5
 
 
 def test_a_student_imitates_only_where_tokens_are_predicted() -> None:
