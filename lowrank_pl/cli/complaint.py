@@ -127,7 +127,11 @@ def _unknown_argument(name: str, owner: str | None, place: str) -> str:
     cls = _load(owner)
     if cls is None:
         return f"{place} has no argument {name!r}."
-    arguments = _arguments(cls)
+    # A class may set an argument of its ancestor itself, from one of another name.
+    instead = getattr(cls, "length_argument", name) if name == "max_length" else name
+    if instead != name:
+        return f"{cls.__name__} ({place}) has no argument {name!r}. Did you mean {instead!r}?"
+    arguments = [argument for argument in _arguments(cls) if argument != name]
     shown = ", ".join(arguments[:_MOST_NAMES]) + (", …" if len(arguments) > _MOST_NAMES else "")
     takes = f" It takes {shown}." if arguments else " It takes none."
     return f"{cls.__name__} ({place}) has no argument {name!r}.{_meant(name, arguments) or takes}"

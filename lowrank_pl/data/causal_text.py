@@ -17,10 +17,11 @@ from lowrank_pl.data.collate import IGNORED, Collator, Sample
 from lowrank_pl.data.files import find_splits, read_utf8
 from lowrank_pl.data.formats import read_columns
 from lowrank_pl.data.raw import SPLITS, RawData
-from lowrank_pl.data.tokenise import Truncation
+from lowrank_pl.data.tokenise import LEAST_LENGTH, Truncation
 from lowrank_pl.errors.data import (
     ArgumentRangeError,
     EmptyDataError,
+    MaxLengthError,
     MissingTokenError,
     NotATextError,
     OfflineError,
@@ -87,6 +88,8 @@ class CausalText(TextDataModule):
             raise MissingArgumentError(
                 "a corpus", "Give data.init_args.train, .validation or .test (files), or .dataset (of the hub)."
             )
+        if window < LEAST_LENGTH:
+            raise MaxLengthError(window, LEAST_LENGTH, None, "window")
         room = window - bos
         if stride is not None and not 1 <= stride <= room:
             raise ArgumentRangeError("stride", stride, f"1 to {room}, the tokens of a window")
@@ -265,10 +268,10 @@ def _texts(where: Any, rows: Any, column: str, values: list[Any]) -> list[str]:
     """The documents, without those that are missing; blank ones stay, whose place counts where rows are lines."""
     texts = []
     for row, value in zip(rows, values, strict=True):
-        if value is not None and not isinstance(value, str):
+        if value is not None and not isinstance(value, (str, int, float)):
             raise NotATextError(where, row, column, value)
-        if value is not None:
-            texts.append(value)
+        if value is not None and value == value:  # NaN is what tables have where nothing is
+            texts.append(str(value))
     if not any(text.strip() for text in texts):
         raise EmptyDataError(where)
     return texts

@@ -158,10 +158,12 @@ class TargetKindError(LowRankError):
     """Data and task do not predict the same kind of thing."""
 
     def __init__(self, task: str, allowed: tuple[str, ...], data: str, given: str) -> None:
+        classes = {"masked_lm": "TextCorpus", "causal_lm": "CausalText"}
+        others = [name for kind, name in classes.items() if kind in allowed]
         super().__init__(
             f"{data!r} is a {given} data set, and {task} handles {' and '.join(allowed)}. Choose the model class "
             "that fits: SequenceClassification (classification and regression), TokenClassification, MaskedLM, "
-            "CausalLM."
+            f"CausalLM{f'; or the data {others[0]} for {task}' if others else ''}."
         )
 
 

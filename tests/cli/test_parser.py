@@ -11,6 +11,7 @@ from lowrank_pl.cli import main
 
 RECIPE = ["--config", str(Path(__file__).parents[2] / "configs" / "recipes" / "glue_finetune.yaml")]
 KRONECKER = ["--config", str(Path(RECIPE[1]).with_name("glue_kronecker.yaml"))]
+DECODER = Path(RECIPE[1]).with_name("causal_lm_kronecker.yaml")
 STRATEGY = "--model.init_args.strategy"
 
 
@@ -31,6 +32,10 @@ STRATEGY = "--model.init_args.strategy"
         (
             ["fit", *RECIPE, "--data.init_args.batchsize", "8"],
             "GLUE (--data) has no argument 'batchsize'. Did you mean '",
+        ),
+        (
+            ["fit", "--config", str(DECODER), "--data.init_args.max_length", "32"],
+            "CausalText (--data) has no argument 'max_length'. Did you mean 'window'?",
         ),
         (
             ["fit", *RECIPE, STRATEGY, "FWSDV"],

@@ -175,13 +175,19 @@ def test_refusals(model: str, tmp_path: Path) -> None:
         CausalText(model)
     with pytest.raises(ArgumentRangeError, match="stride=9; allowed is 1 to 8"):
         CausalText(model, path, window=8, stride=9)
+    with pytest.raises(MaxLengthError, match="window=-5 leaves no room for a text"):
+        CausalText(model, path, window=-5, stride=1)
+    with pytest.raises(MaxLengthError, match=r"100 is padded to 192 tokens.*multiple_of=96 allowed is 8 to 96\."):
+        ready(model, train=path, window=100, pad_to_multiple_of=96)
     with pytest.raises(MaxLengthError, match="window=129 is longer than the longest input of this model"):
         ready(model, train=path, window=129)
     with pytest.raises(WindowError, match="the test split has 60 tokens, which do not fill one window of 100"):
         ready(model, test=path, window=100)
-    with pytest.raises(EmptyDataError, match=r"empty\.txt"):
+    with pytest.raises(EmptyDataError, match=r"empty\.txt'; at least one is needed\. Check the file\.$"):
         ready(model, train=str(write(tmp_path / "empty.txt", " \n\n")))
     with pytest.raises(NotATextError, match="has a list in column 'text'"):
         ready(model, train=str(write(tmp_path / "a.jsonl", '{"text": ["a"]}')))
+    numbers = str(write(tmp_path / "n.jsonl", '{"text": "a b c d e f"}\n{"text": 5}\n{"text": null}'))
+    assert ready(model, validation=numbers).split("validation")["length"][:] == [8]  # with a token between the two
     with pytest.raises(MissingSplitError, match="no train split"):
         ready(model, test=path).calibration_batches(2)

@@ -227,6 +227,11 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (ResumeMismatchError("2 layers"), ["2 layers"], "config.yaml"),
     (ResumeMismatchError.of_teacher("a there"), ["model.init_args.distillation", "a there"], "config.yaml"),
     (TargetKindError("MaskedLM", ("a", "b"), "MRPC", "c"), ["'MRPC'", "MaskedLM", "a and b", "c"], "Choose"),
+    (
+        TargetKindError("CausalLM", ("causal_lm",), "TextCorpus", "masked_lm"),
+        ["'TextCorpus'"],
+        "the data CausalText for",
+    ),
     (MissingArgumentError("it", "Set x."), ["it is missing"], "Set x."),
     (MissingPackagesError("x", ["a", "b"], "more"), ["x needs", "'a', 'b'", "'more'"], 'install "lowrank-pl[more]"'),
     (NotFactorisedError("SVD", ["a", "b"]), ["SVD", "2", "'a'"], "report"),
