@@ -16,7 +16,7 @@ class Root(nn.Module):
 
 
 def test_the_innermost_and_earliest_is_named_and_the_pass_ends_there() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), Root()), Root())
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), Root()), Root())
     modules, x = dict(model.named_modules()), torch.tensor([[1.0, 2.0]])
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(2))
@@ -27,7 +27,7 @@ def test_the_innermost_and_earliest_is_named_and_the_pass_ends_there() -> None:
     reached: list[bool] = []
     found = first_not_finite(modules, lambda: reached.append(model(x) is not None))
     assert found == "the output of module '0', whose weight is not finite"
-    layer = {"a": nn.Linear(2, 2)}
+    layer: dict[str, nn.Module] = {"a": nn.Linear(2, 2)}
     assert first_not_finite(layer, lambda: layer["a"](x / 0), inputs=True) == "the input of layer 'a'"
     whole = Root()
     assert first_not_finite({"": whole}, lambda: whole(-x)) == "the output of module 'Root'"
