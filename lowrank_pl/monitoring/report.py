@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 
 from lowrank_pl import __version__
 from lowrank_pl.contract import DescribesData, TargetSpec
 from lowrank_pl.files import replace_text
-from lowrank_pl.nn import dense_shape, forms_in
+from lowrank_pl.nn import dense_shape, forms_in, forms_in_training
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord, TargetSelector, tied_heads
 from lowrank_pl.tasks import Distillation
@@ -31,11 +32,18 @@ def parameter_counts(task: pl.LightningModule) -> dict[str, int]:
     A model without a record of what was targeted counts its factorised layers as the targeted ones, and a model
     without any counts what the strategy would target.
     """
-    layers = layer_records(task)
-    total = sum(parameter.numel() for parameter in as_compressible(task).encoder.parameters())
+    layers, encoder = layer_records(task), as_compressible(task).encoder
+    total = sum(parameter.numel() for parameter in encoder.parameters())
     dense = sum(layer.out_features * layer.in_features for layer in layers)
     kept = sum(layer.parameters for layer in layers)
+    if training := forms_in_training(encoder):  # which keep the room they began with, whatever their rank
+        recorded = {layer.name: layer.parameters for layer in layers}
+        total += sum(recorded[name] - _room(layer) for name, layer in training.items() if name in recorded)
     return {"total": total, "total_dense": total + dense - kept, "targeted_dense": dense, "targeted_kept": kept}
+
+
+def _room(layer: nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in layer.named_parameters() if name != "bias")
 
 
 def layer_records(task: pl.LightningModule) -> tuple[LayerRecord, ...]:
