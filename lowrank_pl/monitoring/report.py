@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import nn
 from lowrank_pl import __version__
 from lowrank_pl.contract import DescribesData, TargetSpec
 from lowrank_pl.files import replace_text
+from lowrank_pl.files.command import command_line
 from lowrank_pl.nn import dense_shape, forms_in, forms_in_training
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord, TargetSelector, tied_heads
@@ -99,7 +98,7 @@ def build_report(
             "lowrank_pl": __version__,
             **{name: version(name) for name in _PACKAGES},
         },
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }
     finite: dict[str, Any] = _finite(report)
     return finite
