@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lowrank_pl.allocation import Parameters
 from lowrank_pl.core import LinearShape
+from lowrank_pl.monitoring.earlier_run import folders_of
 from lowrank_pl.monitoring.rank_flow import dense_parameters, flow_figure, kept_by_kind
 from lowrank_pl.monitoring.rank_picture import grid_position, rank_heatmap
 from lowrank_pl.monitoring.run_folder import run_folder
@@ -20,6 +22,8 @@ from lowrank_pl.nn import forms_in_training
 from lowrank_pl.strategies import RankDyna, RankPlan, Reallocation
 from lowrank_pl.surgery.record import DENSE
 from lowrank_pl.tasks import EncoderTask, budget_score
+
+_HISTORY, _PICTURE = "rank_history.json", "rank_flow.png"
 
 
 class RankHistory(pl.Callback):
@@ -37,9 +41,14 @@ class RankHistory(pl.Callback):
         self._shapes: dict[str, LinearShape] = {}
         self._folder: Path | None = None
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks for the folder."""
+        del pl_module
+        self._folder = run_folder(trainer)  # on every process: it is a collective operation
+        self._shapes = {}
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lays out the charts."""
-        self._folder = run_folder(trainer)  # on every process: it is a collective operation
         self._shown = 0
         strategy = _strategy(trainer, pl_module)
         if strategy is None:
@@ -76,6 +85,17 @@ class RankHistory(pl.Callback):
             )
             _log_hyperparameters(logger, strategy, score)
         self._write(strategy, trainer.global_step)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes along the history of a run that was resumed at its very end, and had nothing left to train."""
+        resumed = trainer.ckpt_path
+        if _strategy(trainer, pl_module) is None or self._shapes or self._folder is None or resumed is None:
+            return
+        for name in (_HISTORY, _PICTURE):
+            for folder in folders_of(Path(resumed)):
+                if (folder / name).is_file() and not (self._folder / name).exists():
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / name, self._folder / name)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Writes history and picture of a run that a signal has stopped, as far as they go."""
@@ -125,8 +145,8 @@ class RankHistory(pl.Callback):
             "capacities": state.capacities,
             "history": [vars(entry) for entry in state.history],
         }
-        (folder / "rank_history.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        flow_figure(strategy.frame, state.history, last_step).savefig(folder / "rank_flow.png", dpi=130)
+        (folder / _HISTORY).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        flow_figure(strategy.frame, state.history, last_step).savefig(folder / _PICTURE, dpi=130)
 
 
 def _strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankDyna | None:

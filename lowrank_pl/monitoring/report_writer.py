@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.checkpoint import saved_at_budget
+from lowrank_pl.monitoring.earlier_run import report_of_step
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
 from lowrank_pl.monitoring.run_folder import run_folder
@@ -59,7 +60,26 @@ class ReportWriter(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the last validation and the best checkpoint."""
-        self._write(trainer, pl_module, "fit", "val", self._of_training(trainer, pl_module), _metrics(trainer))
+        metrics, note = _metrics(trainer), ""
+        step, resumed = trainer.global_step, trainer.ckpt_path
+        earlier = None
+        if self._scored_at is None and resumed is not None:
+            earlier = report_of_step(Path(resumed), step)
+        if earlier is not None:
+            place, scores = earlier
+            metrics |= {f"val/{name}": value for name, value in scores.items()}
+            self._scored_at, note = step, f"no step was left to train: the score is that of {str(place)!r}"
+        elif self._scored_at is None:
+            note = "no validation ran, so there is no score: see trainer.val_check_interval and .limit_val_batches"
+        elif self._scored_at != step:
+            note = f"the score is that of step {self._scored_at:,}: no validation followed the last, {step:,}"
+        extra = self._of_training(trainer, pl_module)
+        if note:
+            record = as_compressible(pl_module).compression
+            extra["notes"] = [*(record.notes if record is not None else ()), note]
+        self._write(trainer, pl_module, "fit", "val", extra, metrics)
+        if note and self.written is not None:
+            logger.warning("%s", note)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Reports a training that a signal has stopped, with the scores of its last validation."""
