@@ -23,7 +23,7 @@ from lowrank_pl.cli.stopped import stopped
 from lowrank_pl.cli.verbs import PROGRAM
 from lowrank_pl.data import TextDataModule
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.run import ConstructionError, MissingArgumentError
+from lowrank_pl.errors.run import ConstructionError, MissingArgumentError, RunStoppedError
 from lowrank_pl.monitoring import (
     ConfigWriter,
     PredictionWriter,
@@ -149,7 +149,8 @@ class LowRankCLI(LightningCLI):
         """
         if subcommand != "fit":
             quieten_scoring()
-        started, ended = time.time(), None
+        started = time.time()
+        ended: RunStoppedError | None = None
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as left:

@@ -24,7 +24,8 @@ def stopped(trainer: pl.Trainer, model: pl.LightningModule, verb: str, number: i
     """
     if verb != "fit" or not trainer.optimizers:
         return RunStoppedError(verb, number)
-    record, told = as_compressible(model).compression, []
+    record = as_compressible(model).compression
+    told: list[str] = []
     if record is not None and not getattr(model, "at_budget", True):
         told = [note for note in record.notes if "budget" in note]
     return RunStoppedError(verb, number, trainer.global_step, _last_checkpoint(trainer, started), told)

@@ -51,7 +51,8 @@ def report_for(saved: SavedModel, encoder: nn.Module, source: Path, asked: str |
     scores = [_score_entries(report, place, saved, source) for place, report in found]
     best = next((at for at, entries in enumerate(scores) if entries is not None), 0)
     (_, report), score = found[best], scores[best]
-    record, own = saved.compression, {} if saved.step is None else {"steps": saved.step}
+    record = saved.compression
+    own: dict[str, Any] = {} if saved.step is None else {"steps": saved.step}
     if record is not None:
         total = sum(parameter.numel() for parameter in encoder.parameters())
         own |= told_of_model(record, record.layers, total)

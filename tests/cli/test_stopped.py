@@ -24,11 +24,11 @@ class Signals(pl.Callback):
     def __init__(self, number: int) -> None:
         self.number = number
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         if trainer.current_epoch == 1 and trainer.global_step % 19 == 12:
             os.kill(os.getpid(), self.number)
 
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         os.kill(os.getpid(), self.number)
 
 
