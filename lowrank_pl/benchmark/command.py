@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -31,6 +30,7 @@ from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import OutputNotWritableError
 from lowrank_pl.files import OutputFolder
+from lowrank_pl.files.command import command_line
 from lowrank_pl.nn import FinalForm, final_form
 from lowrank_pl.surgery import TargetSelector
 
@@ -204,7 +204,7 @@ def _circumstances(work: Workload, models: dict[str, str]) -> dict[str, Any]:
         "lowrank_pl": __version__,
         **{name: version(name) for name in packages if importlib.util.find_spec(name) is not None},
         "models": models,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 

@@ -92,6 +92,7 @@ def from_checkpoint(checkpoint: Mapping[str, Any], source: str) -> SavedModel:
         tokenizer=task.get("tokenizer") or getattr(config, "_name_or_path", None) or None,
         auto_class=task.get("auto_class") or _BEFORE_IT_WAS_TOLD[target.kind],
         generation=json.loads(task.get("generation") or "null"),
+        step=checkpoint.get("global_step"),
     )
 
 

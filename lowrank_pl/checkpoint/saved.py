@@ -35,6 +35,7 @@ class SavedModel:
         auto_class: Name of the class of transformers that makes it, such as `"AutoModelForMaskedLM"`; `None` where the
             file does not tell, as a dense folder.
         scheme: What is in eight bits, where layers are; `state` has their weights as tensors of torchao.
+        step: The optimizer steps after which a training wrote it, where the file tells.
         dense_folder: A Hugging Face folder whose weights are still to be read, by its own loader; `state` is empty.
     """
 
@@ -49,6 +50,7 @@ class SavedModel:
     auto_class: str | None = None
     scheme: Scheme | None = None
     generation: Mapping[str, Any] | None = None
+    step: int | None = None
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -18,10 +19,11 @@ from lowrank_pl.cli.functions import FUNCTIONS, run_function
 from lowrank_pl.cli.outcome import outcome
 from lowrank_pl.cli.parser import Parser
 from lowrank_pl.cli.quiet import quieten, quieten_scoring
+from lowrank_pl.cli.stopped import stopped
 from lowrank_pl.cli.verbs import PROGRAM
 from lowrank_pl.data import TextDataModule
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.run import ConstructionError, MissingArgumentError
+from lowrank_pl.errors.run import ConstructionError, MissingArgumentError, RunStoppedError
 from lowrank_pl.monitoring import (
     ConfigWriter,
     PredictionWriter,
@@ -29,6 +31,7 @@ from lowrank_pl.monitoring import (
     RankHistory,
     ReportWriter,
     check_unused,
+    stopping_signal,
 )
 from lowrank_pl.strategies.processes import check_parallelism
 from lowrank_pl.tasks import EncoderTask
@@ -139,12 +142,28 @@ class LowRankCLI(LightningCLI):
         self.model.check_optimizer()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs a verb and prints where its files are."""
+        """Runs a verb and prints where its files are, also where a signal has stopped it.
+
+        Raises:
+            RunStoppedError: by the first process; the others leave with its code.
+        """
         if subcommand != "fit":
             quieten_scoring()
-        super()._run_subcommand(subcommand)
+        started = time.time()
+        ended: RunStoppedError | None = None
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as left:
+            number = stopping_signal(left)
+            if number is None:
+                raise
+            ended = stopped(self.trainer, self.model, subcommand, number, started)
         for line in outcome(self.trainer):
             print(line)
+        if ended is not None:
+            if not self.trainer.is_global_zero:
+                sys.exit(ended.code)
+            raise ended
 
 
 def run(args: list[str] | dict[str, Any] | None = None) -> None:

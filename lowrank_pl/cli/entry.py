@@ -55,8 +55,9 @@ def _answer(words: list[str]) -> None:
 def console() -> None:
     """`main` for the shell.
 
-    What a user can mend ends in one line `ErrorName: message` and exit code 1, an interrupt in one line and 130. A bug
-    keeps its traceback. The environment variable `LOWRANK_PL_DEBUG=1` shows every traceback.
+    What a user can mend ends in one line `ErrorName: message` and exit code 1, an interrupt in one line and 130, and
+    SIGTERM in one line and 143 once a run has begun; before, it ends the program at once. A bug keeps its traceback.
+    The environment variable `LOWRANK_PL_DEBUG=1` shows every traceback.
     """
     try:
         if sys.argv[1:] and sys.argv[1] in VERBS:
@@ -65,13 +66,18 @@ def console() -> None:
     except KeyboardInterrupt:
         if debugging():
             raise
-        # Lightning ends an interrupted run by itself; this is an interrupt before or after it.
+        # That of a run is a RunStoppedError by now; this is an interrupt before or after it.
         print("interrupted", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     except Exception as error:
         if debugging() or not _of_the_user(error):
             raise
-        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        code = getattr(error, "code", None)
+        if isinstance(error, LowRankError) and isinstance(code, int):
+            print(line, file=sys.stderr)
+            sys.exit(code)
+        sys.exit(line)
 
 
 def _load() -> None:

@@ -38,6 +38,35 @@ class NoTargetError(LowRankError):
         )
 
 
+class AlreadyFactorisedError(LowRankError):
+    """A model is to be compressed of which a part is factorised already.
+
+    Args:
+        model: Its class.
+        factorised: Names of the selected layers that are factorised.
+        dense: Names of those that are not.
+        how: What has factorised them, as far as that is known.
+    """
+
+    def __init__(self, model: str, factorised: Sequence[str], dense: Sequence[str], how: str = "") -> None:
+        self.model = model
+        self.factorised = tuple(factorised)
+        self.dense = tuple(dense)
+        count, total = len(factorised), len(factorised) + len(dense)
+        super().__init__(
+            f"{count} of the {total} layers that are to be factorised in {model} are factorised already"
+            f"{f' ({how})' if how else ''}, e.g. {factorised[0]!r}: the budget would be a share of what is left. "
+            "Allowed are dense layers: start from the dense checkpoint, train it on with strategy NoCompression, "
+            "or name what is left, to factorise that alone, in model.init_args.strategy.init_args.targets.include: "
+            f"{_some(dense)}."
+        )
+
+    def made_by(self, method: str, keep_ratio: float) -> AlreadyFactorisedError:
+        """The same, telling by what."""
+        how = f"by {method}, keep_ratio {keep_ratio:.4f}"
+        return AlreadyFactorisedError(self.model, self.factorised, self.dense, how)
+
+
 class TiedWeightError(LowRankError):
     """A targeted weight also belongs to another module."""
 

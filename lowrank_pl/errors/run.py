@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import signal
 from collections.abc import Sequence
 
 from lowrank_pl.errors.base import LowRankError
@@ -414,6 +416,44 @@ class BudgetNotReachedError(LowRankError):
             "but the model is larger than asked. Resume with --ckpt_path, or shorten the run with "
             "trainer.max_epochs or .max_steps so that the schedule fits into it."
         )
+
+
+class RunStoppedError(LowRankError):
+    """A signal has ended a run before its end.
+
+    Args:
+        verb: What was stopped.
+        number: The signal.
+        steps: Optimizer steps that were done, of a training.
+        checkpoint: The last one that the training has written or was resumed from; `None` without any.
+        notes: What else the model lacks, in short sentences without a full stop.
+
+    Attributes:
+        code: The exit code, 128 and the signal's number, as a shell reports it.
+    """
+
+    def __init__(
+        self,
+        verb: str,
+        number: int,
+        steps: int | None = None,
+        checkpoint: str | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.code = 128 + number
+        told = f"{verb} was stopped by {signal.Signals(number).name}"
+        if steps is None:
+            super().__init__(f"{told} before its end; what it would have written is not there. Start it again.")
+            return
+        if checkpoint is None:
+            remedy = "No checkpoint has been written: start the run again."
+        else:
+            remedy = (
+                f"The last checkpoint is {checkpoint!r}: the same command with --ckpt_path={shlex.quote(checkpoint)} "
+                "goes on from it."
+            )
+        lacks = "".join(f"; {note}" for note in notes)
+        super().__init__(f"{told} after optimizer step {steps:,}, before its end{lacks}. {remedy}")
 
 
 class FrozenFactorsError(LowRankError):

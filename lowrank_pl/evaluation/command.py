@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import shlex
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +18,7 @@ from lowrank_pl.evaluation.models import check_model, load
 from lowrank_pl.evaluation.results import Results, scores_of
 from lowrank_pl.evaluation.tasks import check_packages, load_tasks
 from lowrank_pl.files import OutputFolder
+from lowrank_pl.files.command import command_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,7 +87,7 @@ def evaluate(
             "lowrank_pl": __version__,
             **{name: version(name) for name in ("torch", "transformers", "datasets")},
             "models": labels(models),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command_line(),
         }
     )
     for label, path in labels(models).items():

@@ -44,6 +44,8 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
             f"* method: {record.method} of lowrank_pl {__version__}",
             *kept_lines(record.targeted_kept, record.targeted_dense, cost),
         ]
+        if not record.at_budget:
+            lines.append(f"* **above its budget**: {'; '.join(record.notes)}")
     if "versions" in report:
         lines.append(_score_line(saved, report))
         if data := report.get("data"):
@@ -131,13 +133,14 @@ def _closing_lines(model: PreTrainedModel) -> list[str]:
 
 
 def _score_line(saved: SavedModel, report: Mapping[str, Any]) -> str:
-    """The score of this very checkpoint where the report tells it: that of a run is its last validation's."""
+    """The score of this very checkpoint; where the report has none of it, that."""
+    if "score_note" in report:
+        return f"* score: none, {report['score_note']}"
     metric, split = report.get("metric"), report.get("split")
     name, best = Path(saved.source).name, report.get("checkpoint")
     if report.get("verb") == "fit" and best is not None and Path(best).name == name != "last.ckpt":
         return f"* {report.get('checkpoint_monitor') or 'score'}: {_number(report.get('checkpoint_score'))} ({metric})"
-    when = ", at the end of the run" if report.get("verb") == "fit" and name != "last.ckpt" else ""
-    return f"* score{when}: {_number(report.get('score'))} ({metric}, {split} split)"
+    return f"* score: {_number(report.get('score'))} ({metric}, {split} split)"
 
 
 def _number(value: float | None) -> str:

@@ -29,6 +29,7 @@ from lowrank_pl.export.card import model_card
 from lowrank_pl.export.int8 import quantize_int8
 from lowrank_pl.export.int8_layers import QuantizedLayers
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
+from lowrank_pl.export.run_report import report_for
 from lowrank_pl.export.scoring import (
     DataFactory,
     Scoring,
@@ -48,10 +49,6 @@ Format = Literal["factorised", "factored", "dense", "onnx"]
 Quantization = Literal["int8", "int8_weight_only", "int8_dynamic"]
 
 logger = logging.getLogger(__name__)
-
-_OF_AN_EXPORT = ("onnx", "int8", "export_scores")
-"""Entries that an export adds to the report of a run: those of an earlier one say nothing of this."""
-_REPORT = "Give a report.json that a run has written with --report, or remove the damaged one."
 
 
 def export(
@@ -78,6 +75,7 @@ def export(
             onnxruntime, of which nothing is read back; it needs the extra `onnx`.
         tokenizer: Where the tokenizer is; by default the encoder that the model was made from.
         report: A report.json to take along and to quote in the model card; by default that of the checkpoint's run.
+            Ranks and parameters are those of the checkpoint; the score is left out where it is that of another step.
         overwrite: Replace a folder that exists, with everything that is in it.
         max_shard_size: Split larger weights into files of at most this size, e.g. `"5GB"`, in KB, MB, GB or TB; by
             default that of transformers. A single tensor is never split.
@@ -123,8 +121,10 @@ def export(
     saved.check_float("export")
     if saved.target is None:
         raise NotACheckpointError(saved.source, "it does not tell what it predicts", "export --ckpt_path")
-    told = _report_of(source, report)
     encoder = build(saved)
+    told = report_for(saved, encoder, source, report)
+    if saved.compression is not None and not saved.compression.at_budget:
+        logger.warning("%s is above its budget: %s", ckpt_path, "; ".join(saved.compression.notes))
     check_finite_weights(encoder, ckpt_path)
     words = load_tokenizer(_tokenizer_of(saved, tokenizer))
     check_tokenizer(words, saved.config, saved.source)
@@ -207,29 +207,6 @@ def _tokenizer_of(saved: SavedModel, asked: str | None) -> str:
     if not name:
         raise MissingArgumentError("the tokenizer", "The checkpoint does not tell where it was; give --tokenizer.")
     return str(name)
-
-
-def _report_of(checkpoint: Path, asked: str | None) -> dict[str, Any]:
-    places = [Path(asked).expanduser()] if asked else []
-    if not asked:
-        start = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        places = [start / "report.json", start.parent / "report.json"]
-    for place in places:
-        if place.is_file():
-            return _read_report(place)
-    if asked:
-        raise MissingArgumentError(f"the report {asked!r}", "Give a report.json, or leave --report out.")
-    return {}
-
-
-def _read_report(place: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MissingArgumentError(f"a readable report in {str(place)!r} ({error})", _REPORT) from error
-    if not isinstance(found, dict):
-        raise MissingArgumentError(f"a report in {str(place)!r}", _REPORT)
-    return {name: entry for name, entry in found.items() if name not in _OF_AN_EXPORT}
 
 
 def check_tokenizer(words: PreTrainedTokenizerBase, config: PreTrainedConfig, source: str) -> None:

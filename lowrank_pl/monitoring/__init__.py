@@ -9,6 +9,7 @@ from lowrank_pl.monitoring.report import build_report, write_report
 from lowrank_pl.monitoring.report_writer import ReportWriter
 from lowrank_pl.monitoring.run_folder import check_unused, run_folder
 from lowrank_pl.monitoring.run_logger import RunLogger
+from lowrank_pl.monitoring.stopped import stopping_signal
 
 __all__ = [
     "ConfigWriter",
@@ -21,5 +22,6 @@ __all__ = [
     "check_unused",
     "rank_heatmap",
     "run_folder",
+    "stopping_signal",
     "write_report",
 ]

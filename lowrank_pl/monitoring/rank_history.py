@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lowrank_pl.allocation import Parameters
 from lowrank_pl.core import LinearShape
+from lowrank_pl.monitoring.earlier_run import folders_of
 from lowrank_pl.monitoring.rank_flow import dense_parameters, flow_figure, kept_by_kind
 from lowrank_pl.monitoring.rank_picture import grid_position, rank_heatmap
 from lowrank_pl.monitoring.run_folder import run_folder
+from lowrank_pl.monitoring.stopped import stopping_signal
 from lowrank_pl.nn import forms_in_training
 from lowrank_pl.strategies import RankDyna, RankPlan, Reallocation
 from lowrank_pl.surgery.record import DENSE
 from lowrank_pl.tasks import EncoderTask, budget_score
+
+_HISTORY, _PICTURE = "rank_history.json", "rank_flow.png"
 
 
 class RankHistory(pl.Callback):
@@ -34,6 +39,13 @@ class RankHistory(pl.Callback):
     def __init__(self) -> None:
         self._shown = 0
         self._shapes: dict[str, LinearShape] = {}
+        self._folder: Path | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks for the folder."""
+        del pl_module
+        self._folder = run_folder(trainer)  # on every process: it is a collective operation
+        self._shapes = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lays out the charts."""
@@ -62,7 +74,6 @@ class RankHistory(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Shows the last reallocation, and writes table, history and picture."""
-        folder = run_folder(trainer)  # on every process: it is a collective operation
         strategy = _strategy(trainer, pl_module)
         if strategy is None or not self._shapes:
             return
@@ -73,8 +84,24 @@ class RankHistory(pl.Callback):
                 "rank_table", _table(strategy.frame, strategy.state.history), trainer.global_step
             )
             _log_hyperparameters(logger, strategy, score)
-        if folder is not None:
-            self._write(folder, strategy, trainer.global_step)
+        self._write(strategy, trainer.global_step)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes along the history of a run that was resumed at its very end, and had nothing left to train."""
+        resumed = trainer.ckpt_path
+        if _strategy(trainer, pl_module) is None or self._shapes or self._folder is None or resumed is None:
+            return
+        for name in (_HISTORY, _PICTURE):
+            for folder in folders_of(Path(resumed)):
+                if (folder / name).is_file() and not (self._folder / name).exists():
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / name, self._folder / name)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Writes history and picture of a run that a signal has stopped, as far as they go."""
+        strategy = _strategy(trainer, pl_module)
+        if stopping_signal(exception) is not None and strategy is not None and self._shapes:
+            self._write(strategy, trainer.global_step)
 
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = _strategy(trainer, pl_module)
@@ -102,7 +129,10 @@ class RankHistory(pl.Callback):
                 writer.add_histogram(f"importance/{kind}", torch.cat(mine).clamp(min=1e-30).log10(), entry.step)
         writer.add_figure("ranks", rank_heatmap(strategy.frame.records(entry.ranks)), entry.step)
 
-    def _write(self, folder: Path, strategy: RankDyna, last_step: int) -> None:
+    def _write(self, strategy: RankDyna, last_step: int) -> None:
+        folder = self._folder
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         state = strategy.state
         told = {
@@ -115,8 +145,8 @@ class RankHistory(pl.Callback):
             "capacities": state.capacities,
             "history": [vars(entry) for entry in state.history],
         }
-        (folder / "rank_history.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        flow_figure(strategy.frame, state.history, last_step).savefig(folder / "rank_flow.png", dpi=130)
+        (folder / _HISTORY).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        flow_figure(strategy.frame, state.history, last_step).savefig(folder / _PICTURE, dpi=130)
 
 
 def _strategy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankDyna | None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shlex
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 
 from lowrank_pl import __version__
 from lowrank_pl.contract import DescribesData, TargetSpec
 from lowrank_pl.files import replace_text
-from lowrank_pl.nn import dense_shape, forms_in
+from lowrank_pl.files.command import command_line
+from lowrank_pl.nn import dense_shape, forms_in, forms_in_training
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.surgery import CompressionRecord, CostRecord, LayerRecord, TargetSelector, tied_heads
 from lowrank_pl.tasks import Distillation
@@ -31,11 +31,16 @@ def parameter_counts(task: pl.LightningModule) -> dict[str, int]:
     A model without a record of what was targeted counts its factorised layers as the targeted ones, and a model
     without any counts what the strategy would target.
     """
-    layers = layer_records(task)
-    total = sum(parameter.numel() for parameter in as_compressible(task).encoder.parameters())
-    dense = sum(layer.out_features * layer.in_features for layer in layers)
-    kept = sum(layer.parameters for layer in layers)
-    return {"total": total, "total_dense": total + dense - kept, "targeted_dense": dense, "targeted_kept": kept}
+    layers, encoder = layer_records(task), as_compressible(task).encoder
+    total = sum(parameter.numel() for parameter in encoder.parameters())
+    if training := forms_in_training(encoder):  # which keep the room they began with, whatever their rank
+        recorded = {layer.name: layer.parameters for layer in layers}
+        total += sum(recorded[name] - _room(layer) for name, layer in training.items() if name in recorded)
+    return _counts(layers, total)
+
+
+def _room(layer: nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in layer.named_parameters() if name != "bias")
 
 
 def layer_records(task: pl.LightningModule) -> tuple[LayerRecord, ...]:
@@ -74,8 +79,6 @@ def build_report(
     module = as_compressible(task)
     record = module.compression or CompressionRecord("NoCompression")
     target = module.target
-    parameters = parameter_counts(task)
-    dense = parameters["targeted_dense"]
     report = {
         "verb": verb,
         "task": target.name if target else type(task).__name__,
@@ -83,9 +86,37 @@ def build_report(
         "score": values.get("score"),
         "split": split,
         "metrics": values,
+        **told_of_model(record, layer_records(task), parameter_counts(task)["total"]),
+        **_distillation(task, verb),
+        "pretrained": getattr(task, "pretrained", None),
+        "init_from": getattr(task, "init_from", None),
+        "data": _data(task),
+        **extra,
+        "seconds": round(seconds, 3),
+        "versions": {
+            "python": platform.python_version(),
+            "lowrank_pl": __version__,
+            **{name: version(name) for name in _PACKAGES},
+        },
+        "command": command_line(),
+    }
+    finite: dict[str, Any] = _finite(report)
+    return finite
+
+
+def told_of_model(record: CompressionRecord, layers: Sequence[LayerRecord], total: int) -> dict[str, Any]:
+    """The entries of a report about the model: how it was compressed, and what it costs.
+
+    Args:
+        record: Of its compression.
+        layers: The targeted layers.
+        total: Parameters of the whole model.
+    """
+    parameters = _counts(layers, total)
+    dense = parameters["targeted_dense"]
+    told: dict[str, Any] = {
         "method": record.method,
         "options": record.options,
-        **_distillation(task, verb),
         "parameters": parameters,
         "keep_ratio": parameters["targeted_kept"] / dense if dense else 1.0,
         "cost": _cost(record, parameters),
@@ -101,23 +132,18 @@ def build_report(
                 "error": layer.error,
                 **({"losses": list(layer.losses), "outcome": layer.outcome} if layer.losses else {}),
             }
-            for layer in layer_records(task)
+            for layer in layers
         ],
         "notes": list(record.notes),
-        "pretrained": getattr(task, "pretrained", None),
-        "init_from": getattr(task, "init_from", None),
-        "data": _data(task),
-        **extra,
-        "seconds": round(seconds, 3),
-        "versions": {
-            "python": platform.python_version(),
-            "lowrank_pl": __version__,
-            **{name: version(name) for name in _PACKAGES},
-        },
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    finite: dict[str, Any] = _finite(report)
+    finite: dict[str, Any] = _finite(told)
     return finite
+
+
+def _counts(layers: Sequence[LayerRecord], total: int) -> dict[str, int]:
+    dense = sum(layer.out_features * layer.in_features for layer in layers)
+    kept = sum(layer.parameters for layer in layers)
+    return {"total": total, "total_dense": total + dense - kept, "targeted_dense": dense, "targeted_kept": kept}
 
 
 def _distillation(task: pl.LightningModule, verb: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writes a report at the end of fit and test."""
+"""Writes a report at the end of fit and test, also where a signal ends it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.checkpoint import saved_at_budget
+from lowrank_pl.monitoring.earlier_run import report_of_step
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
 from lowrank_pl.monitoring.run_folder import run_folder
+from lowrank_pl.monitoring.stopped import stopping_signal
+from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.tasks import EncoderTask, budget_score
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,7 @@ class ReportWriter(pl.Callback):
     """Leaves `report.json`, `report.md` and `ranks.png` in the run folder of every `fit` and `test`.
 
     Nothing there is replaced: a second run in the same folder leaves `report-2.json`, `report-2.md` and `ranks-2.png`.
+    A `fit` that SIGTERM or an interrupt stops leaves them as well, with a note that tells the step.
 
     Attributes:
         written: The last report, for people; on the first process.
@@ -32,16 +37,69 @@ class ReportWriter(pl.Callback):
     def __init__(self) -> None:
         self.written: Path | None = None
         self._started = 0.0
+        self._folder: Path | None = None
+        self._scores: dict[str, float] = {}
+        self._scored_at: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Starts the clock."""
         del trainer, pl_module, stage
         self._started = time.monotonic()
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks for the folder while all processes are there: of a run that is stopped some may be gone."""
+        del pl_module
+        self._folder = run_folder(trainer)
+        self._scores, self._scored_at = {}, None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remembers the scores, and of which step they are."""
+        del pl_module
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._scores, self._scored_at = _metrics(trainer), trainer.global_step
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the last validation and the best checkpoint."""
+        metrics, note = _metrics(trainer), ""
+        step, resumed = trainer.global_step, trainer.ckpt_path
+        earlier = None
+        if self._scored_at is None and resumed is not None:
+            earlier = report_of_step(Path(resumed), step)
+        if earlier is not None:
+            place, scores = earlier
+            metrics |= {f"val/{name}": value for name, value in scores.items()}
+            self._scored_at, note = step, f"no step was left to train: the score is that of {str(place)!r}"
+        elif self._scored_at is None:
+            note = "no validation ran, so there is no score: see trainer.val_check_interval and .limit_val_batches"
+        elif self._scored_at != step:
+            note = f"the score is that of step {self._scored_at:,}: no validation followed the last, {step:,}"
+        extra = self._of_training(trainer, pl_module)
+        if note:
+            record = as_compressible(pl_module).compression
+            extra["notes"] = [*(record.notes if record is not None else ()), note]
+        self._write(trainer, pl_module, "fit", "val", extra, metrics)
+        if note and self.written is not None:
+            logger.warning("%s", note)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Reports a training that a signal has stopped, with the scores of its last validation."""
+        stopped = stopping_signal(exception)
+        if stopped is None or trainer.state.fn != TrainerFn.FITTING or not trainer.optimizers:
+            return
+        record = as_compressible(pl_module).compression
+        told = f"the run was stopped by {stopped.name} after optimizer step {trainer.global_step:,}"
+        extra = self._of_training(trainer, pl_module)
+        extra |= {"stopped_by": stopped.name, "notes": [*(record.notes if record is not None else ()), told]}
+        self._write(trainer, pl_module, "fit", "val", extra, self._scores)
+
+    def _of_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """What a report of `fit` has beyond those of other verbs."""
         checkpoint = trainer.checkpoint_callback
-        extra: dict[str, Any] = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+        extra: dict[str, Any] = {
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "score_step": self._scored_at,
+        }
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             best = checkpoint.best_model_score
             extra["checkpoint"] = checkpoint.best_model_path
@@ -51,25 +109,35 @@ class ReportWriter(pl.Callback):
                 extra["checkpoint_at_budget"] = saved_at_budget(checkpoint.best_model_path)
                 if checkpoint.monitor == budget_score.KEY and not extra["checkpoint_at_budget"]:
                     extra["checkpoint_score"] = None
-        self._write(trainer, pl_module, "fit", "val", extra)
+        return extra
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the test."""
-        self._write(trainer, pl_module, "test", "test", {"checkpoint": trainer.ckpt_path})
+        self._folder = run_folder(trainer)
+        self._write(trainer, pl_module, "test", "test", {"checkpoint": trainer.ckpt_path}, _metrics(trainer))
 
     def _write(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, verb: str, split: str, extra: dict[str, Any]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        verb: str,
+        split: str,
+        extra: dict[str, Any],
+        metrics: dict[str, float],
     ) -> None:
-        folder = run_folder(trainer)
-        if not hasattr(pl_module, "encoder") or folder is None:
+        if not hasattr(pl_module, "encoder") or self._folder is None or not trainer.is_global_zero:
             return
-        if trainer.is_global_zero:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            if not budget_score.is_score(metrics.get(budget_score.KEY, 0.0)):
-                metrics[budget_score.KEY] = math.nan
-            seconds = time.monotonic() - self._started
-            report = build_report(pl_module, verb, split, metrics, seconds, **extra)
-            path = write_report(report, folder)
-            self.written = path.with_suffix(".md")
-            save_rank_picture(layer_records(pl_module), path.with_name(path.stem.replace("report", "ranks") + ".png"))
-            logger.info("report: %s", path)
+        seconds = time.monotonic() - self._started
+        report = build_report(pl_module, verb, split, metrics, seconds, **extra)
+        path = write_report(report, self._folder)
+        self.written = path.with_suffix(".md")
+        save_rank_picture(layer_records(pl_module), path.with_name(path.stem.replace("report", "ranks") + ".png"))
+        logger.info("report: %s", path)
+
+
+def _metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """What was logged last; what stands for the score of a model above its budget is none."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if not budget_score.is_score(metrics.get(budget_score.KEY, 0.0)):
+        metrics[budget_score.KEY] = math.nan
+    return metrics

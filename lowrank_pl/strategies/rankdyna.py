@@ -202,6 +202,7 @@ class RankDyna(CompressionStrategy):
         """Replaces every target by a layer whose rank can shrink.
 
         Raises:
+            AlreadyFactorisedError: a part of the targets is factorised.
             BudgetError, BudgetAboveStartError, OverrideError, NonFiniteError: before anything is changed.
         """
         del trainer
@@ -220,6 +221,7 @@ class RankDyna(CompressionStrategy):
             replace_module_(encoder, name, self._training.form_of(linear, self._plan.capacities[name]))
 
     def _plan_for(self, encoder: nn.Module) -> RankPlan:
+        self.targets.check_dense(encoder)
         plan = RankPlan.of(encoder, self.targets, self.budget, self.bounds, self.start_ratio, self.cost)
         self._training.check(plan)
         return plan

@@ -163,8 +163,10 @@ class StaticStrategy(CompressionStrategy):
         """The ranks for an encoder; changes nothing. Where ranks depend on data, uniform ones of the same budget.
 
         Raises:
+            AlreadyFactorisedError: a part of the targets is factorised.
             NoTargetError, TiedWeightError, BudgetError, RangeError, RankError, OverrideError: bad input.
         """
+        self.targets.check_dense(encoder)
         return self._request(self.targets.select(encoder)).uniform()
 
     @property

@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lowrank_pl.core.shapes import LinearShape
-from lowrank_pl.errors.model import NoTargetError, TiedWeightError
-from lowrank_pl.nn import dense_shape, forms_in, is_dense_linear, is_embedding, outside_forms
-from lowrank_pl.surgery.vocabulary import find_vocabulary, heads_tied_to
+from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
+from lowrank_pl.errors.model import AlreadyFactorisedError, NoTargetError, TiedWeightError
+from lowrank_pl.nn import dense_shape, forms_in, is_dense_linear, is_embedding, outside_forms, shape_of
+from lowrank_pl.surgery.vocabulary import find_vocabulary, heads_tied_to, tied_heads
 
 TARGETED = "targeted"
 
@@ -54,21 +54,36 @@ class TargetSelector:
                 heads_tied_to(model, name)
         return targets
 
+    def check_dense(self, model: nn.Module) -> None:
+        """Raises an error for a selection that names layers which are factorised already, beside dense ones.
+
+        A budget would be a share of what is still dense, and the others would be missing from the report. Whoever wants
+        that names the dense layers alone, by `include` or `exclude`.
+
+        Raises:
+            AlreadyFactorisedError: some are.
+        """
+        tied = tied_heads(model)
+        forms = {name: form for name, form in forms_in(model).items() if name not in tied}
+        blocks = tuple(_block_prefixes(model))
+        named = [name for name, form in forms.items() if self._reason(name, form, blocks) == TARGETED]
+        dense = [name for name, reason in self.explain(model).items() if reason == TARGETED]
+        if named and dense:
+            raise AlreadyFactorisedError(type(model).__name__, named, dense)
+
     def explain(self, model: nn.Module) -> dict[str, str]:
         """For every linear of the model, and the vocabulary if it is asked for: `"targeted"`, or why it stays dense."""
         blocks = tuple(_block_prefixes(model))
-        reasons = {}
-        for name, layer in self._candidates(model):
-            if excluded := [glob for glob in self.exclude if fnmatchcase(name, glob)]:
-                reasons[name] = f"excluded by {excluded[0]!r}"
-            elif is_embedding(layer):
-                reasons[name] = TARGETED
-            elif self.include is not None:
-                matched = any(fnmatchcase(name, glob) for glob in self.include)
-                reasons[name] = TARGETED if matched else "not matched by include"
-            else:
-                reasons[name] = TARGETED if name.startswith(blocks) else "outside the transformer blocks"
-        return reasons
+        return {name: self._reason(name, layer, blocks) for name, layer in self._candidates(model)}
+
+    def _reason(self, name: str, layer: nn.Module, blocks: tuple[str, ...]) -> str:
+        if excluded := [glob for glob in self.exclude if fnmatchcase(name, glob)]:
+            return f"excluded by {excluded[0]!r}"
+        if type(shape_of(layer)) is EmbeddingShape:
+            return TARGETED if self.embeddings else "an embedding"
+        if self.include is not None:
+            return TARGETED if any(fnmatchcase(name, glob) for glob in self.include) else "not matched by include"
+        return TARGETED if name.startswith(blocks) else "outside the transformer blocks"
 
     def _candidates(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The linears in module order, and before them the vocabulary."""

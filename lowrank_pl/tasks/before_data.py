@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from lowrank_pl.checkpoint import SavedModel, is_quantized, outline, read_saved_model, saved_config
 from lowrank_pl.contract import LANGUAGE_MODELLING, AdoptsTarget, ForetellsTarget, HasTokenizer, TargetKind, TargetSpec
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.model import ModelFolderError, QuantizedModelError, VocabularySizeError
+from lowrank_pl.errors.model import AlreadyFactorisedError, ModelFolderError, QuantizedModelError, VocabularySizeError
 from lowrank_pl.errors.run import TargetKindError
 from lowrank_pl.hub import check_supported, load_config, require_weights
 from lowrank_pl.strategies import CompressionStrategy
+from lowrank_pl.surgery import CompressionRecord
 from lowrank_pl.tasks import teaching
 from lowrank_pl.tasks.callbacks import check_monitor_modes
 from lowrank_pl.tasks.compatibility import check_same_target
@@ -40,6 +41,7 @@ class Task(Protocol):
     distillation: Distillation | None
     encoder: PreTrainedModel
     target: TargetSpec | None
+    compression: CompressionRecord | None
 
     @property
     def is_built(self) -> bool:
@@ -130,13 +132,13 @@ def check_plan(
     """
     if ckpt_path is None and task.is_built:
         _check_float(task.encoder, "compression")
-        plan(task.encoder)
+        _try(plan, task.encoder, task.compression)
         return
     refused: list[LowRankError] = []
     try:
-        for encoder in _outlines(task, ckpt_path, expected):
+        for encoder, record in _outlines(task, ckpt_path, expected):
             try:
-                plan(encoder)
+                _try(plan, encoder, record)
                 return
             except LowRankError as error:
                 refused.append(error)
@@ -149,6 +151,14 @@ def check_plan(
     # With a small and a large head alike: then it is not the head that decides.
     if len({type(error) for error in refused}) == 1:
         raise refused[0]
+
+
+def _try(plan: Callable[[nn.Module], object], encoder: nn.Module, record: CompressionRecord | None) -> None:
+    """Tries a plan; where it fails as a part is factorised already, the record tells by what."""
+    try:
+        plan(encoder)
+    except AlreadyFactorisedError as error:
+        raise (error if record is None else error.made_by(record.method, record.keep_ratio)) from None
 
 
 def shapes_of(task: Task) -> nn.Module | None:
@@ -164,22 +174,27 @@ def shapes_of(task: Task) -> nn.Module | None:
     return None
 
 
-def _outlines(task: Task, ckpt_path: str | None, expected: TargetSpec | None) -> Iterator[nn.Module]:
-    """The encoder without values; twice, with a small and a large head, where the data are yet to tell the labels."""
+def _outlines(
+    task: Task, ckpt_path: str | None, expected: TargetSpec | None
+) -> Iterator[tuple[nn.Module, CompressionRecord | None]]:
+    """The encoder without values, and how it was compressed.
+
+    Twice, with a small and a large head, where the data are yet to tell the labels.
+    """
     source = ckpt_path or task.init_from
     if source is not None:
         saved = read_saved_model(source, "init_from" if ckpt_path is None else "--ckpt_path")
         saved.check_float("training or compression")
         if expected is not None and _is_complete(expected):
             check_same_target(saved, expected)
-        yield outline(task.auto_class, saved.config, saved)
+        yield outline(task.auto_class, saved.config, saved), saved.compression
     elif task.pretrained is not None:
         if expected is not None and _is_complete(expected):
             heads: list[dict[str, Any]] = [task._head_config(expected)]
         else:
             heads = [{"num_labels": count} for count in (_FEW, _MANY)]
         for head in heads:
-            yield outline(task.auto_class, load_config(task.pretrained, **head))
+            yield outline(task.auto_class, load_config(task.pretrained, **head)), None
 
 
 def _check_float(encoder: nn.Module, asked_by: str) -> None:

@@ -33,6 +33,7 @@ from lowrank_pl.tasks.before_data import check_plan, shapes_of
 from lowrank_pl.trainer.compressor import Compressor
 from lowrank_pl.trainer.diagnoser import Diagnoser
 from lowrank_pl.trainer.inspection import inspect_model
+from lowrank_pl.trainer.stopping import AgreedStop
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class LowRankTrainer(pl.Trainer):
             raise
 
     def _run(self, model: pl.LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        AgreedStop(self).install()
         # Lightning's only place, and a private one, that knows the checkpoint before the data are prepared. Without it
         # (a plain Trainer) data without labels have to be given to a model that has been loaded.
         late = self.strategy.restore_checkpoint_after_setup and not shards(self.strategy)

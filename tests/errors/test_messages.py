@@ -17,6 +17,7 @@ from lowrank_pl.errors.evaluation import (
     UnknownHarnessTaskError,
 )
 from lowrank_pl.errors.model import (
+    AlreadyFactorisedError,
     CheckpointMismatchError,
     DamagedWeightsError,
     FormSpecError,
@@ -90,6 +91,7 @@ from lowrank_pl.errors.run import (
     ProcessFailedError,
     ResumeMismatchError,
     RunFolderInUseError,
+    RunStoppedError,
     ScheduleError,
     ScoreDropError,
     StartMethodError,
@@ -102,6 +104,14 @@ from lowrank_pl.errors.run import (
 
 # The error, what was given (quoted in the message), and where to turn.
 CASES: list[tuple[LowRankError, list[str], str]] = [
+    (
+        AlreadyFactorisedError("Net", ["a.b"], ["a.c"]).made_by("SVD", 0.5),
+        ["Net", "1 of the 2", "'a.b'", "'a.c'", "SVD, keep_ratio 0.5000"],
+        "targets.include",
+    ),
+    (RunStoppedError("fit", 15, 3, "a b.ckpt"), ["SIGTERM", "step 3", "'a b.ckpt'"], "--ckpt_path='a b.ckpt'"),
+    (RunStoppedError("fit", 2, 3), ["SIGINT", "No checkpoint"], "start the run again"),
+    (RunStoppedError("test", 15), ["test", "SIGTERM"], "Start it again"),
     (FormCostError("Latency", "low_rank", "pivoted"), ["'low_rank'", "'pivoted'"], "benchmark --form pivoted"),
     (BatchShapeError("dict", "holds tensors of shapes [2], [3]"), ["dict", "[2], [3]"], "where they are collated"),
     (LossShapeError((), 4), ["4 samples", "shape []"], "reduction='none'"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -23,6 +24,7 @@ from lowrank_pl.errors.model import (
 )
 from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
 from lowrank_pl.export import export, folder, from_pretrained
+from lowrank_pl.monitoring import ReportWriter
 from lowrank_pl.nn import LowRankLinear, PivotedLinear, dense_weight
 from lowrank_pl.strategies import RankDyna
 from lowrank_pl.surgery import TargetSelector, read_layout, replace_module_
@@ -307,12 +309,35 @@ def test_the_card_quotes_the_score_of_the_checkpoint_that_is_exported(tiny_bert:
     lines = {
         "best.ckpt": "* val/score: 0.7500 (f1)",
         "last.ckpt": "* score: 0.5000 (f1, val split)",
-        "epoch=0.ckpt": "* score, at the end of the run: 0.5000 (f1, val split)",
+        "epoch=0.ckpt": "* score: none, the report's score is that of another checkpoint",
     }
     for name, line in lines.items():
         checkpoint(tiny_bert, tmp_path / "checkpoints" / name)
         export(str(tmp_path / "checkpoints" / name), str(tmp_path / name.removesuffix(".ckpt")))
         assert line in (tmp_path / name.removesuffix(".ckpt") / "README.md").read_text().splitlines()
+
+
+def test_a_checkpoint_on_the_way_is_told_as_it_is(
+    tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither with the ranks nor with the score that the run came to later."""
+    every = ModelCheckpoint(tmp_path / "checkpoints", "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[ReportWriter(), every])
+    trainer.fit(make_task(tiny_bert, RankDyna(keep_ratio=0.4)), datamodule=SyntheticData())
+    report = str(Path(trainer.log_dir or "") / "report.json")
+    for step, unreached in ((2, True), (10, False), (12, False)):
+        source, where = str(tmp_path / "checkpoints" / f"step={step}.ckpt"), tmp_path / f"out-{step}"
+        caplog.clear()
+        model = from_pretrained(str(export(source, str(where), report=report)))
+        told, card = json.loads((where / "report.json").read_text()), (where / "README.md").read_text()
+        parameters = told["parameters"]
+        assert parameters["total"] == sum(parameter.numel() for parameter in model.parameters())
+        assert parameters["targeted_kept"] == sum(layer["parameters"] for layer in told["layers"])
+        assert (parameters["targeted_kept"] / parameters["targeted_dense"] == told["keep_ratio"] == 1) == unreached
+        assert [unreached] * 3 == [x in caplog.text + card for x in ("is above its", "**above its", "not been reached")]
+        assert told["steps"] == step
+        assert (told["score"] is None) == ("step 12 of the run, this checkpoint is of step" in card) == (step != 12)
+        assert "checkpoint_score" not in told or step == 12
 
 
 def test_a_folder_of_an_architecture_that_is_not_known_is_named(tmp_path: Path) -> None:

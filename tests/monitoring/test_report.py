@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lowrank_pl.monitoring import RankDashboard, ReportWriter, rank_heatmap, write_report
+from lowrank_pl.monitoring import RankDashboard, RankHistory, ReportWriter, rank_heatmap, write_report
 from lowrank_pl.monitoring.rank_picture import grid_position
 from lowrank_pl.monitoring.report import to_markdown
-from lowrank_pl.strategies import FWSVD, SVD
-from tests.support.runs import make_task, make_trainer
+from lowrank_pl.strategies import FWSVD, SVD, RankDyna
+from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
 
@@ -137,3 +138,27 @@ def test_data_are_told_where_they_can_be(tiny_bert: str, tmp_path: Path, run: Pa
     told = json.loads((folder / "report.json").read_text())["data"]
     assert told == {"fingerprint": "abc123", "samples": {"train": 1234, "validation": 24}}
     assert "samples: train 1,234, validation 24; data fingerprint `abc123`" in (folder / "report.md").read_text()
+
+
+def test_a_report_says_of_which_step_its_score_is(tiny_bert: str, tmp_path: Path) -> None:
+    def fit(folder: str, path: str | None = None, **arguments: Any) -> tuple[pl.Trainer, dict[str, Any], Path]:
+        task, callbacks = make_task(tiny_bert, RankDyna(keep_ratio=0.4)), [ReportWriter(), RankHistory()]
+        trainer = make_trainer(tmp_path / folder, callbacks=callbacks, **{"max_epochs": 2, **arguments})
+        trainer.fit(task, datamodule=SyntheticData(), ckpt_path=path)
+        place = Path(trainer.log_dir or "")
+        return trainer, json.loads((place / "report.json").read_text()), place
+
+    trainer, whole, _ = fit("whole")
+    assert (whole["score_step"], whole["notes"]) == (12, [])
+    # There is nothing left to do: what the run had come to is not lost.
+    _, resumed, place = fit("resumed", last_checkpoint(trainer))
+    assert (resumed["score"], resumed["score_step"]) == (whole["score"], 12)
+    assert "no step was left to train: the score is that of" in resumed["notes"][-1]
+    assert resumed["parameters"] == whole["parameters"]
+    assert (place / "rank_history.json").exists()
+    _, short, _ = fit("between", val_check_interval=4)
+    assert (short["score_step"], short["steps"]) == (10, 12)
+    assert short["notes"] == ["the score is that of step 10: no validation followed the last, 12"]
+    _, unscored, _ = fit("unscored", max_steps=3)
+    assert (unscored["score"], unscored["score_step"]) == (None, None)
+    assert unscored["notes"][-1].startswith("no validation ran, so there is no score")

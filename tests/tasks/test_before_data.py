@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lowrank_pl.data import GLUE, CausalText, CoNLL, TextCorpus, TextFiles
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.model import (
+    AlreadyFactorisedError,
     CheckpointMismatchError,
     ModelFolderError,
     NotACheckpointError,
@@ -28,6 +29,7 @@ from lowrank_pl.surgery import TargetSelector
 from lowrank_pl.tasks import CausalLM, MaskedLM, SequenceClassification, TokenClassification
 from tests.data.samples import write_sst2
 from tests.support.runs import last_checkpoint, make_task, make_trainer
+from tests.support.synthetic import SyntheticData
 from tests.support.tiny import save_tiny_model
 
 
@@ -113,6 +115,25 @@ def test_compress_and_diagnose_look_first(tiny_bert: str, tmp_path: Path) -> Non
         trainer.diagnose(make_task(tiny_bert), data, out, keep_ratio=0.01)
     with pytest.raises(ReadError):
         trainer.diagnose(make_task(tiny_bert), data, out)
+
+
+@pytest.mark.usefixtures("_unread")
+def test_a_model_that_is_factorised_in_part_is_refused(tiny_bert: str, tmp_path: Path) -> None:
+    """The budget would be a share of the rest, and the report would tell of the rest alone."""
+    half, rest = TargetSelector(exclude=["*.output.dense"]), TargetSelector(["*.layer.*.output.dense"])
+    source, data = str(tmp_path / "half"), TextFiles(tiny_bert, "a.csv")
+    make_trainer(tmp_path).compress(make_task(tiny_bert, SVD(keep_ratio=0.5, targets=half)), SyntheticData(), source)
+    told = r"8 of the 12 layers .* factorised already \(by SVD, keep_ratio 0\.4.* 'bert\..*name what is left.*include"
+    for strategy in (SVD(keep_ratio=0.3), RankDyna(keep_ratio=0.3)):
+        with pytest.raises(AlreadyFactorisedError, match=told):
+            make_trainer(tmp_path).fit(make_task(None, strategy, init_from=source), datamodule=data)
+    again = make_task(None, SVD(keep_ratio=0.3), init_from=source)
+    with pytest.raises(AlreadyFactorisedError, match=told):
+        make_trainer(tmp_path).compress(again, data, str(tmp_path / "out"))
+    # What names no factorised layer is allowed, and so is training.
+    for allowed in (SVD(keep_ratio=0.3, targets=rest), RankDyna(keep_ratio=0.3, targets=rest), None):
+        with pytest.raises(ReadError):
+            make_trainer(tmp_path).fit(make_task(None, allowed, init_from=source), datamodule=data)
 
 
 @pytest.mark.usefixtures("_unread")
