@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,11 +56,13 @@ class Recalibration:
             CalibrationError: there are no calibration batches.
         """
         encoder = as_compressible(pl_module).encoder
-        for batch in islice(calibration_batches(trainer, calibration, _NAME, self.max_samples), 1):
-            there = trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
-            with isolate_rng(), torch.no_grad(), frozen_eval(encoder):
-                _check_number(encoder, outputs_of(pl_module, there, _NAME))
-                find_head(encoder, lambda there=there: outputs_of(pl_module, there, _NAME))
+        batches = calibration_batches(trainer, calibration, _NAME, self.max_samples)
+        if (batch := next(iter(batches), None)) is None:
+            return  # this process has no sample
+        first = trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
+        with isolate_rng(), torch.no_grad(), frozen_eval(encoder):
+            _check_number(encoder, outputs_of(pl_module, first, _NAME))
+            find_head(encoder, lambda: outputs_of(pl_module, first, _NAME))
 
     def outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> Tensor:
         """The encoder's outputs `[d, k]` on this process's samples, tokens that are padding left out; on the CPU.
