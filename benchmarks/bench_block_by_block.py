@@ -1,8 +1,8 @@
 """Compares the memory that factorising a decoder block by block takes with the bound that `inspect` tells beforehand.
 
 Makes a random Llama of the widths asked for in a temporary folder, reads the bound, and runs `compress` in a process
-of its own, whose highest memory is read afterwards. What the interpreter and its libraries take is that of `inspect`,
-which loads no weights; the activations of one batch are in no bound.
+of its own, whose highest memory is read afterwards. What the interpreter and its libraries take is that of `inspect`
+on a folder without weights; the activations of one batch are in no bound.
 
     python benchmarks/bench_block_by_block.py --hidden 2048 --intermediate 5632 --blocks 4 --json memory.json
 """
@@ -35,7 +35,8 @@ def make(folder: Path, arguments: argparse.Namespace) -> None:
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", eos_token="w1", pad_token="w1")
-    tokenizer.save_pretrained(folder / "model")
+    for name in ("model", "outline"):
+        tokenizer.save_pretrained(folder / name)
     config = LlamaConfig(
         vocab_size=arguments.vocabulary,
         hidden_size=arguments.hidden,
@@ -45,6 +46,7 @@ def make(folder: Path, arguments: argparse.Namespace) -> None:
         num_key_value_heads=max(arguments.hidden // 512, 1),
         max_position_embeddings=arguments.window,
     )
+    config.save_pretrained(folder / "outline")
     torch.manual_seed(0)
     LlamaForCausalLM(config).float().save_pretrained(folder / "model")
     draw, length = random.Random(0), arguments.window * arguments.samples
@@ -57,7 +59,7 @@ def words(verb: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
     """The command line of a verb."""
     return [
         *(sys.executable, "-m", "lowrank_pl", verb, "--config", str(RECIPE)),
-        f"--model.init_args.pretrained={folder / 'model'}",
+        f"--model.init_args.pretrained={folder / ('outline' if verb == 'inspect' else 'model')}",
         f"--data.init_args.train={folder / 'train.txt'}",
         f"--data.init_args.validation={folder / 'valid.txt'}",
         f"--data.init_args.window={arguments.window}",
@@ -69,6 +71,7 @@ def words(verb: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
         f"{STRATEGY}.keep_ratio={arguments.keep_ratio}",
         f"{STRATEGY}.calibration.max_memory={arguments.max_memory}",
         f"{STRATEGY}.calibration.batch_size=1",
+        f"{STRATEGY}.calibration.max_samples={arguments.samples}",
         f"{STRATEGY}.calibration.cache=false",
         *([f"--output={folder / 'small'}"] if verb == "compress" else []),
     ]

@@ -102,7 +102,7 @@ def memory_bound(
         beforehand: What is measured before ranks are given, `None` for nothing.
         groups: The layers that are measured together.
         call: Numbers that a block is called with, on all samples.
-        stays: Whether dense layers stay until the end, for a refit.
+        stays: Whether dense layers stay until the end: for a refit, or on a CPU.
     """
     factorised = {name: shape for name, shape in shapes.items() if name in kept}
     blocks = [sum(kept[name] for name in names) for _, names in groupby(factorised, _block)]

@@ -8,7 +8,7 @@ from lowrank_pl.allocation.uniform import floor_cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RankError, RatioError
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.run import ExclusiveArgumentsError
 
 BERT_LAYER = {
     "layer.0.attention.query": LinearShape(768, 768),
@@ -280,9 +280,9 @@ def test_a_multiple_below_one_is_refused(multiple_of: int) -> None:
 
 
 def test_exactly_one_ratio_is_given() -> None:
-    with pytest.raises(MissingArgumentError, match="Neither is given"):
+    with pytest.raises(ExclusiveArgumentsError, match="none of keep_ratio, rank_ratio"):
         uniform_ranks(BERT_LAYER)
-    with pytest.raises(MissingArgumentError, match="Both are given"):
+    with pytest.raises(ExclusiveArgumentsError, match="keep_ratio and rank_ratio are given together"):
         uniform_ranks(BERT_LAYER, keep_ratio=0.2, rank_ratio=0.2)
 
 

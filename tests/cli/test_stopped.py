@@ -45,8 +45,12 @@ def run(verb: str, recipe: str, words: list[str], number: int, monkeypatch: pyte
     stop = [f"--trainer.callbacks+={__name__}.Signals", f"--trainer.callbacks.number={number}"]
     config = ["--config", str(RECIPE.with_name(f"{recipe}.yaml"))]
     monkeypatch.setattr(sys, "argv", ["lowrank-pl", verb, *config, *words, *stop])
-    with pytest.raises(SystemExit) as left:
-        console()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests beside it
+    try:
+        with pytest.raises(SystemExit) as left:
+            console()
+    finally:
+        signal.signal(signal.SIGINT, before)
     return left.value.code
 
 

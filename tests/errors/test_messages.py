@@ -71,6 +71,7 @@ from lowrank_pl.errors.run import (
     ConstructionError,
     EmbeddingsError,
     EngineError,
+    ExclusiveArgumentsError,
     FrozenFactorsError,
     HiddenOptimizerStateError,
     InterpolationError,
@@ -246,7 +247,9 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (MissingPackagesError("x", ["a", "b"], "more"), ["x needs", "'a', 'b'", "'more'"], 'install "lowrank-pl[more]"'),
     (NotFactorisedError("SVD", ["a", "b"]), ["SVD", "2", "'a'"], "report"),
     (OptimizerCoverageError(["a", "b"]), ["2", "'a'"], "configure_optimizers"),
-    (NothingToCompressError("NoCompression"), ["NoCompression"], "SVD or FWSVD"),
+    (NothingToCompressError("NoCompression"), ["NoCompression"], "KroneckerSVD, FWSVD or SVD"),
+    (ExclusiveArgumentsError(["a", "b"], ["a", "b"], "x"), ["a and b are given together"], "--x.a=null"),
+    (ExclusiveArgumentsError(["a", "b"], [], "x"), ["none of a, b is given"], "x.a"),
 ]
 
 
