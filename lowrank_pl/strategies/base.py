@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Protocol, cast
 from uuid import uuid4
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocation, Measure, Parameters
@@ -140,16 +139,15 @@ class CompressionStrategy(pl.Callback, ABC):
         """In what the method counts what a layer costs."""
         return Parameters()
 
-    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None, device: torch.device) -> list[str]:
+    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
         """Lines for `inspect` about what a run will do and take at most, as far as shapes alone tell; none by default.
 
         Args:
             encoder: The model; its values do not matter.
             item: Bytes of one parameter.
             tokens: Of one calibration sample, as far as the data tell.
-            device: Of the run.
         """
-        del encoder, item, tokens, device
+        del encoder, item, tokens
         return []
 
     @property

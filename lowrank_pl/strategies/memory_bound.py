@@ -21,6 +21,7 @@ class MemoryBound:
         decomposing: The decomposition that tells the energies of the largest layer, while its group's sums are there.
         fitting: Sums, moments and the decomposition of the largest layer.
         kept_calls: What the block at hand is called with, in both models, on all samples.
+        staying: Factors of the other blocks: on a CPU dense layers that are done stay beside them.
         disk: Moments of output gradients and the factors of finished blocks, until the run has ended.
     """
 
@@ -30,6 +31,7 @@ class MemoryBound:
     decomposing: int
     fitting: int
     kept_calls: int
+    staying: int
     disk: int
 
     @property
@@ -55,6 +57,7 @@ class MemoryBound:
         return [
             f"memory block by block: at most {gigabytes(self.peak)}, beside the activations of one batch",
             *told,
+            f"  on a CPU, where finished dense layers stay: {gigabytes(self.staying)} more",
             f"  on disk until the end: {gigabytes(self.disk)}",
         ]
 
@@ -102,7 +105,7 @@ def memory_bound(
         beforehand: What is measured before ranks are given, `None` for nothing.
         groups: The layers that are measured together.
         call: Numbers that a block is called with, on all samples.
-        stays: Whether dense layers stay until the end: for a refit, or on a CPU.
+        stays: Whether dense layers stay until the end, for a refit.
     """
     factorised = {name: shape for name, shape in shapes.items() if name in kept}
     blocks = [sum(kept[name] for name in names) for _, names in groupby(factorised, _block)]
@@ -113,13 +116,15 @@ def memory_bound(
     )
     outputs = beforehand is not None and beforehand.outputs != "none"
     moments = sum(_moment(shape, beforehand) for shape in shapes.values()) if outputs else 0
+    factors = sum(blocks) if stays else max(blocks, default=0)
     return MemoryBound(
         parameters * item,
-        (sum(blocks) if stays else max(blocks, default=0)) * item,
+        factors * item,
         measuring,
         0 if beforehand is None else max(map(decomposing_bytes, shapes.values()), default=0),
         max((fitting_bytes(shape) for shape in factorised.values()), default=0),
         2 * call * item,
+        (sum(blocks) - factors) * item,
         moments + sum(kept.values()) * item,
     )
 

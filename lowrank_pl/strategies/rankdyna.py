@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -181,9 +180,9 @@ class RankDyna(CompressionStrategy):
         """Raises errors for an impossible budget; ranks are known only in the end."""
         self._plan_for(encoder)
 
-    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None, device: torch.device) -> list[str]:
+    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
         """See `CompressionStrategy.told_beforehand`: budget, reallocations in a run of 1,000 steps, memory."""
-        del item, tokens, device
+        del item, tokens
         return self._told(self._plan_for(encoder), self.schedule.over(1000), 1000)
 
     def _told(self, plan: RankPlan, curve: CubicCurve, steps: int) -> list[str]:

@@ -59,10 +59,10 @@ class SequentialStrategy(StaticStrategy):
         """Whether a stopped run can go on where it was: block by block."""
         return self.sequential is not None
 
-    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None, device: torch.device) -> list[str]:
+    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
         """See `CompressionStrategy.told_beforehand`; of a sample whose length is not known, one token."""
         if self.sequential is None:
-            return super().told_beforehand(encoder, item, tokens, device)
+            return super().told_beforehand(encoder, item, tokens)
         layers = self.targets.select(encoder)
         plan, shapes, beforehand = self.plan(encoder), self.targets.shapes(layers), self.beforehand
         ranked = {name: rank for name, rank in plan.ranks.items() if rank is not None}
@@ -78,8 +78,7 @@ class SequentialStrategy(StaticStrategy):
             beforehand,
             groups,
             samples * (tokens or 1) * width,
-            # Finished dense layers are moved to the CPU, which frees nothing there.
-            stays=self.refit is not None or device.type == "cpu",
+            stays=self.refit is not None,
         )
         length = "one token; multiply by their length" if tokens is None else f"{tokens} tokens"
         return bound.lines(f"{samples} samples of {length}")

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -175,9 +174,9 @@ class StaticStrategy(CompressionStrategy):
         """Whether ranks follow from calibration: `plan` then shows uniform ones of the same budget."""
         return self.allocation.needs_energies
 
-    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None, device: torch.device) -> list[str]:
+    def told_beforehand(self, encoder: nn.Module, item: int, tokens: int | None) -> list[str]:
         """See `CompressionStrategy.told_beforehand`: what is measured of the layers."""
-        del item, tokens, device
+        del item, tokens
         importance, shapes = self.importance, self.targets.shapes(self.candidates(encoder))
         if not importance.needs_data or not shapes:
             return []
@@ -259,9 +258,9 @@ class StaticStrategy(CompressionStrategy):
         before = (
             None if self.recalibration is None else self.recalibration.outputs(trainer, pl_module, self.calibration)
         )
-        data, device = getattr(trainer, "datamodule", None), trainer.strategy.root_device
+        data = getattr(trainer, "datamodule", None)
         tokens = getattr(data, "window", None) or getattr(data, "max_length", None)
-        for line in self.told_beforehand(encoder, next(encoder.parameters()).element_size(), tokens, device):
+        for line in self.told_beforehand(encoder, next(encoder.parameters()).element_size(), tokens):
             rank_zero_info(line)
         run = LayerFactoriser(self, trainer, pl_module, layers)
         allocation, told = self._factorise(run, request)

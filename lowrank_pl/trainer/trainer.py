@@ -237,7 +237,7 @@ class LowRankTrainer(pl.Trainer):
         model.strategy.plan(encoder)
         tokens = getattr(datamodule, "window", None) or getattr(datamodule, "max_length", None)
         item = {"16-true": 2, "bf16-true": 2, "64-true": 8}.get(str(self.precision), 4)
-        for line in model.strategy.told_beforehand(encoder, item, tokens, self.strategy.root_device):
+        for line in model.strategy.told_beforehand(encoder, item, tokens):
             print(line)
 
 

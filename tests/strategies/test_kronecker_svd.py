@@ -237,8 +237,8 @@ def test_it_says_beforehand_what_measuring_takes(tiny_bert: str) -> None:
     shapes = task.strategy.targets.shapes(task.strategy.targets.select(task.encoder))
     groups = SecondMoments().groups(shapes, 0.0001)
     most = max(sum(8 * (shapes[n].in_features ** 2 + shapes[n].out_features ** 2) for n in names) for names in groups)
-    assert task.strategy.told_beforehand(task.encoder, 4, None, torch.device("cpu")) == [
+    assert task.strategy.told_beforehand(task.encoder, 4, None) == [
         f"KroneckerSVD measures the layers in {len(groups)} passes over the calibration samples: at most "
         f"{most / 2**20:,.1f} MiB of sums at a time, which calibration.max_memory bounds"
     ]
-    assert SVD(keep_ratio=0.5).told_beforehand(task.encoder, 4, None, torch.device("cpu")) == []
+    assert SVD(keep_ratio=0.5).told_beforehand(task.encoder, 4, None) == []

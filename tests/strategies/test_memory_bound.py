@@ -16,6 +16,7 @@ def test_every_part_is_what_it_is_by_hand() -> None:
     assert fitting_bytes(LinearShape(2, 4)) == 8 * (7 * 16 + 4 * 8 + 2 * 4) == 1216
     assert (found.weights, found.factors, found.fitting, found.kept_calls) == (200, 2 * 6 * 2, 1216, 120)
     assert found.measuring == 3 * 8 * (16 + 4)
+    assert found.staying == 2 * 6 * 2, "of the other block"
     assert found.disk == 4 * 4 * 4 + 2 * 24
     assert found.peak == 200 + 24 + 1216 + 120
     assert decomposing_bytes(LinearShape(2, 4)) == 8 * max(4 * 16, 16 + 4 * 4, 16 + 4 + 3 * 8 + 4 * 4) == 512

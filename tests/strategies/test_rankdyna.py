@@ -313,7 +313,7 @@ def test_multiples_leave_less_of_the_budget_than_one_of_them_costs(
 def test_it_says_beforehand_what_it_will_do_and_take(tiny_bert: str) -> None:
     task = make_task(tiny_bert, RankDyna(keep_ratio=0.5, schedule=CubicSchedule(0.3, 0.5, 0.05)))
     task.build()
-    told = task.strategy.told_beforehand(task.encoder, 4, None, torch.device("cpu"))
+    told = task.strategy.told_beforehand(task.encoder, 4, None)
     layers = task.strategy.targets.select(task.encoder)
     dense = sum(layer.get_parameter("weight").numel() for layer in layers.values())
     assert told[0] == f"RankDyna: the budget is {dense // 2:,} of {dense:,} parameters of 12 layers (keep_ratio 0.5000)"

@@ -292,7 +292,7 @@ def test_inspect_counts_the_bytes_that_a_parameter_has_in_the_run(
 ) -> None:
     asked = list[int]()
 
-    def told_beforehand(_: KroneckerSVD, encoder: object, item: int, *__: object) -> list[str]:
+    def told_beforehand(_: KroneckerSVD, encoder: object, item: int, tokens: int | None) -> list[str]:
         asked.append(item)
         return []
 
