@@ -33,7 +33,7 @@ from lowrank_pl.monitoring import (
     check_unused,
     stopping_signal,
 )
-from lowrank_pl.strategies.processes import check_parallelism
+from lowrank_pl.strategies.processes import check_parallelism, check_parallelism_named
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.model_arguments import model_arguments
 from lowrank_pl.trainer import LowRankTrainer
@@ -130,6 +130,8 @@ class LowRankCLI(LightningCLI):
         if not trainer.get("logger"):
             for left_out in without_needless_monitors(trainer):
                 logger.warning("%s is left out: there is no logger that it could write to", left_out)
+        kind = trainer.get("strategy")
+        check_parallelism_named(str(getattr(kind, "class_path", kind)).rpartition(".")[2], "lowrank-pl")
         try:
             super().instantiate_classes()
         except (ValueError, ImportError) as error:

@@ -62,6 +62,22 @@ def check_parallelism(parallelism: Parallelism, asked_by: str, why_not_sharded: 
         raise StartMethodError(asked_by, method)
 
 
+def check_parallelism_named(name: str, asked_by: str) -> None:
+    """The same for a kind that is only named yet, before Lightning asks for a package or a device that it needs.
+
+    Args:
+        name: Lightning's short name or the class, such as `deepspeed_stage_2`; others than those refused pass.
+        asked_by: Who cannot work under it, for the message.
+
+    Raises:
+        UnsupportedParallelismError: it is known to be refused.
+    """
+    for kind, reason in _REASONS.items():
+        short = kind.__name__.removesuffix("Strategy").lower()
+        if name == kind.__name__ or name.split("_")[0] == short:
+            raise UnsupportedParallelismError(asked_by, name, reason)
+
+
 def _misconfigured(parallelism: Any) -> str:
     """What of a `ModelParallelStrategy` is not supported; Lightning has no public names for its arguments."""
     if (size := parallelism._tensor_parallel_size) != 1:

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import (
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.errors.run import ProcessFailedError, StartMethodError, UnsupportedParallelismError
 from lowrank_pl.strategies import SVD, CompressionStrategy, NoCompression
-from lowrank_pl.strategies.processes import Agreement, assign, check_parallelism, work_shared
+from lowrank_pl.strategies.processes import Agreement, assign, check_parallelism, check_parallelism_named, work_shared
 from tests.support.runs import make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
@@ -39,6 +39,21 @@ def test_what_is_not_listed_is_refused_in_every_verb(kind: Any, make: Any, stage
 
     with pytest.raises(UnsupportedParallelismError, match=rf"{kind.__name__}.*single device and DDP"):
         strategy.setup(Trainer(), task, stage)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["deepspeed", "deepspeed_stage_3_offload", "DeepSpeedStrategy", "fsdp", "FSDPStrategy"]
+)
+def test_what_is_refused_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(UnsupportedParallelismError, match=rf"^X cannot work under trainer\.strategy {name}: "):
+        check_parallelism_named(name, "X")
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "ddp", "ddp_find_unused_parameters_true", "ModelParallelStrategy", "None", ""]
+)
+def test_other_names_pass(name: str) -> None:
+    check_parallelism_named(name, "X")
 
 
 def test_single_devices_and_ddp_are_supported() -> None:
