@@ -12,6 +12,7 @@ from torch import nn
 
 from lowrank_pl.checkpoint import CHECKPOINT_NAME, SavedModel
 from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.monitoring.earlier_run import reports_in
 from lowrank_pl.monitoring.report import told_of_model
 from lowrank_pl.tasks import budget_score
 
@@ -104,9 +105,7 @@ def _places(source: Path, asked: str | None) -> list[Path]:
         return [place]
     start = source if source.is_dir() else source.parent
     for folder in (start, start.parent):
-        numbered = [place for place in folder.glob("report-*.json") if place.stem.removeprefix("report-").isdigit()]
-        numbered.sort(key=lambda place: -int(place.stem.removeprefix("report-")))
-        if places := [place for place in (*numbered, folder / "report.json") if place.is_file()]:
+        if places := reports_in(folder):
             return places
     return []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ def report_of_step(checkpoint: Path, step: int) -> tuple[Path, dict[str, float]]
     Returns:
         Where it lies, and its metrics without the prefix of their split, `score` among them; the newest of several.
     """
-    for place in _reports(checkpoint):
+    for place in (place for folder in folders_of(checkpoint) for place in reports_in(folder)):
         try:
             report: Any = json.loads(place.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -31,6 +30,9 @@ def report_of_step(checkpoint: Path, step: int) -> tuple[Path, dict[str, float]]
     return None
 
 
-def _reports(checkpoint: Path) -> Iterator[Path]:
-    for folder in folders_of(checkpoint):
-        yield from sorted(folder.glob("report*.json"), key=lambda place: place.stat().st_mtime, reverse=True)
+def reports_in(folder: Path) -> list[Path]:
+    """The reports that `write_report` has put into a folder, the newest first: later ones have higher numbers."""
+    numbers = {place: place.stem.removeprefix("report-") for place in folder.glob("report-*.json")}
+    numbered = [place for place, number in numbers.items() if number.isdigit()]
+    numbered.sort(key=lambda place: -int(numbers[place]))
+    return [place for place in (*numbered, folder / "report.json") if place.is_file()]
