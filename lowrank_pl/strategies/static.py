@@ -258,8 +258,7 @@ class StaticStrategy(CompressionStrategy):
         before = (
             None if self.recalibration is None else self.recalibration.outputs(trainer, pl_module, self.calibration)
         )
-        data = getattr(trainer, "datamodule", None)
-        tokens = getattr(data, "window", None) or getattr(data, "max_length", None)
+        tokens = getattr(getattr(trainer, "datamodule", None), "max_length", None)
         for line in self.told_beforehand(encoder, next(encoder.parameters()).element_size(), tokens):
             rank_zero_info(line)
         run = LayerFactoriser(self, trainer, pl_module, layers)

@@ -77,10 +77,9 @@ def test_typing_errors(
 
 
 def test_null_clears_what_a_recipe_sets(capsys: pytest.CaptureFixture[str]) -> None:
-    decoder = str(Path(RECIPE[1]).with_name("causal_lm_kronecker.yaml"))
     cleared = [f"{STRATEGY}.init_args.refit", f"{STRATEGY}.init_args.calibration.max_samples"]
     with pytest.raises(SystemExit):
-        main(["fit", "--config", decoder, cleared[0], "null", f"{cleared[1]}=null", "--print_config"])
+        main(["fit", "--config", str(DECODER), cleared[0], "null", f"{cleared[1]}=null", "--print_config"])
     strategy = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["strategy"]["init_args"]
     assert strategy["refit"] is None
     assert strategy["calibration"]["max_samples"] is None

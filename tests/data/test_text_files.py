@@ -390,6 +390,7 @@ def test_not_utf8(tiny_bert: str, tmp_path: Path) -> None:
         ({"label_names": ["a"]}, r"label_names=\['a'\]; allowed is two or more names, all different"),
         ({"kind": "regresion"}, "kind='regresion'; allowed is 'classification', 'regression'"),
         ({"empty_texts": "drop"}, "empty_texts='drop'; allowed is 'error', 'skip'"),
+        ({"label": None}, "label=None; allowed is the name of a column"),
         ({"validation_fraction": 1.0}, "validation_fraction=1.0; allowed is above 0 and below 1"),
     ],
 )
