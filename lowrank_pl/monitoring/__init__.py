@@ -9,7 +9,7 @@ from lowrank_pl.monitoring.report import build_report, write_report
 from lowrank_pl.monitoring.report_writer import ReportWriter
 from lowrank_pl.monitoring.run_folder import check_unused, run_folder
 from lowrank_pl.monitoring.run_logger import RunLogger
-from lowrank_pl.monitoring.stopped import stopping_signal
+from lowrank_pl.monitoring.stopping_signal import stopping_signal
 
 __all__ = [
     "ConfigWriter",

@@ -17,7 +17,7 @@ from lowrank_pl.monitoring.earlier_run import folders_of
 from lowrank_pl.monitoring.rank_flow import dense_parameters, flow_figure, kept_by_kind
 from lowrank_pl.monitoring.rank_picture import grid_position, rank_heatmap
 from lowrank_pl.monitoring.run_folder import run_folder
-from lowrank_pl.monitoring.stopped import stopping_signal
+from lowrank_pl.monitoring.stopping_signal import stopping_signal
 from lowrank_pl.nn import forms_in_training
 from lowrank_pl.strategies import RankDyna, RankPlan, Reallocation
 from lowrank_pl.surgery.record import DENSE

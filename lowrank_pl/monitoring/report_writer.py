@@ -17,7 +17,7 @@ from lowrank_pl.monitoring.earlier_run import report_of_step
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
 from lowrank_pl.monitoring.run_folder import run_folder
-from lowrank_pl.monitoring.stopped import stopping_signal
+from lowrank_pl.monitoring.stopping_signal import stopping_signal
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.tasks import EncoderTask, budget_score
 

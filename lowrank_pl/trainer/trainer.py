@@ -30,10 +30,10 @@ from lowrank_pl.strategies.base import as_compressible, strategy_of
 from lowrank_pl.strategies.processes import Agreement, shards
 from lowrank_pl.tasks import EncoderTask
 from lowrank_pl.tasks.before_data import check_plan, shapes_of
+from lowrank_pl.trainer.agreed_stop import AgreedStop
 from lowrank_pl.trainer.compressor import Compressor
 from lowrank_pl.trainer.diagnoser import Diagnoser
 from lowrank_pl.trainer.inspection import inspect_model
-from lowrank_pl.trainer.stopping import AgreedStop
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ class LowRankTrainer(pl.Trainer):
             encoder = model.encoder
         print(inspect_model(encoder, model.strategy))
         model.strategy.plan(encoder)
-        tokens = getattr(datamodule, "window", None) or getattr(datamodule, "max_length", None)
+        tokens = getattr(datamodule, "max_length", None)
         item = {"16-true": 2, "bf16-true": 2, "64-true": 8}.get(str(self.precision), 4)
         for line in model.strategy.told_beforehand(encoder, item, tokens):
             print(line)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lowrank_pl.trainer.stopping import AgreedStop
+from lowrank_pl.trainer.agreed_stop import AgreedStop
 
 
 def test_the_handler_says_nothing_to_other_processes_and_all_leave_at_the_next_batch(
