@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.strategies import Strategy as Parallelism
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -164,12 +165,12 @@ class Agreement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Waits for all processes, unless that has been done before."""
-        if not self._settled and (error is None or isinstance(error, Exception)):
+        """Waits for all processes, unless that has been done before. An interrupt does not wait."""
+        if not self._settled and (error is None or isinstance(error, (Exception, SIGTERMException))):
             _agree(self._trainer, error)
 
 
-def _agree(trainer: pl.Trainer, error: Exception | None) -> None:
+def _agree(trainer: pl.Trainer, error: BaseException | None) -> None:
     """Raises `ProcessFailedError` if another process has given an error and this one has not."""
     told = None if error is None else f"{type(error).__name__}: {error}"
     for rank, problem in enumerate(gathered(trainer, told)):
@@ -198,11 +199,16 @@ def send_(trainer: pl.Trainer, tensor: Tensor, source: int) -> None:
         torch.distributed.broadcast(tensor, src=source)
 
 
-def progress(trainer: pl.Trainer, items: Any, description: str, total: int) -> Any:
-    """A progress bar on the first process, unless the trainer's own is switched off."""
-    return tqdm(
-        items,
-        desc=description,
-        total=total,
-        disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
-    )
+def progress(trainer: pl.Trainer, items: Iterable[Result], description: str, total: int) -> Iterator[Result]:
+    """The items of long work outside of training, where a run may end: before each of them.
+
+    A progress bar shows them on the first process, unless the trainer's own is switched off.
+
+    Raises:
+        SIGTERMException: the run was asked to stop. Lightning itself looks only between batches of its own loops.
+    """
+    hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
+    for item in tqdm(items, desc=description, total=total, disable=hidden):
+        if trainer.received_sigterm:
+            raise SIGTERMException
+        yield item

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 logger = logging.getLogger(__name__)
@@ -19,7 +18,8 @@ class AgreedStop:
     Lightning broadcasts inside the signal's handler, and each process leaves where it is. Where the others are in
     another collective operation, such as that of the gradients, all wait for ever. Here the handler only remembers the
     signal and passes it to the processes that this one has started; at the start of every training batch, where
-    Lightning asks anyway, the processes tell each other whether any was to stop.
+    Lightning asks anyway, the processes tell each other whether any was to stop. Before the first batch, and where
+    nothing is trained, each ends at the next place that looks: a batch of Lightning's loops, or an item of `progress`.
 
     Args:
         trainer: Whose processes they are.
@@ -28,6 +28,7 @@ class AgreedStop:
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._asked = False
+        self._training = False
 
     def install(self) -> None:
         """Replaces Lightning's methods; they are private, and where there is none of the name its own way stays."""
@@ -38,7 +39,7 @@ class AgreedStop:
             loop._broadcast_sigterm_tensor = self.agree
 
     def remember(self, number: int, frame: object = None) -> None:
-        """The handler: no communication in it. What does not train has no place to agree, and ends by itself."""
+        """The handler: no communication in it."""
         del frame
         trainer: Any = self._trainer
         logger.info("[rank: %d] Received SIGTERM: %d", trainer.global_rank, number)
@@ -46,7 +47,7 @@ class AgreedStop:
         if launcher is not None and not self._asked:
             launcher.kill(number)
         self._asked = True
-        if trainer.world_size == 1 or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.world_size == 1 or not self._training:
             trainer._signal_connector.received_sigterm = True
 
     def agree(self) -> None:
@@ -55,6 +56,7 @@ class AgreedStop:
         Raises:
             SIGTERMException: on all of them, where any was to stop.
         """
+        self._training = True
         asked = torch.tensor([int(self._asked)], device=self._trainer.strategy.root_device)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         if asked.item():

@@ -19,10 +19,17 @@ from tests.data.samples import write_sst2
 
 
 class Signals(pl.Callback):
-    """Sends its own process a signal in the second epoch, after twelve batches of it, or in a test."""
+    """Sends its own process a signal in the second epoch, after twelve batches, in a test, or `early`, before work."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, early: bool = False) -> None:
         self.number = number
+        self.early = early
+        self.validations = 0
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validations += 1
+        if self.early and self.validations == 2:  # compress has scored the dense model
+            os.kill(os.getpid(), self.number)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         if trainer.current_epoch == 1 and trainer.global_step % 19 == 12:
@@ -40,9 +47,12 @@ def words(tmp_path: Path, tiny_bert: str, monkeypatch: pytest.MonkeyPatch) -> li
     return [f"--model.init_args.pretrained={tiny_bert}", *data, "--data.init_args.batch_size=2", *quick]
 
 
-def run(verb: str, recipe: str, words: list[str], number: int, monkeypatch: pytest.MonkeyPatch) -> object:
+def run(
+    verb: str, recipe: str, words: list[str], number: int, monkeypatch: pytest.MonkeyPatch, early: bool = False
+) -> object:
     """The exit code."""
     stop = [f"--trainer.callbacks+={__name__}.Signals", f"--trainer.callbacks.number={number}"]
+    stop += [f"--trainer.callbacks.early={early}"]
     config = ["--config", str(RECIPE.with_name(f"{recipe}.yaml"))]
     monkeypatch.setattr(sys, "argv", ["lowrank-pl", verb, *config, *words, *stop])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests beside it
@@ -89,3 +99,13 @@ def test_other_verbs_end_with_the_signals_code(
     one_by_one = [*words, "--data.init_args.eval_batch_size=1"]
     assert run("test", "glue_finetune", one_by_one, signal.SIGTERM, monkeypatch) == 143
     assert "RunStoppedError: test was stopped by SIGTERM before its end" in capsys.readouterr().err
+
+
+def test_a_compression_ends_before_its_next_batch(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOWRANK_PL_CACHE", str(tmp_path / "cache"))
+    assert run("compress", "glue_kronecker", [*words, "--output=small"], signal.SIGTERM, monkeypatch, early=True) == 143
+    assert "RunStoppedError: compress was stopped by SIGTERM" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+    assert not (tmp_path / "cache" / "importance").exists()  # nothing was measured to its end

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.errors.run import ProcessFailedError, StartMethodError, UnsupportedParallelismError
@@ -112,6 +113,7 @@ class TwoProcesses:
     """A trainer of the first of two processes; what the second one gathers is given beforehand."""
 
     world_size, global_rank, is_global_zero, progress_bar_callback = 2, 0, True, None
+    received_sigterm = False
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *theirs: Any) -> None:
         self.told: list[Any] = []
@@ -137,6 +139,21 @@ def test_an_error_here_is_told_and_raised_as_it_is(monkeypatch: pytest.MonkeyPat
         raise NonFiniteError("here")
     assert len(trainer.told) == 1
     assert "here" in trainer.told[0]
+
+
+def test_a_process_that_was_asked_to_stop_starts_no_further_job_and_tells_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer: Any = TwoProcesses(monkeypatch, None)
+    begun: list[str] = []
+
+    def begin(job: str) -> None:
+        begun.append(job)
+        trainer.received_sigterm = True
+
+    with pytest.raises(SIGTERMException):
+        work_shared(trainer, {"a": 0, "b": 0}, begin, "Work")
+    assert (begun, trainer.told) == (["a"], ["SIGTERMException: "])
 
 
 def test_an_error_after_all_have_settled_is_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:

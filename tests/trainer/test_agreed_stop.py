@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lowrank_pl.trainer.agreed_stop import AgreedStop
@@ -21,7 +20,6 @@ def test_the_handler_says_nothing_to_other_processes_and_all_leave_at_the_next_b
     trainer: Any = SimpleNamespace(
         global_rank=0,
         world_size=2,
-        state=SimpleNamespace(fn=TrainerFn.FITTING),
         strategy=SimpleNamespace(root_device=torch.device("cpu"), launcher=SimpleNamespace(kill=sent.append)),
         _signal_connector=SimpleNamespace(received_sigterm=False),
     )
@@ -38,6 +36,6 @@ def test_the_handler_says_nothing_to_other_processes_and_all_leave_at_the_next_b
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(1))
     with pytest.raises(SIGTERMException):
         AgreedStop(trainer).agree()
-    trainer.state.fn = TrainerFn.TESTING
-    stop.remember(signal.SIGTERM)
+    # Before the first training batch there is no place to agree.
+    AgreedStop(trainer).remember(signal.SIGTERM)
     assert trainer._signal_connector.received_sigterm
