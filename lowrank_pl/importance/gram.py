@@ -62,7 +62,10 @@ class GramSum:
         return made
 
     def matrix(self) -> Tensor:
-        """The whole symmetric matrix, the diagonal, or the blocks."""
-        if self.total.ndim != 2:
-            return self.total
-        return torch.triu(self.total) + torch.triu(self.total, 1).mT
+        """The whole symmetric matrix, the diagonal, or the blocks: the sum itself, since a copy may not fit."""
+        if self.total.ndim == 2:
+            for start, stop in zip(self._edges, self._edges[1:], strict=False):
+                block = self.total[start:stop, start:stop]
+                block.copy_(torch.triu(block) + torch.triu(block, 1).mT)
+                self.total[stop:, start:stop] = self.total[start:stop, stop:].mT
+        return self.total

@@ -79,6 +79,7 @@ class Passes:
 
     def __exit__(self, *exception: object) -> None:
         self._tape.__exit__(None, None, None)
+        self._accumulators = {}  # the tape knows this object: both would keep the sums until garbage is collected
 
     def add(self, batch: Batch) -> int:
         """Adds one batch; returns its number of samples.

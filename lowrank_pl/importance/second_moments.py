@@ -304,7 +304,7 @@ def _agree(names: list[str], sums: _Sums | None, device: torch.device, reduce_su
 def _collect(
     shapes: Mapping[str, LinearShape], sums: _Sums, device: torch.device, reduce_sum: Reduce | None
 ) -> Measured[LayerMoments]:
-    """Means over all processes; zeros for a layer that no loss depended on."""
+    """Means over all processes; zeros for a layer that no loss depended on. Uses the sums up, one at a time."""
     inputs, samples = sums.inputs, sums.samples
 
     def over_processes(tensor: Tensor) -> Tensor:
@@ -315,7 +315,7 @@ def _collect(
             return None
         gram = gram or _gram(size, device, extent)
         total, count = over_processes(gram.matrix()), float(over_processes(gram.total.new_tensor([count])))
-        mean = frequencies(total, count) if isinstance(gram, TokenCounts) else total / max(count, 1.0)
+        mean = frequencies(total, count) if isinstance(gram, TokenCounts) else total.div_(max(count, 1.0))
         # A mean over samples has no more digits than this, and half the memory is enough to keep it.
         return mean.float()
 
@@ -326,11 +326,12 @@ def _collect(
         leader = inputs.leader(name)
         if leader not in means:
             tokens = inputs.tokens.get(leader, 0)
-            total = inputs.sums.get(leader)
+            total = inputs.sums.pop(leader, None)
             if total is None and isinstance(shape, EmbeddingShape):
                 total = TokenCounts(shape.in_features, device)
             means[leader] = mean_of(total, inputs.extent, shape.in_features, tokens)
-        outputs = mean_of(sums.layers[name].outputs, sums.layers[name].extent, shape.out_features, samples)
+        own = sums.layers.pop(name)
+        outputs = mean_of(own.outputs, own.extent, shape.out_features, samples)
         layers[name] = LayerMoments(means[leader], outputs)
         for what, tensor in layers[name].tensors().items():
             if not bool(torch.isfinite(tensor).all()):

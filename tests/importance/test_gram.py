@@ -16,6 +16,8 @@ def test_equals_the_sum_of_outer_products(size: int) -> None:
     rows = torch.cat(batches)
     torch.testing.assert_close(gram.matrix(), rows.mT @ rows)
     assert torch.equal(gram.matrix(), gram.matrix().mT)
+    gram.add(rows)  # what is below the diagonal does not count twice
+    torch.testing.assert_close(gram.matrix(), 2 * rows.mT @ rows)
 
 
 def test_the_diagonal_alone() -> None:

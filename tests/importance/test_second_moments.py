@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping
 
 import pytest
@@ -12,7 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import MemoryBoundError, NonFiniteError, RangeError
+from lowrank_pl.importance import second_moments
 from lowrank_pl.importance.batches import Batch
+from lowrank_pl.importance.gram import GramSum
 from lowrank_pl.importance.second_moments import Extent, LayerMoments, SecondMoments
 from lowrank_pl.surgery import TargetSelector
 from tests.importance.reference import assert_same, classification_loss, single_samples
@@ -233,6 +237,26 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_sums_are_gone_once_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a collection of garbage: groups of layers are measured one after the other within a bound of memory.
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Watched(GramSum):
+        def __init__(self, size: int, device: torch.device, diagonal: bool = False, block_size: int | None = None):
+            super().__init__(size, device, diagonal, block_size=block_size)
+            alive.append(weakref.ref(self.total))
+
+    monkeypatch.setattr(second_moments, "GramSum", Watched)
+    model = encoder()
+    gc.disable()
+    try:
+        SecondMoments().measure(model, TargetSelector().select(model), batches(2), classification_loss(model))
+        assert alive
+        assert not any(total() is not None for total in alive)
+    finally:
+        gc.enable()
 
 
 def test_bytes_and_groups() -> None:
