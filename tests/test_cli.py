@@ -18,8 +18,10 @@ from lowrank_pl.allocation import LayerOverride
 from lowrank_pl.cli import console, main
 from lowrank_pl.core.elementwise import ALS, EM, SGD, Adam, AdamSGD, PreconditionedLBFGS
 from lowrank_pl.data import GLUE, CausalText, CoNLL, Docstrings, TextCorpus, TextFiles
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError
-from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError, StrategyPlacementError
+from lowrank_pl.errors.outputs import OutputExistsError
+from lowrank_pl.errors.run import StrategyPlacementError
 from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, Calibration, NoCompression
 from lowrank_pl.surgery import TargetSelector
 from lowrank_pl.tasks import CausalLM, MaskedLM, SequenceClassification, TokenClassification

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import LossShapeError
 from lowrank_pl.errors.run import (
     CalibrationError,
-    MissingArgumentError,
     NotCompressibleError,
     StrategyPlacementError,
     UnsupportedCallbackError,

@@ -9,8 +9,8 @@ from lowrank_pl.allocation.measure import Parameters
 from lowrank_pl.allocation.ranking import Cost
 from lowrank_pl.allocation.uniform import check_ratio
 from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.errors.arguments import ExclusiveArgumentsError
 from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, RangeError
-from lowrank_pl.errors.run import ExclusiveArgumentsError
 
 
 @dataclass

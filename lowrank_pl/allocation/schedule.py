@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lowrank_pl.errors.budget import ScheduleError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import ScheduleError
 
 
 @dataclass

@@ -28,7 +28,7 @@ from lowrank_pl.benchmark.timing import timed_in_turn
 from lowrank_pl.checkpoint import load_model
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import OutputNotWritableError
+from lowrank_pl.errors.outputs import OutputNotWritableError
 from lowrank_pl.files import OutputFolder
 from lowrank_pl.files.command import command_line
 from lowrank_pl.nn import FinalForm, final_form

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint import ONNX_NAME, is_quantized
-from lowrank_pl.errors.run import EngineError, MissingArgumentError
+from lowrank_pl.errors.arguments import MissingArgumentError
+from lowrank_pl.errors.run import EngineError
 from lowrank_pl.export.int8 import quantize_int8
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.hub import first_line

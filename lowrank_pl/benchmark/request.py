@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import MissingArgumentError
 from lowrank_pl.files import OutputFolder
 
 

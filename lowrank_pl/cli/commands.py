@@ -23,7 +23,8 @@ from lowrank_pl.cli.stopped import stopped
 from lowrank_pl.cli.verbs import PROGRAM
 from lowrank_pl.data import TextDataModule
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.run import ConstructionError, MissingArgumentError, RunStoppedError
+from lowrank_pl.errors.arguments import ConstructionError, MissingArgumentError
+from lowrank_pl.errors.run import RunStoppedError
 from lowrank_pl.monitoring import (
     ConfigWriter,
     PredictionWriter,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lowrank_pl.errors.run import InterpolationError
+from lowrank_pl.errors.arguments import InterpolationError
 
 _VARIABLE = re.compile(r"\$\{[^}]*\}")
 _NEEDS_LOGGER = ("LearningRateMonitor", "DeviceStatsMonitor")

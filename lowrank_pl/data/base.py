@@ -26,12 +26,9 @@ from lowrank_pl.data.tokenise import (
     encode_texts,
     tokenise,
 )
-from lowrank_pl.errors.data import (
-    ArgumentRangeError,
-    DataNotReadyError,
-    MissingSplitError,
-    UnknownTargetError,
-)
+from lowrank_pl.errors.data import ArgumentRangeError, DataNotReadyError
+from lowrank_pl.errors.data_files import MissingSplitError
+from lowrank_pl.errors.labels import UnknownTargetError
 from lowrank_pl.hub import load_config, load_tokenizer
 
 _FORMAT = 2

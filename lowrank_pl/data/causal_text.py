@@ -18,17 +18,16 @@ from lowrank_pl.data.files import find_splits, read_utf8
 from lowrank_pl.data.formats import read_columns
 from lowrank_pl.data.raw import SPLITS, RawData
 from lowrank_pl.data.tokenise import LEAST_LENGTH, Truncation
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.data import (
     ArgumentRangeError,
     EmptyDataError,
     MaxLengthError,
     MissingTokenError,
-    NotATextError,
     OfflineError,
-    UnknownColumnError,
     WindowError,
 )
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.data_files import NotATextError, UnknownColumnError
 
 
 class CausalText(TextDataModule):

@@ -18,7 +18,9 @@ from lowrank_pl.data.collate import IGNORED
 from lowrank_pl.data.files import find_splits, read_lines
 from lowrank_pl.data.raw import RawData
 from lowrank_pl.data.tokenise import Rows
-from lowrank_pl.errors.data import BadTagError, EmptyDataError, MalformedLineError, SingleClassError, UnknownLabelError
+from lowrank_pl.errors.data import EmptyDataError
+from lowrank_pl.errors.data_files import MalformedLineError
+from lowrank_pl.errors.labels import BadTagError, SingleClassError, UnknownLabelError
 
 # Not every Unicode space separates: some corpora have a no-break space as a token.
 _SEPARATOR = re.compile(r"[ \t]+")

@@ -6,13 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lowrank_pl.errors.data import (
-    EmptyDataError,
-    EncodingError,
-    MalformedLineError,
-    MissingFileError,
-    UnknownColumnError,
-)
+from lowrank_pl.errors.data import EmptyDataError
+from lowrank_pl.errors.data_files import EncodingError, MalformedLineError, MissingFileError, UnknownColumnError
 
 BadLines = Literal["error", "skip"]
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from lowrank_pl.data.files import read_lines, read_tsv, read_utf8
-from lowrank_pl.errors.data import (
-    EmptyDataError,
+from lowrank_pl.errors.data import EmptyDataError
+from lowrank_pl.errors.data_files import (
     MalformedFileError,
     MalformedLineError,
     UnknownColumnError,

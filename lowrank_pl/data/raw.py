@@ -12,15 +12,9 @@ from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lowrank_pl.contract import TargetSpec
-from lowrank_pl.errors.data import (
-    EmptyDataError,
-    MissingLabelsError,
-    MissingValueError,
-    NotANumberError,
-    NotATextError,
-    SingleClassError,
-    UnknownLabelError,
-)
+from lowrank_pl.errors.data import EmptyDataError
+from lowrank_pl.errors.data_files import MissingValueError, NotATextError
+from lowrank_pl.errors.labels import MissingLabelsError, NotANumberError, SingleClassError, UnknownLabelError
 
 EmptyTexts = Literal["error", "skip"]
 

@@ -28,7 +28,9 @@ from lowrank_pl.data.raw import (
     scores,
     with_texts,
 )
-from lowrank_pl.errors.data import ArgumentRangeError, MissingSplitError, TooFewSamplesError, UnknownClassesError
+from lowrank_pl.errors.data import ArgumentRangeError, TooFewSamplesError
+from lowrank_pl.errors.data_files import MissingSplitError
+from lowrank_pl.errors.labels import UnknownClassesError
 from lowrank_pl.errors.run import TargetKindError
 
 LabelKind = Literal["classification", "regression"]

@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.evaluation import TaskDataError, TaskUnusableError, UnknownHarnessTaskError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import MissingArgumentError, MissingPackagesError
+from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.hub import first_line
 
 _PACKAGES = ("lm_eval", "accelerate", "peft")

@@ -22,9 +22,10 @@ from lowrank_pl.checkpoint import (
     read_saved_model,
 )
 from lowrank_pl.checkpoint.int8 import is_int8
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.model import CheckpointMismatchError, NonFiniteWeightsError, NotACheckpointError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
+from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.export.card import model_card
 from lowrank_pl.export.int8 import quantize_int8
 from lowrank_pl.export.int8_layers import QuantizedLayers

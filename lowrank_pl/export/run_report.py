@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lowrank_pl.checkpoint import CHECKPOINT_NAME, SavedModel
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.monitoring.earlier_run import reports_in
 from lowrank_pl.monitoring.report import told_of_model
 from lowrank_pl.tasks import budget_score

@@ -18,8 +18,9 @@ from lowrank_pl.checkpoint import SavedModel, build, read_saved_model
 from lowrank_pl.checkpoint.building import auto_class_of
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import TextDataModule
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import MissingArgumentError, ScoreDropError
+from lowrank_pl.errors.run import ScoreDropError
 from lowrank_pl.export.onnx_file import open_session, outputs_of
 from lowrank_pl.tasks import CausalLM, EncoderTask, MaskedLM, SequenceClassification, TokenClassification
 from lowrank_pl.tasks.before_data import tell_target

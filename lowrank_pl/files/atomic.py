@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lowrank_pl.errors.run import OutputExistsError, OutputNotWritableError
+from lowrank_pl.errors.outputs import OutputExistsError, OutputNotWritableError
 from lowrank_pl.files.durable import flush, flush_names
 from lowrank_pl.files.modes import follow_umask
 

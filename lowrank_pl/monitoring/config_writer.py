@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lowrank_pl.errors.run import RunFolderInUseError
+from lowrank_pl.errors.outputs import RunFolderInUseError
 from lowrank_pl.monitoring.run_folder import CONFIG_NAME, run_folder
 from lowrank_pl.monitoring.run_logger import RunLogger
 from lowrank_pl.strategies.processes import Agreement

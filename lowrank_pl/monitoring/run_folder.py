@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lowrank_pl.errors.run import RunFolderInUseError
+from lowrank_pl.errors.outputs import RunFolderInUseError
 
 CONFIG_NAME = "config.yaml"
 

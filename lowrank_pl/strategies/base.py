@@ -12,14 +12,9 @@ from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocation, Measure, Parameters
 from lowrank_pl.contract import TargetSpec
-from lowrank_pl.errors.run import (
-    EmbeddingsError,
-    NotCompressibleError,
-    NothingToCompressError,
-    NoTrainingStepError,
-    OptimizerCoverageError,
-    StrategyPlacementError,
-)
+from lowrank_pl.errors.budget import NoTrainingStepError
+from lowrank_pl.errors.optimizer import OptimizerCoverageError
+from lowrank_pl.errors.run import EmbeddingsError, NotCompressibleError, NothingToCompressError, StrategyPlacementError
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.strategies.placing import build, check_nothing_comes_before
 from lowrank_pl.strategies.processes import check_parallelism

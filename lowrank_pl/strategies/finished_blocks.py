@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank_pl.errors.run import BlocksMismatchError
+from lowrank_pl.errors.outputs import BlocksMismatchError
 from lowrank_pl.files.atomic import errors_told
 from lowrank_pl.files.tensors import read_tensors, write_tensors
 

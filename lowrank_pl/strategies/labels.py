@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lowrank_pl.errors.run import LabelsError
+from lowrank_pl.errors.labels import LabelsError
 from lowrank_pl.importance.batches import Batch, batch_size, split
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.importance.memory import is_out_of_memory, release_memory

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lowrank_pl.errors.run import ProcessFailedError, StartMethodError, UnsupportedParallelismError
+from lowrank_pl.errors.parallelism import ProcessFailedError, StartMethodError, UnsupportedParallelismError
 
 Result = TypeVar("Result")
 

@@ -11,8 +11,8 @@ from lowrank_pl.allocation import Budget, Cost, RankBounds, RankChoice, best_ran
 from lowrank_pl.allocation.ranking import bounds_of
 from lowrank_pl.core import LinearShape
 from lowrank_pl.core.checks import check_finite
+from lowrank_pl.errors.budget import BudgetAboveStartError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import BudgetAboveStartError
 from lowrank_pl.nn import dense_weight
 from lowrank_pl.surgery import LayerRecord, TargetSelector
 

@@ -14,14 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pl.allocation import Budget, Cost, CubicCurve, CubicSchedule, Measure, Parameters, RankBounds
+from lowrank_pl.errors.arguments import MissingArgumentError
+from lowrank_pl.errors.budget import AlreadyCompactedError, BudgetNotReachedError
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
-from lowrank_pl.errors.run import (
-    AlreadyCompactedError,
-    BudgetNotReachedError,
-    FrozenFactorsError,
-    MissingArgumentError,
-    ResumeMismatchError,
-)
+from lowrank_pl.errors.run import FrozenFactorsError, ResumeMismatchError
 from lowrank_pl.importance import GroupSensitivity, KroneckerSensitivity, Sensitivity
 from lowrank_pl.nn import FinalForm, final_form, forms_in_training
 from lowrank_pl.strategies.averaging import averaged_models, match_ranks_

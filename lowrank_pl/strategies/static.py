@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lowrank_pl.allocation import Allocation, Allocator, LayerOverride, Measure, Parameters, RankRequest, Uniform
 from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.core.checks import check_finite
+from lowrank_pl.errors.budget import AllocationError
 from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import AllocationError, EmbeddingsError, ResumeMismatchError
+from lowrank_pl.errors.run import EmbeddingsError, ResumeMismatchError
 from lowrank_pl.importance import Importance, LayerImportance, Nothing
 from lowrank_pl.nn import (
     FinalForm,

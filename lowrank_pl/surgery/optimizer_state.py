@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_pl.errors.run import HiddenOptimizerStateError, OptimizerStateError
+from lowrank_pl.errors.optimizer import HiddenOptimizerStateError, OptimizerStateError
 
 
 def states_of(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> list[tuple[str, Tensor]]:

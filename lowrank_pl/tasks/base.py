@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lowrank_pl.checkpoint import SavedModel, read_saved_model
 from lowrank_pl.contract import LANGUAGE_MODELLING, AdoptsTarget, HasTarget, TargetKind, TargetSpec
-from lowrank_pl.errors.run import MissingArgumentError, StrategyPlacementError
+from lowrank_pl.errors.arguments import MissingArgumentError
+from lowrank_pl.errors.run import StrategyPlacementError
 from lowrank_pl.hub import load_pretrained
 from lowrank_pl.strategies import CompressionStrategy, NoCompression
 from lowrank_pl.strategies.averaging import averaged_models, copy_buffers_instead_of_averaging_

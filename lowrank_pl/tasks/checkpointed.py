@@ -20,7 +20,8 @@ from lowrank_pl.checkpoint import (
     saved_layout,
 )
 from lowrank_pl.contract import TargetSpec
-from lowrank_pl.errors.run import ResumeMismatchError, UnsupportedParallelismError
+from lowrank_pl.errors.parallelism import UnsupportedParallelismError
+from lowrank_pl.errors.run import ResumeMismatchError
 from lowrank_pl.hub import lasting_name
 from lowrank_pl.strategies import CompressionStrategy
 from lowrank_pl.strategies.processes import shards

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
 from lowrank_pl.contract import TargetKind
-from lowrank_pl.errors.run import LabelsError
+from lowrank_pl.errors.labels import LabelsError
 from lowrank_pl.tasks.per_token import PerTokenTask
 
 

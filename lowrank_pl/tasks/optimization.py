@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lowrank_pl.errors.run import OptimizerArgumentsError
+from lowrank_pl.errors.optimizer import OptimizerArgumentsError
 from lowrank_pl.nn.view import zero_linear
 
 OptimizerFactory = Callable[[Any], Optimizer]

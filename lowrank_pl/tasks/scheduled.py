@@ -11,8 +11,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import MissingArgumentError
 from lowrank_pl.tasks import optimization
 
 logger = logging.getLogger(__name__)

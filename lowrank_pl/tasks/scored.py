@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.core.precision import float64_device
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.tasks import budget_score, finite_scores
 from lowrank_pl.tasks.metrics import build_metrics, score
 from lowrank_pl.tasks.scheduled import ScheduledModule

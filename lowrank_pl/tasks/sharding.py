@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from lowrank_pl.errors.run import UnevenValidationError
+from lowrank_pl.errors.parallelism import UnevenValidationError
 from lowrank_pl.strategies.processes import gathered
 
 RESUMED = "a run that is resumed under it goes on a little differently than one that was not stopped"

@@ -12,13 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.checkpoint import CHECKPOINT_NAME
-from lowrank_pl.errors.run import (
-    CalibrationError,
-    MissingArgumentError,
-    NothingToCompressError,
-    NothingToScoreError,
-    OutputNotWritableError,
-)
+from lowrank_pl.errors.arguments import MissingArgumentError
+from lowrank_pl.errors.outputs import OutputNotWritableError
+from lowrank_pl.errors.run import CalibrationError, NothingToCompressError, NothingToScoreError
 from lowrank_pl.files import OutputFolder
 from lowrank_pl.monitoring.diagnosis_report import diagnosis_table, write_diagnosis
 from lowrank_pl.monitoring.rank_dashboard import RankDashboard

@@ -8,8 +8,8 @@ import pytest
 
 from lowrank_pl.allocation import Budget, Cost
 from lowrank_pl.core import LinearShape
+from lowrank_pl.errors.arguments import ExclusiveArgumentsError
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
-from lowrank_pl.errors.run import ExclusiveArgumentsError
 
 # Dense 2,500 + 625 + 375 = 3,500 parameters; one group in each costs 100 + 50 + 40 = 190.
 SHAPES = {"a": LinearShape(50, 50), "b": LinearShape(25, 25), "c": LinearShape(15, 25)}

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from lowrank_pl.allocation import CubicCurve, CubicSchedule
+from lowrank_pl.errors.budget import ScheduleError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import ScheduleError
 
 LENGTHS = [*range(1, 41), 99, 100, 101, 1_000, 6_137, 36_816]
 SHAPES = [

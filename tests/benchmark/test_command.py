@@ -14,8 +14,9 @@ from lowrank_pl.benchmark import benchmark
 from lowrank_pl.benchmark.request import labels
 from lowrank_pl.cli import main
 from lowrank_pl.core import LinearShape
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
+from lowrank_pl.errors.outputs import OutputExistsError
 from tests.export.test_export import checkpoint
 from tests.support.tiny import tiny_config
 

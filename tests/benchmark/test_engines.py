@@ -15,7 +15,8 @@ from lowrank_pl.benchmark.engines import check_engines, prepare
 from lowrank_pl.benchmark.models import inputs_for
 from lowrank_pl.checkpoint import load_model
 from lowrank_pl.core import truncated_svd
-from lowrank_pl.errors.run import EngineError, MissingArgumentError, MissingPackagesError
+from lowrank_pl.errors.arguments import MissingArgumentError
+from lowrank_pl.errors.run import EngineError, MissingPackagesError
 from lowrank_pl.nn import LowRankLinear
 
 

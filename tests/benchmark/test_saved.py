@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from lowrank_pl.benchmark import benchmark, command
-from lowrank_pl.errors.run import BenchmarkResumeError, OutputExistsError
+from lowrank_pl.errors.outputs import OutputExistsError
+from lowrank_pl.errors.run import BenchmarkResumeError
 from tests.export.test_export import checkpoint
 
 ASKED: dict[str, Any] = {"batch_sizes": [1, 2], "lengths": [4], "rounds": 2, "seconds": 0.001, "threads": 1}

@@ -13,18 +13,16 @@ from datasets import Dataset, DatasetDict
 
 from lowrank_pl.data import CausalText
 from lowrank_pl.data.causal_text import WindowCollator, cut
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.data import (
     ArgumentRangeError,
     EmptyDataError,
     MaxLengthError,
-    MissingSplitError,
     MissingTokenError,
-    NotATextError,
     OfflineError,
-    UnknownColumnError,
     WindowError,
 )
-from lowrank_pl.errors.run import MissingArgumentError
+from lowrank_pl.errors.data_files import MissingSplitError, NotATextError, UnknownColumnError
 from tests.data.samples import write
 from tests.support.tiny import save_tiny_decoder, tiny_tokenizer
 

@@ -8,13 +8,9 @@ import torch
 
 from lowrank_pl.data import CoNLL
 from lowrank_pl.data.conll import aligned, read_conll, to_bio
-from lowrank_pl.errors.data import (
-    BadTagError,
-    EmptyDataError,
-    MalformedLineError,
-    SingleClassError,
-    UnknownLabelError,
-)
+from lowrank_pl.errors.data import EmptyDataError
+from lowrank_pl.errors.data_files import MalformedLineError
+from lowrank_pl.errors.labels import BadTagError, SingleClassError, UnknownLabelError
 from tests.data.samples import write
 
 TRAIN = """-DOCSTART- -X- -X- O

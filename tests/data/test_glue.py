@@ -10,20 +10,15 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from lowrank_pl.data import GLUE
 from lowrank_pl.data.glue_tasks import TASKS, find_task
-from lowrank_pl.errors.data import (
-    ArgumentRangeError,
-    EmptyDataError,
+from lowrank_pl.errors.data import ArgumentRangeError, EmptyDataError, OfflineError, UnknownTaskError
+from lowrank_pl.errors.data_files import (
     EncodingError,
     MalformedLineError,
     MissingFileError,
     MissingValueError,
-    NotANumberError,
-    OfflineError,
-    SingleClassError,
     UnknownColumnError,
-    UnknownLabelError,
-    UnknownTaskError,
 )
+from lowrank_pl.errors.labels import NotANumberError, SingleClassError, UnknownLabelError
 from tests.data.samples import write, write_sst2, write_tsv
 
 MRPC = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]

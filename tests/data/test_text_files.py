@@ -13,24 +13,24 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import TextFiles
-from lowrank_pl.errors.data import (
-    ArgumentRangeError,
-    EmptyDataError,
+from lowrank_pl.errors.data import ArgumentRangeError, EmptyDataError, TooFewSamplesError
+from lowrank_pl.errors.data_files import (
     EncodingError,
     MalformedFileError,
     MalformedLineError,
     MissingFileError,
-    MissingLabelsError,
     MissingSplitError,
     MissingValueError,
-    NotANumberError,
     NotATextError,
-    SingleClassError,
-    TooFewSamplesError,
-    UnknownClassesError,
     UnknownColumnError,
-    UnknownLabelError,
     UnsupportedFormatError,
+)
+from lowrank_pl.errors.labels import (
+    MissingLabelsError,
+    NotANumberError,
+    SingleClassError,
+    UnknownClassesError,
+    UnknownLabelError,
 )
 from lowrank_pl.errors.run import TargetKindError
 from tests.data.samples import write

@@ -8,6 +8,20 @@ import pytest
 
 import lowrank_pl.errors
 from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.arguments import (
+    ConstructionError,
+    ExclusiveArgumentsError,
+    InterpolationError,
+    MissingArgumentError,
+)
+from lowrank_pl.errors.budget import (
+    AllocationError,
+    AlreadyCompactedError,
+    BudgetAboveStartError,
+    BudgetNotReachedError,
+    NoTrainingStepError,
+    ScheduleError,
+)
 from lowrank_pl.errors.data import MissingTokenError, WindowError
 from lowrank_pl.errors.evaluation import (
     NotALanguageModelError,
@@ -16,6 +30,7 @@ from lowrank_pl.errors.evaluation import (
     TextStartError,
     UnknownHarnessTaskError,
 )
+from lowrank_pl.errors.labels import LabelsError
 from lowrank_pl.errors.model import (
     AlreadyFactorisedError,
     CheckpointMismatchError,
@@ -60,47 +75,42 @@ from lowrank_pl.errors.numerics import (
     RatioError,
     ShapeError,
 )
-from lowrank_pl.errors.run import (
-    AllocationError,
-    AlreadyCompactedError,
-    BenchmarkResumeError,
+from lowrank_pl.errors.optimizer import (
+    HiddenOptimizerStateError,
+    OptimizerArgumentsError,
+    OptimizerCoverageError,
+    OptimizerStateError,
+)
+from lowrank_pl.errors.outputs import (
     BlocksMismatchError,
-    BudgetAboveStartError,
-    BudgetNotReachedError,
+    OutputExistsError,
+    OutputNotWritableError,
+    RunFolderInUseError,
+)
+from lowrank_pl.errors.parallelism import (
+    ProcessFailedError,
+    StartMethodError,
+    UnevenValidationError,
+    UnsupportedParallelismError,
+)
+from lowrank_pl.errors.run import (
+    BenchmarkResumeError,
     CalibrationError,
-    ConstructionError,
     EmbeddingsError,
     EngineError,
-    ExclusiveArgumentsError,
     FrozenFactorsError,
-    HiddenOptimizerStateError,
-    InterpolationError,
-    LabelsError,
-    MissingArgumentError,
     MissingPackagesError,
     MonitorModeError,
     NotCompressibleError,
     NotFactorisedError,
     NothingToCompressError,
     NothingToScoreError,
-    NoTrainingStepError,
-    OptimizerArgumentsError,
-    OptimizerCoverageError,
-    OptimizerStateError,
-    OutputExistsError,
-    OutputNotWritableError,
-    ProcessFailedError,
     ResumeMismatchError,
-    RunFolderInUseError,
     RunStoppedError,
-    ScheduleError,
     ScoreDropError,
-    StartMethodError,
     StrategyPlacementError,
     TargetKindError,
-    UnevenValidationError,
     UnsupportedCallbackError,
-    UnsupportedParallelismError,
 )
 
 # The error, what was given (quoted in the message), and where to turn.

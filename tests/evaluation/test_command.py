@@ -12,6 +12,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from lowrank_pl.cli import main
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.evaluation import (
     NotALanguageModelError,
     TaskDataError,
@@ -21,7 +22,8 @@ from lowrank_pl.errors.evaluation import (
 )
 from lowrank_pl.errors.model import ModelFolderError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import MissingArgumentError, MissingPackagesError, OutputExistsError
+from lowrank_pl.errors.outputs import OutputExistsError
+from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.evaluation import evaluate
 from lowrank_pl.export import export
 from lowrank_pl.strategies import SVD

@@ -16,13 +16,14 @@ from transformers import AutoModelForSequenceClassification
 from lowrank_pl.checkpoint import describe
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.core import truncated_svd
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.model import (
     CheckpointMismatchError,
     LayoutVersionError,
     NonFiniteWeightsError,
     NotACheckpointError,
 )
-from lowrank_pl.errors.run import MissingArgumentError, OutputExistsError
+from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.export import export, folder, from_pretrained
 from lowrank_pl.monitoring import ReportWriter
 from lowrank_pl.nn import LowRankLinear, PivotedLinear, dense_weight

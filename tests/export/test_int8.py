@@ -16,7 +16,7 @@ from onnxruntime.quantization import quantize_dynamic
 from lowrank_pl.cli import main
 from lowrank_pl.errors.model import QuantizationError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import OutputNotWritableError
+from lowrank_pl.errors.outputs import OutputNotWritableError
 from lowrank_pl.export import export, int8
 
 pytestmark = pytest.mark.usefixtures("onnx_once")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from lowrank_pl.errors.run import OutputExistsError
+from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.export import export, from_pretrained
 from tests.export.killed import ALWAYS, FRESH, FULL, OVER
 from tests.export.test_export import checkpoint, logits

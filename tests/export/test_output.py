@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, modeling_utils
 
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import OutputNotWritableError
+from lowrank_pl.errors.outputs import OutputNotWritableError
 from lowrank_pl.export import export
 from tests.export.test_export import checkpoint
 from tests.files.test_atomic import FULL, is_old, names, old_folder

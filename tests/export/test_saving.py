@@ -22,7 +22,7 @@ from transformers import (
 import lowrank_pl
 from lowrank_pl.errors.model import CheckpointMismatchError, DamagedWeightsError, NonFiniteWeightsError, NotSavableError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import OutputExistsError
+from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.files.checksums import CHECKSUMS
 from lowrank_pl.nn import SVDLinear
 from lowrank_pl.strategies import SVD

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import OutputExistsError, OutputNotWritableError
+from lowrank_pl.errors.outputs import OutputExistsError, OutputNotWritableError
 from lowrank_pl.files import atomic
 from lowrank_pl.files.atomic import all_or_nothing, check_output
 

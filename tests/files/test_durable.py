@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_pl.errors.run import OutputNotWritableError
+from lowrank_pl.errors.outputs import OutputNotWritableError
 from lowrank_pl.files.atomic import all_or_nothing
 from lowrank_pl.files.durable import flush
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_pl.errors.run import OutputExistsError, OutputNotWritableError
+from lowrank_pl.errors.outputs import OutputExistsError, OutputNotWritableError
 from lowrank_pl.files import OutputFolder, replace_text
 
 

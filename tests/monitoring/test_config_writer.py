@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lowrank_pl.cli import main
-from lowrank_pl.errors.run import RunFolderInUseError, StartMethodError
+from lowrank_pl.errors.outputs import RunFolderInUseError
+from lowrank_pl.errors.parallelism import StartMethodError
 from tests.support.tables import write_sst2
 
 BASE = Path(__file__).parents[2] / "configs" / "recipes" / "glue_svd.yaml"

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lowrank_pl.errors.run import RunFolderInUseError
+from lowrank_pl.errors.outputs import RunFolderInUseError
 from lowrank_pl.monitoring import RunLogger, check_unused, run_folder
 from tests.support.runs import make_trainer
 

@@ -15,7 +15,7 @@ from lowrank_pl import compress
 from lowrank_pl.allocation import LayerOverride, Uniform
 from lowrank_pl.core import kronecker_groups
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
-from lowrank_pl.errors.run import BlocksMismatchError
+from lowrank_pl.errors.outputs import BlocksMismatchError
 from lowrank_pl.strategies import SVD, BlockByBlock, Calibration, KroneckerSVD, layer_factoriser, sequential
 from lowrank_pl.strategies.finished_blocks import FinishedBlocks
 from lowrank_pl.surgery import TargetSelector, read_layout

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_pl.errors.run import BlocksMismatchError, OutputNotWritableError
+from lowrank_pl.errors.outputs import BlocksMismatchError, OutputNotWritableError
 from lowrank_pl.strategies.finished_blocks import FinishedBlocks
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank_pl.errors.labels import LabelsError
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import LabelsError, ResumeMismatchError
+from lowrank_pl.errors.run import ResumeMismatchError
 from lowrank_pl.strategies import SVD, Calibration, KroneckerSVD
 from lowrank_pl.strategies.labels import SampledLabels, check_labels
 from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lowrank_pl.contract import TargetSpec
+from lowrank_pl.errors.budget import AlreadyCompactedError, BudgetNotReachedError, NoTrainingStepError
 from lowrank_pl.errors.model import CheckpointMismatchError, NoTargetError
-from lowrank_pl.errors.run import AlreadyCompactedError, BudgetNotReachedError, NoTrainingStepError
 from lowrank_pl.nn import LowRankLinear, SVDLinear
 from lowrank_pl.strategies import FWSVD, SVD, CompressionStrategy, RankDyna
 from lowrank_pl.surgery import read_layout

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lowrank_pl.errors.numerics import NonFiniteError
-from lowrank_pl.errors.run import ProcessFailedError, StartMethodError, UnsupportedParallelismError
+from lowrank_pl.errors.parallelism import ProcessFailedError, StartMethodError, UnsupportedParallelismError
 from lowrank_pl.strategies import SVD, CompressionStrategy, NoCompression
 from lowrank_pl.strategies.processes import Agreement, assign, check_parallelism, check_parallelism_named, work_shared
 from tests.support.runs import make_task, make_trainer

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lowrank_pl import compress
 from lowrank_pl.allocation import Uniform
 from lowrank_pl.errors import LowRankError
+from lowrank_pl.errors.labels import LabelsError
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
-from lowrank_pl.errors.run import LabelsError, ResumeMismatchError
+from lowrank_pl.errors.run import ResumeMismatchError
 from lowrank_pl.strategies import SVD, Calibration, CompressionStrategy, KroneckerSVD, Refit, refit
 from lowrank_pl.strategies.calibration import calibration_batches
 from lowrank_pl.surgery import TargetSelector

@@ -13,7 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from lowrank_pl.errors.numerics import RankError
-from lowrank_pl.errors.run import HiddenOptimizerStateError, OptimizerStateError
+from lowrank_pl.errors.optimizer import HiddenOptimizerStateError, OptimizerStateError
 from lowrank_pl.nn import LowRankLinear, SVDLinear
 from lowrank_pl.surgery import keep_groups_, svd_layers
 from tests.core.matrices import random_matrix

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
 
 from lowrank_pl.core import truncated_svd
-from lowrank_pl.errors.run import OptimizerStateError
+from lowrank_pl.errors.optimizer import OptimizerStateError
 from lowrank_pl.nn import ElasticLinear
 from lowrank_pl.nn.elastic_linear import split
 from lowrank_pl.surgery import ChangeOfBasis, follow_, reform_

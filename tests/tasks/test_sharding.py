@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lowrank_pl.checkpoint import load_model
-from lowrank_pl.errors.run import UnevenValidationError, UnsupportedCallbackError, UnsupportedParallelismError
+from lowrank_pl.errors.parallelism import UnevenValidationError, UnsupportedParallelismError
+from lowrank_pl.errors.run import UnsupportedCallbackError
 from lowrank_pl.strategies import SVD, CompressionStrategy, NoCompression, RankDyna
 from lowrank_pl.strategies.processes import check_parallelism
 from lowrank_pl.surgery import read_layout

@@ -12,15 +12,10 @@ import pytest
 import torch
 
 from lowrank_pl.core import LinearShape
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import BudgetError, MemoryBoundError, RatioError
-from lowrank_pl.errors.run import (
-    CalibrationError,
-    MissingArgumentError,
-    NothingToCompressError,
-    NothingToScoreError,
-    OutputExistsError,
-    OutputNotWritableError,
-)
+from lowrank_pl.errors.outputs import OutputExistsError, OutputNotWritableError
+from lowrank_pl.errors.run import CalibrationError, NothingToCompressError, NothingToScoreError
 from lowrank_pl.importance import FullFisher, SecondMoments
 from lowrank_pl.monitoring import diagnosis_report
 from lowrank_pl.nn import LowRankLinear
