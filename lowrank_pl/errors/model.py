@@ -376,6 +376,15 @@ class TeacherError(LowRankError):
         )
 
     @classmethod
+    def of_another_task(cls, teacher: str, kind: str) -> TeacherError:
+        """The error for a folder whose model has another head, or none."""
+        return cls(
+            teacher,
+            f"it is a {kind}, without a head for these data",
+            "Allowed is a model that has learned them: fine-tune one and give its checkpoint or folder.",
+        )
+
+    @classmethod
     def factorised(cls, source: str) -> TeacherError:
         """The error for `self` where the model that the run starts from is factorised already."""
         return cls(

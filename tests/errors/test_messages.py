@@ -120,6 +120,7 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (NotSavableError("Net", "its class is none"), ["Net", "its class is none"], "compact_(model)"),
     (SeveralDevicesError("Net", ["cpu", "cuda:0"]), ["Net", "cpu, cuda:0"], "model.to("),
     (TeacherError.unlearned("m"), ["'self'", "'m'", "freshly"], "Fine-tune the dense model first"),
+    (TeacherError.of_another_task("m", "BertForMaskedLM"), ["'m'", "BertForMaskedLM"], "give its checkpoint or folder"),
     (TeacherError.factorised("m"), ["'self'", "'m'", "factorised already"], "checkpoint of the dense model"),
     (TeacherError.predicts_otherwise("m", "a", "b"), ["'m'", "predicts a", "ask for b"], "fine-tune one on these data"),
     (TeacherError.reads_otherwise("m", "it has 3 tokens"), ["'m'", "it has 3 tokens"], "model.init_args.pretrained"),
