@@ -100,13 +100,22 @@ class OverrideError(LowRankError):
 
 
 class ModelFolderError(LowRankError):
-    """A folder that should hold a model lacks a part of it."""
+    """A folder that should hold a model lacks a part of it; one that `export` has written says what it is for."""
 
     def __init__(self, folder: str, missing: str, found: Sequence[str]) -> None:
-        super().__init__(
-            f"the model folder {folder!r} has no {missing} (found: {_some(sorted(found), 8) or 'nothing'}). "
+        remedy = (
             "A Hugging Face model folder needs config.json, model.safetensors (or shards) and the tokenizer's "
             "files; write one with save_pretrained of both model and tokenizer."
+        )
+        if "model.onnx" in found:
+            remedy = (
+                "Its model.onnx is for onnxruntime alone: give the model that it was exported from, to benchmark with "
+                "--engines onnxruntime or --engines onnxruntime-int8."
+            )
+        elif "model_int8.safetensors" in found:
+            remedy = "Its weights are in int8: give the folder as model.init_args.init_from."
+        super().__init__(
+            f"the model folder {folder!r} has no {missing} (found: {_some(sorted(found), 8) or 'nothing'}). {remedy}"
         )
 
 

