@@ -127,7 +127,7 @@ def check_before_data(
         tokenizer = pretrained or (start.tokenizer if start is not None else None)
         saved = read_teacher(asked)
         if saved.dense_folder is not None and _lacks_head(made_by, saved.config):
-            raise TeacherError.of_another_task(asked.teacher, saved.config.architectures[0])
+            raise TeacherError.of_another_task(asked.teacher, ", ".join(saved.config.architectures or []))
         check_teacher(asked, saved, expected, config, tokenizer)
 
 
