@@ -8,6 +8,7 @@ from lowrank_pl.checkpoint.int8 import Scheme, check_torchao, is_quantized, quan
 from lowrank_pl.checkpoint.loading import from_pretrained, load_model
 from lowrank_pl.checkpoint.reading import (
     check_loadable,
+    check_readable,
     check_resumable,
     read_saved_model,
     saved_at_budget,
@@ -26,6 +27,7 @@ __all__ = [
     "auto_class_of",
     "build",
     "check_loadable",
+    "check_readable",
     "check_resumable",
     "check_state",
     "check_torchao",

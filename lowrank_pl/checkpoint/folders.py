@@ -34,21 +34,7 @@ def read_folder(folder: Path, argument: str) -> SavedModel:
         CheckpointMismatchError: the index of the weights and the shards disagree, or config.json and numbers in int8.
         MissingPackagesError: it is in int8 and torchao is not installed.
     """
-    config_file = folder / "config.json"
-    if not config_file.exists() or (folder / ONNX_NAME).exists():
-        problem = f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors"
-        if (folder / ONNX_NAME).exists():
-            problem = f"{ONNX_NAME} is for onnxruntime alone; export the checkpoint once more with --format factorised"
-        raise NotACheckpointError(str(folder), problem, argument)
-    try:
-        fields = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise NotACheckpointError(str(folder), f"config.json is damaged ({error})", argument) from error
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise NotACheckpointError(str(folder), "config.json has no model_type", argument)
-    if fields["model_type"] not in CONFIG_MAPPING:
-        problem = f"transformers {transformers_version} knows no model_type {fields['model_type']!r}"
-        raise NotACheckpointError(str(folder), problem, argument)
+    fields = folder_fields(folder, argument)
     told = fields.pop(LAYOUT_KEY, None)
     layout = ModelLayout.from_dict(told) if told is not None else None
     int8 = fields.pop(INT8_KEY, None)
@@ -76,6 +62,30 @@ def read_folder(folder: Path, argument: str) -> SavedModel:
         scheme=scheme,
         generation=_generation_config(folder),
     )
+
+
+def folder_fields(folder: Path, argument: str) -> dict[str, Any]:
+    """What config.json of a Hugging Face folder tells, weights left alone.
+
+    Raises:
+        NotACheckpointError: nothing that can be read, or no model that torch runs.
+    """
+    config_file = folder / "config.json"
+    if not config_file.exists() or (folder / ONNX_NAME).exists():
+        problem = f"it has neither {CHECKPOINT_NAME} nor config.json with safetensors"
+        if (folder / ONNX_NAME).exists():
+            problem = f"{ONNX_NAME} is for onnxruntime alone; export the checkpoint once more with --format factorised"
+        raise NotACheckpointError(str(folder), problem, argument)
+    try:
+        fields = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise NotACheckpointError(str(folder), f"config.json is damaged ({error})", argument) from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise NotACheckpointError(str(folder), "config.json has no model_type", argument)
+    if fields["model_type"] not in CONFIG_MAPPING:
+        problem = f"transformers {transformers_version} knows no model_type {fields['model_type']!r}"
+        raise NotACheckpointError(str(folder), problem, argument)
+    return fields
 
 
 def _generation_config(folder: Path) -> dict[str, Any] | None:

@@ -32,8 +32,9 @@ def quantize_(model: nn.Module, scheme: Scheme) -> list[str]:
     """Brings the linear layers of a model's blocks to int8, in place: thin ones and those that stayed dense.
 
     Every output channel has a scale of its own, symmetric around zero. `int8_weight_only` computes in float;
-    `int8_dynamic` also rounds activations, each token by its own scale, and multiplies whole numbers. Embeddings and
-    what lies outside the blocks, such as the head, stay as they are. The model cannot be trained afterwards.
+    `int8_dynamic` also rounds activations, each token by its own scale, and multiplies whole numbers. Embeddings,
+    what lies outside the blocks, such as the head, and what multiplies the one number of a rank of 1 stay as they are.
+    The model cannot be trained afterwards.
 
     Args:
         model: In float32, with every factorised layer in its final form.
@@ -61,14 +62,15 @@ def quantize_(model: nn.Module, scheme: Scheme) -> list[str]:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """What is quantised: `nn.Linear` of the blocks and inside factorised layers, unless its weight is tied."""
+    """What is quantised: `nn.Linear` of blocks and in factorised layers, unless the weight is tied or one column."""
     forms = forms_in(model)
     for name, form in forms.items():
         if not form.is_final:
             raise QuantizationError(type(model).__name__, f"its layer {name!r} is still in the form {form.name!r}")
     inside = {f"{name}.{child}": module for name, form in forms.items() for child, module in form.named_modules()}
     dense = {n: model.get_submodule(n) for n, told in TargetSelector().explain(model).items() if told == TARGETED}
-    found = {n: module for n, module in {**inside, **dense}.items() if type(module) is nn.Linear}
+    # A column alone (what follows a rank of 1) takes more with a scale per row than without, and torchao fails on it.
+    found = {n: m for n, m in {**inside, **dense}.items() if type(m) is nn.Linear and m.in_features > 1}
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from lowrank_pl.checkpoint.entries import LAYOUT_KEY, TASK_KEY, config_of, from_checkpoint
-from lowrank_pl.checkpoint.folders import CHECKPOINT_NAME, read_folder
+from lowrank_pl.checkpoint.folders import CHECKPOINT_NAME, folder_fields, read_folder
 from lowrank_pl.checkpoint.saved import SavedModel
 from lowrank_pl.errors.model import NotACheckpointError
 from lowrank_pl.surgery import CompressionRecord, ModelLayout
@@ -57,7 +56,7 @@ def saved_config(path: str) -> PreTrainedConfig | None:
             return config_of(json.loads((location / "config.json").read_text(encoding="utf-8")))
         task = torch.load(location, weights_only=True, mmap=True, map_location="cpu")[TASK_KEY]
         return config_of(json.loads(task["config"]))
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError, KeyError):
+    except Exception:  # see `_load`
         return None
 
 
@@ -65,7 +64,7 @@ def saved_at_budget(path: str) -> bool | None:
     """Whether the model of a Lightning checkpoint has the size that was asked for; `None` where that cannot be read."""
     try:
         task = torch.load(path, weights_only=True, mmap=True, map_location="cpu")[TASK_KEY]
-    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError):
+    except Exception:  # see `_load`
         return None
     return CompressionRecord.from_dict(task["compression"]).at_budget if task["compression"] else None
 
@@ -86,6 +85,19 @@ def check_loadable(path: str) -> None:
     _load(path, Path(path).expanduser(), "--ckpt_path")
 
 
+def check_readable(path: str) -> None:
+    """Raises an error for what cannot be given as `init_from`; the weights of a folder are left alone.
+
+    Raises:
+        NotACheckpointError: nothing readable there.
+    """
+    location = Path(path).expanduser()
+    if location.is_dir() and not (location / CHECKPOINT_NAME).exists():
+        folder_fields(location, "init_from")
+    else:
+        _load(path, location / CHECKPOINT_NAME if location.is_dir() else location, "init_from")
+
+
 def _load(path: str, location: Path, argument: str) -> dict[str, Any]:
     if not location.is_file():
         problem = "it is a folder" if location.exists() else "no such file or folder"
@@ -94,10 +106,9 @@ def _load(path: str, location: Path, argument: str) -> dict[str, Any]:
         raise NotACheckpointError(path, problem, argument)
     try:
         checkpoint: dict[str, Any] = torch.load(location, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise NotACheckpointError(
-            path, f"not a readable checkpoint ({str(error).splitlines()[0]})", argument
-        ) from error
+    except Exception as error:  # bytes of any other file are instructions to pickle, which fails in as many ways
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise NotACheckpointError(path, f"not a readable checkpoint ({told})", argument) from error
     if not isinstance(checkpoint, dict) or not {TASK_KEY, LAYOUT_KEY, "state_dict"} <= checkpoint.keys():
         raise NotACheckpointError(path, f"it has no {TASK_KEY!r} entry", argument)
     return checkpoint

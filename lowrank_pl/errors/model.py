@@ -100,13 +100,22 @@ class OverrideError(LowRankError):
 
 
 class ModelFolderError(LowRankError):
-    """A folder that should hold a model lacks a part of it."""
+    """A folder that should hold a model lacks a part of it; one that `export` has written says what it is for."""
 
     def __init__(self, folder: str, missing: str, found: Sequence[str]) -> None:
-        super().__init__(
-            f"the model folder {folder!r} has no {missing} (found: {_some(sorted(found), 8) or 'nothing'}). "
+        remedy = (
             "A Hugging Face model folder needs config.json, model.safetensors (or shards) and the tokenizer's "
             "files; write one with save_pretrained of both model and tokenizer."
+        )
+        if "model.onnx" in found:
+            remedy = (
+                "Its model.onnx is for onnxruntime alone: give the model that it was exported from, to benchmark with "
+                "--engines onnxruntime or --engines onnxruntime-int8."
+            )
+        elif "model_int8.safetensors" in found:
+            remedy = "Its weights are in int8: give the folder as model.init_args.init_from."
+        super().__init__(
+            f"the model folder {folder!r} has no {missing} (found: {_some(sorted(found), 8) or 'nothing'}). {remedy}"
         )
 
 
@@ -373,6 +382,15 @@ class TeacherError(LowRankError):
             f"the head of {source!r} is freshly initialised, so there is nothing to learn from it",
             "Fine-tune the dense model first and give its checkpoint as model.init_args.init_from (a resumed run needs "
             "it too) or as teacher.",
+        )
+
+    @classmethod
+    def of_another_task(cls, teacher: str, kind: str) -> TeacherError:
+        """The error for a folder whose model has another head, or none."""
+        return cls(
+            teacher,
+            f"it is a {kind}, without a head for these data",
+            "Allowed is a model that has learned them: fine-tune one and give its checkpoint or folder.",
         )
 
     @classmethod

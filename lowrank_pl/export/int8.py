@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import platform
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,9 @@ def quantize_int8(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     except OSError:
         raise  # a full disk, say, which whoever makes the folder tells
     except Exception as error:  # of onnx or onnxruntime; they have no common base
+        if shutil.disk_usage(folder).free < before:
+            # It writes the file once more, with shapes, and does not notice that only a part of it has found room.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise QuantizationError(name, f"onnxruntime cannot quantise it ({first_line(error)})") from error
     for old in folder.glob(f"{ONNX_NAME}*"):  # with the weights beside it, where one file could not hold them
         old.unlink()

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_pl.checkpoint import SavedModel, is_quantized, outline, read_saved_model, saved_config
+from lowrank_pl.checkpoint import SavedModel, check_readable, is_quantized, outline, read_saved_model, saved_config
 from lowrank_pl.contract import LANGUAGE_MODELLING, AdoptsTarget, ForetellsTarget, HasTokenizer, TargetKind, TargetSpec
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.model import AlreadyFactorisedError, ModelFolderError, QuantizedModelError, VocabularySizeError
@@ -84,6 +84,8 @@ def check_before_data(task: Task, trainer: pl.Trainer, ckpt_path: str | None = N
             raise
         check_supported(task.auto_class, task.pretrained, config)
         require_weights(task.pretrained)
+    if not task.is_built and task.init_from is not None and not (fitting or ckpt_path):
+        check_readable(task.init_from)  # fit reads it below
     if isinstance(datamodule, HasTokenizer):
         _check_vocabulary(task, datamodule, ckpt_path)
     if not fitting or task.is_built:

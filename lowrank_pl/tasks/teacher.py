@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowrank_pl.checkpoint import is_quantized
+from lowrank_pl.checkpoint.int8 import plain_tensors
 from lowrank_pl.importance.identity import identity
 
 
@@ -51,7 +53,8 @@ class Teacher:
     @cached_property
     def digest(self) -> str:
         """Identifies its weights."""
-        return identity({name: tensor.cpu() for name, tensor in self._model.state_dict().items()})
+        state = plain_tensors(self._model) if is_quantized(self._model) else self._model.state_dict()
+        return identity({name: tensor.cpu() for name, tensor in state.items()})
 
     def to(self, device: torch.device) -> None:
         """Moves it, unless it is there."""

@@ -125,7 +125,10 @@ def check_before_data(
     config = start.config if start is not None else load_config(pretrained) if pretrained is not None else None
     if config is not None:
         tokenizer = pretrained or (start.tokenizer if start is not None else None)
-        check_teacher(asked, read_teacher(asked), expected, config, tokenizer)
+        saved = read_teacher(asked)
+        if saved.dense_folder is not None and _lacks_head(made_by, saved.config):
+            raise TeacherError.of_another_task(asked.teacher, ", ".join(saved.config.architectures or []))
+        check_teacher(asked, saved, expected, config, tokenizer)
 
 
 def _lacks_head(made_by: Any, config: Any) -> bool:

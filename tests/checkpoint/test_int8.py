@@ -113,6 +113,16 @@ class TestWithTorchao:
             AutoModelForMaskedLM.from_pretrained(folder)
         assert "lowrank-pl[torchao]" in (folder / "README.md").read_text()
 
+    def test_what_multiplies_a_single_number_stays_in_float(self) -> None:
+        made = model()
+        layer = LowRankLinear.like(made.get_submodule(f"{BLOCK}.output.dense"), 1)
+        torch.nn.init.ones_(layer.right.weight)
+        replace_module_(made, f"{BLOCK}.output.dense", layer)
+        names = quantize_(made, "int8_dynamic")
+        assert f"{BLOCK}.output.dense.right" in names
+        assert f"{BLOCK}.output.dense.left" not in names
+        assert bool(torch.isfinite(logits(made)).all())
+
     def test_what_is_quantised_is_not_quantised_again_and_a_form_of_training_not_at_all(self) -> None:
         made = model()
         quantize_(made, "int8_dynamic")

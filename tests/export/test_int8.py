@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,20 @@ def test_a_full_disk_is_told_as_such_and_leaves_no_folder(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", full)
+    with pytest.raises(OutputNotWritableError, match="No space left"):
+        exported(flat_checkpoint, tmp_path, quantize="int8")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_disk_that_is_full_unnoticed_is_no_fault_of_the_quantiser(
+    flat_checkpoint: Flat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def truncated(*args: Any, **kwargs: Any) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=0)
+        monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
+        raise ValueError("Wire format was corrupt")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", truncated)
     with pytest.raises(OutputNotWritableError, match="No space left"):
         exported(flat_checkpoint, tmp_path, quantize="int8")
     assert not list(tmp_path.glob("*out*"))

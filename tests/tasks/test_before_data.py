@@ -144,6 +144,13 @@ def test_weights_and_monitors(tiny_bert: str, tmp_path: Path) -> None:
         make_trainer(tmp_path, callbacks=[worst]).fit(MaskedLM(tiny_bert), datamodule=data)
     with pytest.raises(NotACheckpointError, match="nowhere"):
         make_trainer(tmp_path).fit(MaskedLM(init_from=str(tmp_path / "nowhere")), datamodule=data)
+    (tmp_path / "table.csv").write_text("sentence,label\n")
+    onnx = save_tiny_model("bert", tmp_path / "onnx")
+    (onnx / "model.onnx").touch()
+    for verb in ("validate", "test", "predict"):
+        for name, told in (("nowhere", "no such"), ("table.csv", "not a readable"), ("onnx", "onnxruntime alone")):
+            with pytest.raises(NotACheckpointError, match=told):
+                getattr(make_trainer(tmp_path), verb)(MaskedLM(init_from=str(tmp_path / name)), datamodule=data)
     broken = save_tiny_model("bert", tmp_path / "broken")
     (broken / "model.safetensors").unlink()
     with pytest.raises(ModelFolderError, match="no weights"):

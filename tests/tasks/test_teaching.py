@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
+from lowrank_pl.checkpoint import build, quantize_
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import GLUE
 from lowrank_pl.errors.model import NotACheckpointError, TeacherError
 from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.export import save_pretrained
 from lowrank_pl.strategies import SVD, RankDyna
 from lowrank_pl.tasks import CausalLM, Distillation, SequenceClassification
+from lowrank_pl.tasks.teacher import Teacher
 from lowrank_pl.tasks.teaching import check_teacher, read_teacher
 from tests.data.samples import write_sst2
 from tests.support.runs import last_checkpoint, make_task, make_trainer
@@ -28,6 +32,11 @@ def fit(task: Any, folder: Path, **arguments: Any) -> str:
     trainer = make_trainer(folder, limit_train_batches=1, **arguments)
     trainer.fit(task, datamodule=SyntheticData())
     return last_checkpoint(trainer)
+
+
+def read_digest(asked: Distillation) -> str:
+    saved = read_teacher(asked)
+    return Teacher(build(saved, AutoModelForSequenceClassification)).digest
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,7 @@ def test_before_any_data(tiny_bert: str, dense: str, tmp_path: Path) -> None:
         (make_task(None, init_from=small, distillation=Distillation()), TeacherError, "is factorised already"),
         (make_task(tiny_bert, distillation=Distillation("nowhere.ckpt")), NotACheckpointError, "distillation.teacher"),
         (make_task(tiny_bert, distillation=Distillation(dense)), TeacherError, r"\['no', 'yes'\], the data ask for"),
+        (make_task(tiny_bert, distillation=Distillation(tiny_bert)), TeacherError, "it is a BertForMaskedLM"),
     ]
     for task, error, told in refused:
         with pytest.raises(error, match=told):
@@ -137,6 +147,16 @@ def test_every_place_that_holds_a_model(tiny_bert: str, dense: str, tmp_path: Pa
         assert logits.shape == (8, 2)
         assert not states
         assert not logits.requires_grad
+
+
+def test_a_folder_in_eight_bits_teaches_and_is_known_again(dense: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    model = SequenceClassification.load_from_checkpoint(dense).encoder.eval()
+    quantize_(model, "int8_dynamic")
+    asked = Distillation(str(save_pretrained(model, str(tmp_path / "int8"))))
+    path = fit(make_task(None, init_from=dense, distillation=asked), tmp_path)
+    one, other = (read_digest(teacher) for teacher in (asked, Distillation(dense)))
+    assert torch.load(path)["lowrank_distillation"]["teacher"] == one != other
 
 
 def test_a_folder_of_a_decoder_teaches_a_decoder(tmp_path: Path) -> None:
