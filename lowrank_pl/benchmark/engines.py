@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.checkpoint import ONNX_NAME, is_quantized
 from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.run import EngineError
-from lowrank_pl.export.int8 import quantize_int8
+from lowrank_pl.export.int8 import quantize_int8, ready_for_int8
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.hub import first_line
 
@@ -107,6 +107,7 @@ def _compiled(model: PreTrainedModel) -> Any:
 def _onnxruntime(model: PreTrainedModel, threads: int, scratch: Path, int8: bool) -> Prepared:
     import onnxruntime
 
+    model = ready_for_int8(model) if int8 else model
     write_onnx(model, scratch)
     if int8:
         quantize_int8(model, scratch)

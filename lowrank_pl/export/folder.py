@@ -27,7 +27,7 @@ from lowrank_pl.errors.model import CheckpointMismatchError, NonFiniteWeightsErr
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.export.card import model_card
-from lowrank_pl.export.int8 import quantize_int8
+from lowrank_pl.export.int8 import quantize_int8, ready_for_int8
 from lowrank_pl.export.int8_layers import QuantizedLayers
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.export.run_report import report_for
@@ -138,6 +138,8 @@ def export(
     own = form == "factorised" or scheme is not None
     kind = factorised_class(type(encoder), saved.auto_class) if own else type(encoder)
     encoder = _as(kind, encoder, saved)
+    if format == "onnx" and quantize is not None:
+        encoder = ready_for_int8(encoder)
     with folder.written_whole() as temporary:
         if format == "onnx":
             told = {**told, "onnx": write_onnx(encoder, temporary)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import platform
@@ -18,11 +19,27 @@ from lowrank_pl.checkpoint import ONNX_NAME
 from lowrank_pl.errors.model import QuantizationError
 from lowrank_pl.export.onnx_file import OPSET, model_inputs, open_session, outputs_of, quiet, shapes_to_compare
 from lowrank_pl.hub import first_line
+from lowrank_pl.nn import PivotedLinear, forms_in, in_two_factors
+from lowrank_pl.surgery import replace_module_
 
 # Half of the logits' size: eight bits cost a trained model a few per cent, and a broken one all of it.
 ALLOWED = 0.5
 _CPU_FLAGS = Path("/proc/cpuinfo")
 _EXACT = ("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def ready_for_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy with pivoted layers as two factors of the same function.
+
+    onnxruntime has one scale for all that a product puts out. The other rows of a pivoted layer are computed from what
+    its pivot rows put out, and with coefficients above 1 they enlarge the error of that scale.
+    """
+    names = [name for name, layer in forms_in(model).items() if isinstance(layer, PivotedLinear)]
+    if names:
+        model = copy.deepcopy(model)
+    for name in names:
+        replace_module_(model, name, in_two_factors(model.get_submodule(name)))
+    return model
 
 
 def quantize_int8(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
@@ -33,7 +50,7 @@ def quantize_int8(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     (VNNI) weights have seven bits, which loses less than sums that overflow.
 
     Args:
-        model: What the file computes, in eval mode, on the CPU, in float32.
+        model: What the file computes, in eval mode, on the CPU, in float32; see `ready_for_int8`.
         folder: With `model.onnx`, which is replaced.
 
     Returns:

@@ -1,7 +1,7 @@
 """Layers that stand in for a linear layer, or for a look-up. Needs torch alone."""
 
 from lowrank_pl.nn.elastic_linear import ElasticLinear
-from lowrank_pl.nn.final_form import FinalForm, final_form, restated
+from lowrank_pl.nn.final_form import FinalForm, final_form, in_two_factors, restated
 from lowrank_pl.nn.form import (
     Deployed,
     LayerForm,
@@ -37,6 +37,7 @@ __all__ = [
     "form_for",
     "forms_in",
     "forms_in_training",
+    "in_two_factors",
     "input_of",
     "is_dense_linear",
     "is_embedding",

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from lowrank_pl.core.shapes import LinearShape
+from lowrank_pl.core.svd import truncated_svd
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.nn.form import Deployed, LinearForm
 from lowrank_pl.nn.low_rank_linear import LowRankLinear
+from lowrank_pl.nn.pivoted_linear import PivotedLinear
 from lowrank_pl.nn.view import empty_dense
 
 FinalForm = Literal["low_rank", "pivoted"]
@@ -45,6 +47,16 @@ def restated(layer: nn.Module, form: type[LinearForm], like: nn.Module | None = 
         made.assign_like_(layer.factors(), like)
     else:
         made.assign_(layer.factors())
+    return made
+
+
+@torch.no_grad()
+def in_two_factors(layer: nn.Module) -> nn.Module:
+    """A pivoted layer as two factors of the same function and rank, with new parameters; everything else itself."""
+    if not isinstance(layer, PivotedLinear):
+        return layer
+    made = LowRankLinear.empty(layer.spec(), layer)
+    made.assign_(truncated_svd(layer.product(), made.rank))
     return made
 
 

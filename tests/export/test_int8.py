@@ -19,6 +19,7 @@ from lowrank_pl.errors.model import QuantizationError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputNotWritableError
 from lowrank_pl.export import export, int8
+from lowrank_pl.nn import PivotedLinear, forms_in
 
 pytestmark = pytest.mark.usefixtures("onnx_once")
 Flat = tuple[Any, str]
@@ -36,9 +37,11 @@ def test_factors_and_embeddings_are_stored_in_eight_bits(flat_checkpoint: Flat, 
     encoder = flat_checkpoint[0]
     stored = weights(exported(flat_checkpoint, tmp_path, quantize="int8"))
     eight = {array.shape for array in stored.values() if array.dtype in (np.int8, np.uint8) and array.ndim == 2}
-    layer = encoder.bert.encoder.layer[0].intermediate.dense
-    for matrix in (layer.left.weight, layer.right.weight):
-        assert tuple(matrix.shape) in eight or tuple(matrix.shape)[::-1] in eight
+    forms = forms_in(encoder).values()
+    assert any(isinstance(layer, PivotedLinear) for layer in forms)  # which are written as two factors
+    for layer in forms:
+        for shape in ((layer.out_features, layer.rank), (layer.rank, layer.in_features)):
+            assert shape in eight or shape[::-1] in eight
     assert tuple(encoder.bert.embeddings.word_embeddings.weight.shape) in eight
     assert max(array.size for array in stored.values() if array.dtype == np.float32) <= 64 * 2  # biases and norms
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lowrank_pl.core import Factors, truncated_svd
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.nn import LowRankLinear, PivotedLinear, final_form, restated
+from lowrank_pl.nn import LowRankLinear, PivotedLinear, final_form, in_two_factors, restated
 from tests.core.matrices import random_matrix
 
 
@@ -41,6 +41,17 @@ def test_the_function_is_that_of_two_factors(bias: bool, rank: int) -> None:
     assert sum(p.numel() for p in after.parameters()) == rank * (4 + 5 - rank) + 4 * bias
     linears = [module for module in after.modules() if isinstance(module, nn.Linear)]
     assert len(linears) == (2 if rank < 4 else 1)  # an empty one would stop tools that look for them
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_the_way_back_to_two_factors(bias: bool, rank: int) -> None:
+    before, x = pivoted(bias, rank).eval(), random_matrix(2, 5)
+    after = in_two_factors(before)
+    assert isinstance(after, LowRankLinear)
+    assert (after.rank, after.training) == (rank, False)
+    torch.testing.assert_close(after(x), before(x))
+    assert in_two_factors(after) is after
 
 
 def test_many_tokens_are_computed_the_other_way_alike() -> None:
