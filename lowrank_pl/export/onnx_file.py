@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.checkpoint import ONNX_NAME
 from lowrank_pl.errors.model import OnnxExportError, OnnxMismatchError
 from lowrank_pl.errors.run import MissingPackagesError
+from lowrank_pl.export.counted_positions import count_positions_
 from lowrank_pl.hub import first_line, longest_input
 
 # What the exporter's own translations are written in: nothing is converted afterwards. onnxruntime reads it since 1.14.
@@ -88,6 +89,7 @@ def _program(model: PreTrainedModel) -> torch.onnx.ONNXProgram:
     assert program is not None
     # Stack traces of every node: the paths of the machine that exported.
     ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
+    count_positions_(program.model.graph)
     # Types and shapes in between, where the exporter has noted the example's for free axes: what other tools infer,
     # such as onnxruntime's quantiser, would contradict them.
     graph = program.model.graph
