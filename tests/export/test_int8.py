@@ -42,6 +42,10 @@ def test_factors_and_embeddings_are_stored_in_eight_bits(flat_checkpoint: Flat, 
     for layer in forms:
         for shape in ((layer.out_features, layer.rank), (layer.rank, layer.in_features)):
             assert shape in eight or shape[::-1] in eight
+        if isinstance(layer, PivotedLinear):
+            others = (layer.out_features - layer.rank, layer.rank)
+            assert others not in eight
+            assert others[::-1] not in eight
     assert tuple(encoder.bert.embeddings.word_embeddings.weight.shape) in eight
     assert max(array.size for array in stored.values() if array.dtype == np.float32) <= 64 * 2  # biases and norms
 
