@@ -23,8 +23,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from lowrank_pl.errors.model import (
-    CheckpointMismatchError,
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError
+from lowrank_pl.errors.pretrained import (
     HubUnreachableError,
     ModelFolderError,
     NotADecoderError,

@@ -44,7 +44,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Every test draws the same numbers, whatever ran before it in its process, and others than the next test."""
+    """Skips what needs a CUDA device where there is none, and seeds: the order of the tests changes no number."""
+    if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    # Those of one test are others than those of the next.
     seed = zlib.crc32(item.nodeid.encode())
     random.seed(seed)
     np.random.seed(seed)
@@ -108,9 +111,3 @@ def transformers_loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fo
     modules = ["torch", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert"]
     scratch = tmp_path_factory.mktemp("forks")
     yield from _forks(scratch, modules, {"PYTHONHASHSEED": "2", "HF_HOME": str(scratch / "hf"), "HF_HUB_OFFLINE": "1"})
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what needs a CUDA device where there is none."""
-    if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")

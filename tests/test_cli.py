@@ -19,8 +19,9 @@ from lowrank_pl.cli import console, main
 from lowrank_pl.core.elementwise import ALS, EM, SGD, Adam, AdamSGD, PreconditionedLBFGS
 from lowrank_pl.data import GLUE, CausalText, CoNLL, Docstrings, TextCorpus, TextFiles
 from lowrank_pl.errors.arguments import MissingArgumentError
-from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import NotACheckpointError
 from lowrank_pl.errors.outputs import OutputExistsError
+from lowrank_pl.errors.pretrained import ModelFolderError
 from lowrank_pl.errors.run import StrategyPlacementError
 from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, Calibration, NoCompression
 from lowrank_pl.surgery import TargetSelector

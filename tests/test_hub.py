@@ -21,15 +21,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.model import (
-    CheckpointMismatchError,
-    DamagedWeightsError,
-    HubUnreachableError,
-    ModelFolderError,
-    NotACheckpointError,
-    PackageModelError,
-    UnsupportedModelError,
-)
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, DamagedWeightsError, NotACheckpointError
+from lowrank_pl.errors.pretrained import HubUnreachableError, ModelFolderError, PackageModelError, UnsupportedModelError
 from lowrank_pl.files.checksums import write_checksums
 from lowrank_pl.hub import load_config, load_exactly, load_pretrained, load_tokenizer, resolve_pretrained
 from tests.support.tiny import FAMILIES, save_tiny_model

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lowrank_pl.allocation.measure import Measure, Parameters
 from lowrank_pl.core.shapes import LinearShape
-from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError, ShapeError
+from lowrank_pl.errors.targets import OverrideError
 
 
 @dataclass

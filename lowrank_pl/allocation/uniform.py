@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from lowrank_pl.allocation.measure import Measure, Parameters
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.arguments import ExclusiveArgumentsError
-from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RatioError
+from lowrank_pl.errors.targets import OverrideError
 from lowrank_pl.nn import LinearForm, LowRankLinear
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint.as_saved import take_dtypes_, take_generation_config_
 from lowrank_pl.checkpoint.saved import SavedModel
-from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.hub import load_exactly, uninitialised
 from lowrank_pl.surgery import conform_
 

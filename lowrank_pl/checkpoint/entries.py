@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lowrank_pl.checkpoint.saved import ENCODER_PREFIX, SavedModel
 from lowrank_pl.contract import TargetKind, TargetSpec
-from lowrank_pl.errors.model import NotACheckpointError
+from lowrank_pl.errors.checkpoint import NotACheckpointError
 from lowrank_pl.surgery import CompressionRecord, ModelLayout, current_names
 
 LAYOUT_KEY = "lowrank_layout"

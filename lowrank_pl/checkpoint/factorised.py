@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lowrank_pl.checkpoint.entries import BASE_KEY, INT8_KEY, LAYOUT_KEY
 from lowrank_pl.checkpoint.int8 import is_quantized, plain_tensors, told_of
 from lowrank_pl.checkpoint.module_file import MODULE, class_name, module_text
-from lowrank_pl.errors.model import NotSavableError
+from lowrank_pl.errors.export import NotSavableError
 from lowrank_pl.files.checksums import write_checksums
 from lowrank_pl.files.weight_files import INT8, remove_superseded
 from lowrank_pl.surgery import read_layout

@@ -12,7 +12,7 @@ from transformers import __version__ as transformers_version
 from lowrank_pl.checkpoint.entries import INT8_KEY, LAYOUT_KEY, auto_class_in, config_of
 from lowrank_pl.checkpoint.int8 import assembled, problem_with
 from lowrank_pl.checkpoint.saved import SavedModel
-from lowrank_pl.errors.model import NotACheckpointError
+from lowrank_pl.errors.checkpoint import NotACheckpointError
 from lowrank_pl.files.checksums import verify_checksums
 from lowrank_pl.files.weight_files import int8_files, weight_files
 from lowrank_pl.surgery import ModelLayout, current_names

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.errors.model import CheckpointMismatchError, QuantizationError, QuantizedModelError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, QuantizedModelError
+from lowrank_pl.errors.export import QuantizationError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.nn import forms_in
 from lowrank_pl.surgery import TargetSelector

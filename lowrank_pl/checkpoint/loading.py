@@ -12,7 +12,7 @@ from lowrank_pl.checkpoint.entries import BASE_KEY, LAYOUT_KEY
 from lowrank_pl.checkpoint.factorised import config_fields, factorised_class
 from lowrank_pl.checkpoint.folders import CHECKPOINT_NAME
 from lowrank_pl.checkpoint.reading import read_saved_model
-from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.hub import load_config, load_pretrained, resolve_pretrained
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from lowrank_pl.checkpoint.entries import LAYOUT_KEY, TASK_KEY, config_of, from_checkpoint
 from lowrank_pl.checkpoint.folders import CHECKPOINT_NAME, folder_fields, read_folder
 from lowrank_pl.checkpoint.saved import SavedModel
-from lowrank_pl.errors.model import NotACheckpointError
+from lowrank_pl.errors.checkpoint import NotACheckpointError
 from lowrank_pl.surgery import CompressionRecord, ModelLayout
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from lowrank_pl.checkpoint.int8 import Scheme, is_int8
 from lowrank_pl.contract import TargetSpec
-from lowrank_pl.errors.model import CheckpointMismatchError, QuantizedModelError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, QuantizedModelError
 from lowrank_pl.surgery import CompressionRecord, ModelLayout, compact_state, conform_
 from lowrank_pl.surgery.record import DENSE
 

@@ -6,14 +6,12 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
-_SHOWN = 12
 
-
-def listed(values: Iterable[object]) -> str:
-    """Quotes values, and cuts long lists."""
+def listed(values: Iterable[object], limit: int = 12) -> str:
+    """Quotes values, and cuts lists that are longer than the limit."""
     quoted = [repr(value) for value in values]
-    more = f", … ({len(quoted)} in all)" if len(quoted) > _SHOWN else ""
-    return ", ".join(quoted[:_SHOWN]) + more
+    more = f", … ({len(quoted)} in all)" if len(quoted) > limit else ""
+    return ", ".join(quoted[:limit]) + more
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -12,8 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lowrank_pl.checkpoint import CHECKPOINT_NAME, LAYOUT_KEY, is_quantized, load_model, read_saved_model
 from lowrank_pl.checkpoint.entries import BASE_KEY
 from lowrank_pl.errors.arguments import MissingArgumentError
+from lowrank_pl.errors.checkpoint import QuantizedModelError
 from lowrank_pl.errors.evaluation import NotALanguageModelError, TextStartError
-from lowrank_pl.errors.model import NotADecoderError, QuantizedModelError, UnsupportedModelError
+from lowrank_pl.errors.pretrained import NotADecoderError, UnsupportedModelError
 from lowrank_pl.export.folder import check_tokenizer
 from lowrank_pl.hub import check_supported, load_config, load_tokenizer, require_weights
 

@@ -23,7 +23,8 @@ from lowrank_pl.checkpoint import (
 )
 from lowrank_pl.checkpoint.int8 import is_int8
 from lowrank_pl.errors.arguments import MissingArgumentError
-from lowrank_pl.errors.model import CheckpointMismatchError, NonFiniteWeightsError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, NotACheckpointError
+from lowrank_pl.errors.export import NonFiniteWeightsError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.export.card import model_card

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint import ONNX_NAME
-from lowrank_pl.errors.model import QuantizationError
+from lowrank_pl.errors.export import QuantizationError
 from lowrank_pl.export.onnx_file import OPSET, model_inputs, open_session, outputs_of, quiet, shapes_to_compare
 from lowrank_pl.hub import first_line
 from lowrank_pl.nn import PivotedLinear, forms_in, in_two_factors

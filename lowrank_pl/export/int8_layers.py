@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint import Scheme, from_pretrained, quantize_
 from lowrank_pl.checkpoint.int8 import stored_bytes
-from lowrank_pl.errors.model import QuantizationError
+from lowrank_pl.errors.export import QuantizationError
 from lowrank_pl.export.int8 import distance_told
 from lowrank_pl.export.onnx_file import model_inputs, shapes_to_compare
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint import ONNX_NAME
-from lowrank_pl.errors.model import OnnxExportError, OnnxMismatchError
+from lowrank_pl.errors.export import OnnxExportError, OnnxMismatchError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.export.counted_positions import count_positions_
 from lowrank_pl.hub import first_line, longest_input

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_pl.checkpoint import auto_class_making, factorised_class
-from lowrank_pl.errors.model import NotSavableError
+from lowrank_pl.errors.export import NotSavableError
 from lowrank_pl.export.card import plain_card
 from lowrank_pl.export.folder import check_finite_weights, check_tokenizer, sharding_of
 from lowrank_pl.files import OutputFolder

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from lowrank_pl.errors.model import DamagedWeightsError
+from lowrank_pl.errors.checkpoint import DamagedWeightsError
 
 CHECKSUMS = "SHA256SUMS"
 _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "model.onnx*")

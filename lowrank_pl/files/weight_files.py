@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, NotACheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.shapes import LinearShape
-from lowrank_pl.errors.model import FormSpecError, UnknownFormError
+from lowrank_pl.errors.checkpoint import FormSpecError, UnknownFormError
 from lowrank_pl.nn.view import dense_shape, dense_weight, empty_dense
 
 Spec = dict[str, int | str]

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lowrank_pl.errors.arguments import MissingArgumentError
-from lowrank_pl.errors.model import SeveralDevicesError
 from lowrank_pl.errors.run import NotFactorisedError
+from lowrank_pl.errors.targets import SeveralDevicesError
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.kept_batches import KeptBatches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lowrank_pl.errors.model import HeadError
+from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.strategies.base import as_compressible
 

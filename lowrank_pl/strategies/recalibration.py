@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lowrank_pl.core.recalibration import match_distributions, match_values
-from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches

@@ -15,9 +15,9 @@ from lowrank_pl.allocation import Allocation, Allocator, LayerOverride, Measure,
 from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.errors.budget import AllocationError
-from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import EmbeddingsError, ResumeMismatchError
+from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.importance import Importance, LayerImportance, Nothing
 from lowrank_pl.nn import (
     FinalForm,

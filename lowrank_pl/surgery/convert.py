@@ -8,7 +8,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from lowrank_pl.errors.model import CheckpointMismatchError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError
 from lowrank_pl.nn import LayerForm, LinearForm, LowRankLinear, forms_in, restated
 from lowrank_pl.nn.final_form import FinalForm, final_form, restated_state
 from lowrank_pl.surgery.layout import TRANSPOSED, ModelLayout

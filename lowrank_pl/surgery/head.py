@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.errors.model import HeadError
+from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.nn import outside_forms
 
 

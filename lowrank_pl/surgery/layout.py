@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_pl.errors.model import CheckpointMismatchError, FormSpecError, LayoutVersionError, UnknownFormError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, FormSpecError, LayoutVersionError, UnknownFormError
 from lowrank_pl.nn import LayerForm, Spec, forms_in, is_dense_linear, is_embedding, outside_forms, shape_of
 from lowrank_pl.nn.view import is_transposed
 from lowrank_pl.surgery.swap import replace_module_

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
-from lowrank_pl.errors.model import AlreadyFactorisedError, NoTargetError, TiedWeightError
+from lowrank_pl.errors.targets import AlreadyFactorisedError, NoTargetError, TiedWeightError
 from lowrank_pl.nn import dense_shape, forms_in, is_dense_linear, is_embedding, outside_forms, shape_of
 from lowrank_pl.surgery.vocabulary import find_vocabulary, heads_tied_to, tied_heads
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_pl.errors.model import VocabularyError
+from lowrank_pl.errors.targets import VocabularyError
 from lowrank_pl.nn import LayerForm, LowRankEmbedding, LowRankLinear, forms_in, is_embedding
 from lowrank_pl.surgery.swap import replace_module_
 

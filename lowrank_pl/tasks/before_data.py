@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from lowrank_pl.checkpoint import SavedModel, check_readable, is_quantized, outline, read_saved_model, saved_config
 from lowrank_pl.contract import LANGUAGE_MODELLING, AdoptsTarget, ForetellsTarget, HasTokenizer, TargetKind, TargetSpec
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.model import AlreadyFactorisedError, ModelFolderError, QuantizedModelError, VocabularySizeError
+from lowrank_pl.errors.checkpoint import QuantizedModelError
+from lowrank_pl.errors.pretrained import ModelFolderError, VocabularySizeError
 from lowrank_pl.errors.run import TargetKindError
+from lowrank_pl.errors.targets import AlreadyFactorisedError
 from lowrank_pl.hub import check_supported, load_config, require_weights
 from lowrank_pl.strategies import CompressionStrategy
 from lowrank_pl.surgery import CompressionRecord

@@ -6,7 +6,7 @@ import logging
 
 from lowrank_pl.checkpoint import SavedModel
 from lowrank_pl.contract import LANGUAGE_MODELLING, TargetSpec
-from lowrank_pl.errors.model import CheckpointMismatchError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError
 from lowrank_pl.hub import load_config
 
 logger = logging.getLogger(__name__)

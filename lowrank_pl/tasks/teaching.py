@@ -8,7 +8,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lowrank_pl.checkpoint import SavedModel, build, read_saved_model
 from lowrank_pl.contract import LANGUAGE_MODELLING, TargetSpec
-from lowrank_pl.errors.model import HubUnreachableError, ModelFolderError, PackageModelError, TeacherError
+from lowrank_pl.errors.pretrained import HubUnreachableError, ModelFolderError, PackageModelError
+from lowrank_pl.errors.teacher import TeacherError
 from lowrank_pl.hub import load_config, load_tokenizer, longest_input, resolve_pretrained
 from lowrank_pl.surgery import ModelLayout
 from lowrank_pl.tasks.distillation import SELF, Distillation

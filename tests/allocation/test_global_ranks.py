@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lowrank_pl.allocation import Allocation, Flops, Global, Latency, LayerOverride, Measure, Parameters, RankRequest
 from lowrank_pl.core import EmbeddingShape, LinearShape
-from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, LatencyTableError, NonFiniteError, RangeError, ShapeError
+from lowrank_pl.errors.targets import OverrideError
 from lowrank_pl.nn import PivotedLinear
 
 SHAPES = {"a": LinearShape(6, 6), "b": LinearShape(12, 4), "c": LinearShape(5, 10)}

@@ -12,8 +12,8 @@ from torch import Tensor
 from lowrank_pl.allocation import Cost, RankBounds, globally_ranked, rounded
 from lowrank_pl.allocation.ranking import bounds_of
 from lowrank_pl.core import LinearShape
-from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import RangeError, RankError, ShapeError
+from lowrank_pl.errors.targets import OverrideError
 from tests.core.matrices import random_importance
 
 EQUAL = {name: LinearShape(6, 6) for name in ("a", "b", "c")}

@@ -7,8 +7,8 @@ from lowrank_pl.allocation import Allocation, LayerOverride, Parameters, uniform
 from lowrank_pl.allocation.uniform import floor_cost
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.arguments import ExclusiveArgumentsError
-from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, RangeError, RankError, RatioError
+from lowrank_pl.errors.targets import OverrideError
 
 BERT_LAYER = {
     "layer.0.attention.query": LinearShape(768, 768),

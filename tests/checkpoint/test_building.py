@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForMultipleChoice, BertF
 
 from lowrank_pl.checkpoint import build, describe, from_checkpoint, name_in_transformers
 from lowrank_pl.contract import TargetKind, TargetSpec
-from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.tasks import EncoderTask, MaskedLM, SequenceClassification, TokenClassification
 from tests.surgery.encoders import tiny_model

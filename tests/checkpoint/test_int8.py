@@ -13,14 +13,13 @@ from transformers import AutoModelForMaskedLM
 
 from lowrank_pl.checkpoint import from_pretrained, is_quantized, quantize_
 from lowrank_pl.checkpoint.int8 import int8_weights, stored_bytes
-from lowrank_pl.errors.model import (
+from lowrank_pl.errors.checkpoint import (
     CheckpointMismatchError,
     DamagedWeightsError,
     NotACheckpointError,
-    NotSavableError,
-    QuantizationError,
     QuantizedModelError,
 )
+from lowrank_pl.errors.export import NotSavableError, QuantizationError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.export import save_pretrained
 from lowrank_pl.nn import LowRankLinear, SVDLinear

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lowrank_pl.checkpoint import load_model
-from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import NotACheckpointError
+from lowrank_pl.errors.pretrained import ModelFolderError
 from lowrank_pl.export import export
 from tests.export.test_export import checkpoint, logits
 from tests.support.forks import Forks

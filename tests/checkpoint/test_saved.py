@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowrank_pl.checkpoint import SavedModel
-from lowrank_pl.errors.model import CheckpointMismatchError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError
 from lowrank_pl.nn import Spec
 from lowrank_pl.surgery import (
     CompressionRecord,

@@ -14,8 +14,8 @@ import pytest
 from lowrank_pl import __version__
 from lowrank_pl.cli import console, main
 from lowrank_pl.errors.arguments import ConstructionError, InterpolationError
-from lowrank_pl.errors.model import UnsupportedModelError
 from lowrank_pl.errors.optimizer import OptimizerArgumentsError
+from lowrank_pl.errors.pretrained import UnsupportedModelError
 from tests.support.forks import Forks
 from tests.support.tables import write_sst2
 

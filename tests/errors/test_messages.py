@@ -22,6 +22,15 @@ from lowrank_pl.errors.budget import (
     NoTrainingStepError,
     ScheduleError,
 )
+from lowrank_pl.errors.checkpoint import (
+    CheckpointMismatchError,
+    DamagedWeightsError,
+    FormSpecError,
+    LayoutVersionError,
+    NotACheckpointError,
+    QuantizedModelError,
+    UnknownFormError,
+)
 from lowrank_pl.errors.data import MissingTokenError, WindowError
 from lowrank_pl.errors.evaluation import (
     NotALanguageModelError,
@@ -30,35 +39,14 @@ from lowrank_pl.errors.evaluation import (
     TextStartError,
     UnknownHarnessTaskError,
 )
-from lowrank_pl.errors.labels import LabelsError
-from lowrank_pl.errors.model import (
-    AlreadyFactorisedError,
-    CheckpointMismatchError,
-    DamagedWeightsError,
-    FormSpecError,
-    HeadError,
-    HubUnreachableError,
-    LayoutVersionError,
-    ModelFolderError,
+from lowrank_pl.errors.export import (
     NonFiniteWeightsError,
-    NotACheckpointError,
-    NotADecoderError,
-    NoTargetError,
     NotSavableError,
     OnnxExportError,
     OnnxMismatchError,
-    OverrideError,
-    PackageModelError,
     QuantizationError,
-    QuantizedModelError,
-    SeveralDevicesError,
-    TeacherError,
-    TiedWeightError,
-    UnknownFormError,
-    UnsupportedModelError,
-    VocabularyError,
-    VocabularySizeError,
 )
+from lowrank_pl.errors.labels import LabelsError
 from lowrank_pl.errors.numerics import (
     BatchShapeError,
     BudgetError,
@@ -93,6 +81,14 @@ from lowrank_pl.errors.parallelism import (
     UnevenValidationError,
     UnsupportedParallelismError,
 )
+from lowrank_pl.errors.pretrained import (
+    HubUnreachableError,
+    ModelFolderError,
+    NotADecoderError,
+    PackageModelError,
+    UnsupportedModelError,
+    VocabularySizeError,
+)
 from lowrank_pl.errors.run import (
     BenchmarkResumeError,
     CalibrationError,
@@ -112,6 +108,16 @@ from lowrank_pl.errors.run import (
     TargetKindError,
     UnsupportedCallbackError,
 )
+from lowrank_pl.errors.targets import (
+    AlreadyFactorisedError,
+    HeadError,
+    NoTargetError,
+    OverrideError,
+    SeveralDevicesError,
+    TiedWeightError,
+    VocabularyError,
+)
+from lowrank_pl.errors.teacher import TeacherError
 
 # The error, what was given (quoted in the message), and where to turn.
 CASES: list[tuple[LowRankError, list[str], str]] = [
@@ -293,7 +299,11 @@ def test_every_error_of_the_package_is_a_value_error_with_a_docstring() -> None:
         assert error.__doc__, error
 
 
-@pytest.mark.parametrize("module", ["evaluation", "model", "numerics", "run"])
+OF_DATA = {"data", "data_files", "labels"}  # tests/data sees them raised
+MODULES = {info.name for info in pkgutil.iter_modules(lowrank_pl.errors.__path__)} - {"base", *OF_DATA}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
 def test_every_message_is_among_the_cases(module: str) -> None:
     covered = {type(error) for error, _, _ in CASES}
     assert set(every_error(f"lowrank_pl.errors.{module}")) <= covered

@@ -20,9 +20,9 @@ from lowrank_pl.errors.evaluation import (
     TextStartError,
     UnknownHarnessTaskError,
 )
-from lowrank_pl.errors.model import ModelFolderError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputExistsError
+from lowrank_pl.errors.pretrained import ModelFolderError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.evaluation import evaluate
 from lowrank_pl.export import export

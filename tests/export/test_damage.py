@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.model import DamagedWeightsError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import DamagedWeightsError, NotACheckpointError
 from lowrank_pl.export import export, from_pretrained
 from lowrank_pl.tasks import SequenceClassification
 from tests.export.test_export import CLASSES, checkpoint, load_remotely, logits

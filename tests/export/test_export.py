@@ -17,12 +17,8 @@ from lowrank_pl.checkpoint import describe
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.core import truncated_svd
 from lowrank_pl.errors.arguments import MissingArgumentError
-from lowrank_pl.errors.model import (
-    CheckpointMismatchError,
-    LayoutVersionError,
-    NonFiniteWeightsError,
-    NotACheckpointError,
-)
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, LayoutVersionError, NotACheckpointError
+from lowrank_pl.errors.export import NonFiniteWeightsError
 from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.export import export, folder, from_pretrained
 from lowrank_pl.monitoring import ReportWriter

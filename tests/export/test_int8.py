@@ -15,7 +15,7 @@ import torch
 from onnxruntime.quantization import quantize_dynamic
 
 from lowrank_pl.cli import main
-from lowrank_pl.errors.model import QuantizationError
+from lowrank_pl.errors.export import QuantizationError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputNotWritableError
 from lowrank_pl.export import export, int8

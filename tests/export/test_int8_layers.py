@@ -14,7 +14,8 @@ from lowrank_pl.benchmark.models import count_flops, inputs_for, weight_bytes
 from lowrank_pl.checkpoint import int8, load_model
 from lowrank_pl.cli import main
 from lowrank_pl.errors.arguments import MissingArgumentError
-from lowrank_pl.errors.model import QuantizationError, QuantizedModelError
+from lowrank_pl.errors.checkpoint import QuantizedModelError
+from lowrank_pl.errors.export import QuantizationError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.export import export, from_pretrained, int8_layers

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from lowrank_pl.checkpoint import describe
-from lowrank_pl.errors.model import ModelFolderError, NotACheckpointError, OnnxExportError, OnnxMismatchError
+from lowrank_pl.errors.checkpoint import NotACheckpointError
+from lowrank_pl.errors.export import OnnxExportError, OnnxMismatchError
+from lowrank_pl.errors.pretrained import ModelFolderError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.export import export, from_pretrained, onnx_file
 from lowrank_pl.export.onnx_file import model_inputs

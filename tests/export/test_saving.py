@@ -20,7 +20,8 @@ from transformers import (
 )
 
 import lowrank_pl
-from lowrank_pl.errors.model import CheckpointMismatchError, DamagedWeightsError, NonFiniteWeightsError, NotSavableError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, DamagedWeightsError
+from lowrank_pl.errors.export import NonFiniteWeightsError, NotSavableError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.files.checksums import CHECKSUMS

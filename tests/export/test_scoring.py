@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lowrank_pl.checkpoint import SavedModel
 from lowrank_pl.data import TextFiles
 from lowrank_pl.errors.arguments import MissingArgumentError
-from lowrank_pl.errors.model import CheckpointMismatchError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import ScoreDropError
 from lowrank_pl.export import export

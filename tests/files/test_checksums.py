@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_pl.errors.model import DamagedWeightsError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import DamagedWeightsError, NotACheckpointError
 from lowrank_pl.files.checksums import CHECKSUMS, verify_checksums, write_checksums
 
 NAME = "model.safetensors"

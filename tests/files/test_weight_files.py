@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowrank_pl.errors.model import CheckpointMismatchError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.files.weight_files import INDEX, SINGLE, WeightFiles, remove_superseded, weight_files
 
 FIRST, SECOND, STALE = (f"model-0000{i}-of-0000{n}.safetensors" for i, n in ((1, 2), (2, 2), (3, 3)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl.core import Factors, LinearShape, truncated_svd
-from lowrank_pl.errors.model import FormSpecError, UnknownFormError
+from lowrank_pl.errors.checkpoint import FormSpecError, UnknownFormError
 from lowrank_pl.errors.numerics import RankError, ShapeError
 from lowrank_pl.nn import (
     Deployed,

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lowrank_pl
 from lowrank_pl.errors.arguments import MissingArgumentError
-from lowrank_pl.errors.model import NoTargetError, SeveralDevicesError
 from lowrank_pl.errors.numerics import BatchShapeError, LossShapeError
 from lowrank_pl.errors.run import CalibrationError, NothingToCompressError
+from lowrank_pl.errors.targets import NoTargetError, SeveralDevicesError
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import FWSVD, SVD, Calibration, CompressionStrategy, KroneckerSVD, RankDyna, Recalibration

@@ -12,8 +12,8 @@ import torch
 
 from lowrank_pl.allocation import Flops, LayerOverride, Uniform
 from lowrank_pl.core import kronecker_groups, truncated_svd
-from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.run import EmbeddingsError
+from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.importance import SecondMoments
 from lowrank_pl.nn import LowRankEmbedding, dense_shape, dense_weight
 from lowrank_pl.strategies import (

@@ -14,9 +14,9 @@ from torch import Tensor
 from lowrank_pl.allocation import Global, LayerOverride, RankRequest, Uniform
 from lowrank_pl.core import kronecker_groups, kronecker_svd
 from lowrank_pl.errors.budget import AllocationError
-from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.numerics import MemoryBoundError, RangeError
 from lowrank_pl.errors.run import ResumeMismatchError
+from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.importance import SecondMoments
 from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, Calibration, CompressionStrategy, KroneckerSVD, Recalibration

@@ -13,7 +13,8 @@ import torch
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.budget import AlreadyCompactedError, BudgetNotReachedError, NoTrainingStepError
-from lowrank_pl.errors.model import CheckpointMismatchError, NoTargetError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError
+from lowrank_pl.errors.targets import NoTargetError
 from lowrank_pl.nn import LowRankLinear, SVDLinear
 from lowrank_pl.strategies import FWSVD, SVD, CompressionStrategy, RankDyna
 from lowrank_pl.surgery import read_layout

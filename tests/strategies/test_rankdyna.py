@@ -20,9 +20,9 @@ from lowrank_pl.allocation import CubicSchedule, Latency, RankBounds
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.arguments import ExclusiveArgumentsError
 from lowrank_pl.errors.budget import BudgetAboveStartError, BudgetNotReachedError, ScheduleError
-from lowrank_pl.errors.model import OverrideError
 from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, RangeError, RatioError
 from lowrank_pl.errors.run import FrozenFactorsError, ResumeMismatchError
+from lowrank_pl.errors.targets import OverrideError
 from lowrank_pl.importance import FirstOrder, Groups, GroupSensitivity, KroneckerSensitivity, Squared
 from lowrank_pl.monitoring import RankHistory, ReportWriter
 from lowrank_pl.nn import ElasticLinear, LowRankLinear, forms_in_training

@@ -16,11 +16,11 @@ from torch import nn
 from lowrank_pl.allocation import LayerOverride
 from lowrank_pl.core import axis_weighted_svd, truncated_svd
 from lowrank_pl.errors.arguments import ExclusiveArgumentsError
-from lowrank_pl.errors.model import NoTargetError
 from lowrank_pl.errors.numerics import BudgetError, NonFiniteError, RangeError, RankError, RatioError
 from lowrank_pl.errors.optimizer import OptimizerCoverageError
 from lowrank_pl.errors.parallelism import UnsupportedParallelismError
 from lowrank_pl.errors.run import CalibrationError, ResumeMismatchError, StrategyPlacementError
+from lowrank_pl.errors.targets import NoTargetError
 from lowrank_pl.importance import empirical_fisher
 from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.strategies import FWSVD, SVD, Calibration, CompressionStrategy, NoCompression

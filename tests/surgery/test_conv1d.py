@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_pl import from_pretrained
 from lowrank_pl.core import LinearShape, truncated_svd
-from lowrank_pl.errors.model import NoTargetError
+from lowrank_pl.errors.targets import NoTargetError
 from lowrank_pl.export import export
 from lowrank_pl.importance import FisherKind, empirical_fisher
 from lowrank_pl.nn import LowRankLinear, dense_weight, forms_in

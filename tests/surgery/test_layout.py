@@ -7,7 +7,7 @@ from torch import nn
 
 from lowrank_pl.core import truncated_svd
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.model import CheckpointMismatchError, FormSpecError, LayoutVersionError, UnknownFormError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, FormSpecError, LayoutVersionError, UnknownFormError
 from lowrank_pl.nn import LowRankLinear, Spec, SVDLinear, dense_weight
 from lowrank_pl.surgery import (
     ModelLayout,

@@ -5,7 +5,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from lowrank_pl.allocation import uniform_ranks
 from lowrank_pl.core import truncated_svd
-from lowrank_pl.errors.model import NoTargetError, TiedWeightError
+from lowrank_pl.errors.targets import NoTargetError, TiedWeightError
 from lowrank_pl.nn import LowRankLinear, dense_weight
 from lowrank_pl.surgery import TargetSelector, replace_module_
 from tests.support.tiny import FAMILIES

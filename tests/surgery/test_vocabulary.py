@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, T5Config, T5EncoderModel
 
 from lowrank_pl.core import truncated_svd
-from lowrank_pl.errors.model import CheckpointMismatchError, VocabularyError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError
+from lowrank_pl.errors.targets import VocabularyError
 from lowrank_pl.nn import LowRankEmbedding, dense_shape, dense_weight, forms_in
 from lowrank_pl.surgery import (
     ModelLayout,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from lowrank_pl.checkpoint import LAYOUT_KEY
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.arguments import MissingArgumentError
-from lowrank_pl.errors.model import CheckpointMismatchError, LayoutVersionError, NotACheckpointError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, LayoutVersionError, NotACheckpointError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MonitorModeError, TargetKindError
 from lowrank_pl.strategies import SVD

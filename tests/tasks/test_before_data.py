@@ -13,17 +13,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lowrank_pl.data import GLUE, CausalText, CoNLL, TextCorpus, TextFiles
 from lowrank_pl.errors import LowRankError
-from lowrank_pl.errors.model import (
-    AlreadyFactorisedError,
-    CheckpointMismatchError,
-    ModelFolderError,
-    NotACheckpointError,
-    NotADecoderError,
-    NoTargetError,
-    VocabularySizeError,
-)
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError, NotACheckpointError
 from lowrank_pl.errors.numerics import BudgetError
+from lowrank_pl.errors.pretrained import ModelFolderError, NotADecoderError, VocabularySizeError
 from lowrank_pl.errors.run import MonitorModeError, NothingToCompressError, TargetKindError
+from lowrank_pl.errors.targets import AlreadyFactorisedError, NoTargetError
 from lowrank_pl.strategies import FWSVD, SVD, RankDyna
 from lowrank_pl.surgery import TargetSelector
 from lowrank_pl.tasks import CausalLM, MaskedLM, SequenceClassification, TokenClassification

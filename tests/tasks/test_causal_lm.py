@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import CausalText
-from lowrank_pl.errors.model import CheckpointMismatchError, NotADecoderError, UnsupportedModelError
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError
 from lowrank_pl.errors.numerics import NonFiniteScoreError
+from lowrank_pl.errors.pretrained import NotADecoderError, UnsupportedModelError
 from lowrank_pl.errors.run import MonitorModeError, TargetKindError
 from lowrank_pl.strategies import SVD
 from lowrank_pl.tasks import CausalLM, MaskedLM

@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification
 from lowrank_pl.checkpoint import build, quantize_
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import GLUE
-from lowrank_pl.errors.model import NotACheckpointError, TeacherError
+from lowrank_pl.errors.checkpoint import NotACheckpointError
 from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.teacher import TeacherError
 from lowrank_pl.export import save_pretrained
 from lowrank_pl.strategies import SVD, RankDyna
 from lowrank_pl.tasks import CausalLM, Distillation, SequenceClassification

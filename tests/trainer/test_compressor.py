@@ -9,9 +9,9 @@ import pytest
 
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.data_files import MissingSplitError
-from lowrank_pl.errors.model import HeadError
 from lowrank_pl.errors.numerics import MemoryBoundError
 from lowrank_pl.errors.outputs import BlocksMismatchError
+from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.strategies import SVD, Calibration, KroneckerSVD, Recalibration
 from lowrank_pl.tasks import CausalLM
 from tests.strategies.test_finished_blocks import filled
