@@ -2,7 +2,7 @@
 
 from lowrank_pl.importance.cache import ImportanceCache
 from lowrank_pl.importance.fisher import Fisher, FisherKind, LayerFisher, empirical_fisher
-from lowrank_pl.importance.identity import identity, settings
+from lowrank_pl.importance.identity import identity, settings, values
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured, memory_groups
 from lowrank_pl.importance.kinds import FisherSums, FullFisher, Nothing
 from lowrank_pl.importance.kronecker_sensitivity import KroneckerSensitivity
@@ -37,4 +37,5 @@ __all__ = [
     "identity",
     "memory_groups",
     "settings",
+    "values",
 ]

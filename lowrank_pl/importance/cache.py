@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lowrank_pl.files.tensors import write_tensors
-from lowrank_pl.importance.identity import identity, own_code
+from lowrank_pl.importance.identity import identity, own_code, values
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,9 @@ class ImportanceCache:
     def key(model: nn.Module, names: list[str], kind: str, data_fingerprint: str, loss: str = "") -> str:
         """A digest of what a measurement depends on.
 
-        Of the model, that is its weights, dtypes, configuration and code: an installed package counts by its version,
-        a class of the user's by its bytecode and its modules' own attributes.
+        Of the model, that is its weights, buffers, dtypes, configuration and code: an installed package counts by its
+        version, a layer of torch's by its class and arguments, too, a class of the user's by its bytecode and its
+        modules' own attributes.
 
         Args:
             model: The module that is differentiated; a `config` with `to_json_string` counts as part of it.
@@ -53,7 +54,7 @@ class ImportanceCache:
         of_model = (type(model).__qualname__, identity(own_code(model)), configuration)
         for part in (_FORMAT, *of_model, kind, data_fingerprint, loss, *names):
             digest.update(part.encode() + b"\0")
-        for name, tensor in sorted(model.state_dict().items()):
+        for name, tensor in sorted(values(model).items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

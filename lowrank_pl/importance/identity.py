@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import enum
 import functools
 import hashlib
@@ -38,19 +39,21 @@ def identity(*parts: Any) -> str:
 
 
 def own_code(module: nn.Module) -> dict[str, Any]:
-    """Code and settings of a module tree that neither its weights nor the versions of installed packages tell.
+    """Code and settings of a module tree that its weights do not tell.
 
     Returns:
-        By name, each module whose class is not part of an installed package: its class and its own attributes; and the
-        versions of the packages of the others.
+        By name, the class of each module and its own attributes; of one from an installed package those that are
+        arguments of torch's layers, such as the number of heads, and the version of the package.
     """
     found: dict[str, Any] = {}
     for name, part in module.named_modules():
-        kind = type(part)
+        kind, own = type(part), settings(part)
         if _is_installed(kind.__module__):
-            found[f"package {_package(kind.__module__)}"] = _version(kind.__module__)
-        else:
-            found[name] = (kind, settings(part))
+            package = _package(kind.__module__)
+            found[f"package {package}"] = _version(kind.__module__)
+            # Others, such as transformers, note what changes no result; their configuration counts.
+            own = {key: value for key, value in own.items() if package == "torch" and not key.startswith("_")}
+        found[name] = (kind, own)
     return found
 
 
@@ -58,6 +61,21 @@ def settings(module: nn.Module) -> dict[str, Any]:
     """A module's own attributes: neither parameters, buffers and parts nor what every `nn.Module` has."""
     common = vars(nn.Module())
     return {name: value for name, value in vars(module).items() if name not in common}
+
+
+def values(module: nn.Module, recurse: bool = True) -> dict[str, Any]:
+    """Parameters and buffers by name, with those buffers that no checkpoint holds.
+
+    Args:
+        module: The module.
+        recurse: Whether those of its parts count.
+    """
+    buffers = module.named_buffers(recurse=recurse, remove_duplicate=False)
+    kept = module.state_dict() if recurse else module.named_parameters(recurse=False)
+    return {**dict(buffers), **dict(kept)}
+
+
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 
 
 class _Walk:
@@ -118,14 +136,14 @@ class _Walk:
         elif isinstance(value, (types.ModuleType, types.BuiltinFunctionType)):
             yield getattr(value, "__name__", "")
         elif isinstance(value, nn.Module):
-            yield from self.tokens(("module", type(value), settings(value), value.state_dict(), own_code(value)))
+            yield from self.tokens(("module", type(value), settings(value), values(value), own_code(value)))
         else:
             yield f"object {type(value).__module__}.{type(value).__qualname__}"
             if hasattr(value, "tobytes"):  # an array
                 yield hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()
             # What others' objects hold, such as a logger, is seldom a setting and seldom the same in two processes.
-            elif isinstance(value, types.SimpleNamespace) or not _is_installed(type(value).__module__):
-                yield from self.tokens((type(value), dict(getattr(value, "__dict__", {}))))
+            elif isinstance(value, _NAMESPACES) or not _is_installed(type(value).__module__):
+                yield from self.tokens((type(value), _attributes(value)))
 
     def _class(self, kind: type) -> Iterator[str]:
         for base in kind.__mro__:
@@ -168,6 +186,14 @@ class _Walk:
         yield " ".join((*code.co_names, "/", *code.co_varnames, "/", *code.co_freevars))
         for constant in code.co_consts:
             yield from self.tokens(constant)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object holds, in slots too."""
+    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for slot in slots for name in ((slot,) if isinstance(slot, str) else slot)]
+    found = {name: getattr(value, name) for name in names if name != "__weakref__" and hasattr(value, name)}
+    return {**found, **getattr(value, "__dict__", {})}
 
 
 def _names(code: types.CodeType) -> list[str]:

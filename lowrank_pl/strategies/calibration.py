@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowrank_pl.contract import CalibrationBatches, CalibrationSource
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import CalibrationError
-from lowrank_pl.importance import Importance, ImportanceCache, LayerImportance, Measured, identity, settings
+from lowrank_pl.importance import Importance, ImportanceCache, LayerImportance, Measured, identity, settings, values
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.strategies.base import ABOUT_COMPRESSION, as_compressible
 from lowrank_pl.strategies.labels import LABELS, Labels, ObservedLabels, SampledLabels, check_labels
@@ -198,7 +198,8 @@ def loss_identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
     """
     module = as_compressible(pl_module)
     apart = {*vars(pl.LightningModule()), *ABOUT_COMPRESSION, *getattr(module, "apart_from_losses", ())}
-    own = {name: value for name, value in settings(pl_module).items() if name not in apart}
+    held = {**settings(pl_module), **values(pl_module, recurse=False)}
+    own = {name: value for name, value in held.items() if name not in apart}
     parts = {name: part for name, part in pl_module.named_children() if part is not module.encoder}
     precision = (trainer.precision, torch.get_float32_matmul_precision())
     return identity(type(pl_module), own, parts, str(module.target), precision)

@@ -225,6 +225,26 @@ def test_a_key_changes_with_the_configuration_at_equal_weights() -> None:
     assert keys[0] == keys[2] != keys[1]
 
 
+def test_a_key_changes_with_the_layers_of_torch_at_equal_weights() -> None:
+    def layer(heads: int, activation: str) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.TransformerEncoderLayer(8, heads, 8), getattr(nn, activation)())
+
+    keys = [key(layer(heads, activation)) for heads, activation in ((2, "ReLU"), (4, "ReLU"), (2, "GELU"))]
+    assert len(set(keys)) == 3
+    assert key(layer(2, "ReLU")) == keys[0]
+
+
+def test_a_key_changes_with_buffers_that_no_checkpoint_holds() -> None:
+    def scaled(by: float) -> nn.Module:
+        root = model()
+        root.register_buffer("scale", torch.tensor(by), persistent=False)
+        return root
+
+    assert key(scaled(1.0)) == key(scaled(1.0)) != key(scaled(2.0))
+
+
 def test_a_key_does_not_change_with_mode_flags_or_gradients() -> None:
     root = model().eval().requires_grad_(False)
     assert key(root) == key(model().train())

@@ -1,3 +1,4 @@
+import argparse
 import enum
 import logging
 import textwrap
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import GELUActivation
 
 from lowrank_pl.importance import identity
 from lowrank_pl.importance.identity import own_code, settings
@@ -25,6 +28,19 @@ class Colour(enum.Enum):
 class Holder:
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Buffered(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.tensor(value), persistent=False)
 
 
 class Scaled(nn.Module):
@@ -54,7 +70,9 @@ DIFFERENT: dict[str, Callable[[Any], Any]] = {
     "array": lambda v: torch.tensor([1.0, v]).numpy(),
     "object": Holder,
     "object in an object": lambda v: Holder([Holder(v)]),
+    "object with slots": Slotted,
     "namespace": lambda v: SimpleNamespace(a=v),
+    "arguments of a command": lambda v: argparse.Namespace(a=v),
     "partial": lambda v: partial(F.cross_entropy, label_smoothing=v),
     "closure": closure,
     "default": lambda v: eval("lambda a=v: a", {"v": v, "__name__": "users"}),
@@ -66,6 +84,8 @@ DIFFERENT: dict[str, Callable[[Any], Any]] = {
     "base class": lambda v: type("Same", (type("Base", (), {"a": v, "__module__": "users"}),), {"__module__": "users"}),
     "module": Scaled,
     "module of torch": lambda v: nn.CrossEntropyLoss(label_smoothing=v),
+    "module of torch in a module": lambda v: nn.ModuleList([nn.CrossEntropyLoss(label_smoothing=v)]),
+    "buffer that no checkpoint holds": Buffered,
     "cycle": cyclic,
 }
 
@@ -94,11 +114,16 @@ def test_what_is_too_deep_is_like_nothing_else() -> None:
     assert identity(deep) != identity(deep)
 
 
-def test_code_of_a_model_is_that_of_its_own_classes_and_the_versions_of_others() -> None:
-    model = nn.Sequential(Scaled(2.0), nn.ReLU())
+def test_code_of_a_model_is_that_of_its_classes_with_their_settings_and_the_versions_of_packages() -> None:
+    model = nn.Sequential(Scaled(2.0), nn.ReLU(), GELUActivation())
     assert own_code(model) == {
         "package torch": torch.__version__,
+        "package transformers": transformers.__version__,
+        "": (nn.Sequential, {}),
         "0": (Scaled, {"scale": 2.0}),
+        "0.linear": (nn.Linear, {"in_features": 2, "out_features": 2}),
+        "1": (nn.ReLU, {"inplace": False}),
+        "2": (GELUActivation, {}),
     }
     assert settings(model.eval()) == {}
 

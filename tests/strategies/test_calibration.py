@@ -94,6 +94,11 @@ def test_the_losses_identity_leaves_out_what_does_not_matter(tiny_bert: str, tmp
         same[0],
         identified(lambda task: setattr(task, "temperature", 2.0)),
         identified(lambda task: setattr(task, "criterion", nn.CrossEntropyLoss(reduction="none"))),
+        identified(lambda task: task.register_buffer("class_weights", torch.tensor([1.0, 1.0]))),
+        identified(lambda task: task.register_buffer("class_weights", torch.tensor([1.0, 5.0]))),
+        identified(lambda task: task.register_buffer("class_weights", torch.tensor([1.0, 5.0]).double(), False)),
+        identified(lambda task: setattr(task, "scale", nn.Parameter(torch.tensor(1.0)))),
+        identified(lambda task: setattr(task, "scale", nn.Parameter(torch.tensor(2.0)))),
         identified(lambda task: setattr(task, "losses", lambda logits, labels: logits.sum(1) * labels)),
     ]
     assert len(set(different)) == len(different)
