@@ -185,8 +185,10 @@ def in_onnxruntime(path: Path) -> Run:
     wanted = [value.name for value in session.get_inputs()]
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        zeros = torch.zeros_like(inputs["input_ids"])  # token types, where the tokenizer makes none
-        return outputs_of(session, {name: inputs.get(name, zeros) for name in wanted})
+        ids = inputs["input_ids"]
+        # What models take where there is none: windows of a corpus have no mask, some tokenizers make no token types.
+        absent = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        return outputs_of(session, {name: inputs[name] if name in inputs else absent[name] for name in wanted})
 
     return run
 

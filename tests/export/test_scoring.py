@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from lowrank_pl.errors.checkpoint import CheckpointMismatchError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import ScoreDropError
 from lowrank_pl.export import export
-from lowrank_pl.export.scoring import Run, Scoring, score_lines
+from lowrank_pl.export import scoring as scoring_module
+from lowrank_pl.export.scoring import Run, Scoring, in_onnxruntime, score_lines
 from lowrank_pl.surgery import ModelLayout
 from tests.export.test_export import checkpoint
 from tests.support.runs import make_task, make_trainer
@@ -162,6 +164,34 @@ def test_the_scores_of_a_file_are_those_of_validate(format: Any, tmp_path: Path)
     assert (found["after"]["loss"] != found["before"]["loss"]) == (format == "onnx")
     for name in ("README.md", "report.md"):
         assert f"| accuracy | {found['before']['accuracy']:.4f} |" in (out / name).read_text()
+
+
+class Session:
+    """Notes what onnxruntime would be given."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+
+    def get_inputs(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in ("input_ids", "attention_mask", "token_type_ids")]
+
+    def run(self, _: object, inputs: dict[str, Any]) -> list[Any]:
+        self.given = inputs
+        return [inputs["input_ids"]]
+
+
+def test_a_file_gets_what_a_model_takes_where_data_have_no_mask_or_token_types(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = Session()
+    monkeypatch.setattr(scoring_module, "open_session", lambda _: session)
+    ids = torch.tensor([[7, 8], [9, 7]])
+    run = in_onnxruntime(Path("model.onnx"))
+    run({"input_ids": ids})  # as full windows of a corpus come
+    told = {name: array.tolist() for name, array in session.given.items()}
+    assert told == {"input_ids": ids.tolist(), "attention_mask": [[1, 1]] * 2, "token_type_ids": [[0, 0]] * 2}
+    run({"input_ids": ids, "attention_mask": torch.tensor([[1, 0], [1, 1]])})
+    assert session.given["attention_mask"].tolist() == [[1, 0], [1, 1]]
 
 
 def test_a_drop_and_data_of_another_task_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
