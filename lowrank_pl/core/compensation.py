@@ -102,6 +102,7 @@ def compensation(sums: PairedSums, ridge: float | None, bias: bool) -> Compensat
     if bias:
         cross.addr_(x, z, alpha=-1)
         gram.addr_(z, z, alpha=-1)
+        gram.diagonal().clamp_(min=0)  # of an input that never varies rounding is left, of either sign
         apart = apart - (x - z).square().sum()
     change = _regression(gram, cross.sub_(gram), ridge, float(apart), float(count))
     return Compensation(gram, change, *((x, z) if bias else (None, None)))

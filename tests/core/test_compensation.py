@@ -113,6 +113,16 @@ def test_an_input_that_is_always_zero_keeps_its_column() -> None:
     assert torch.equal(compensation(sums(x, z), 1e-3, bias=False).weight(WEIGHT)[:, 2], WEIGHT[:, 2])
 
 
+def test_an_input_that_never_varies_has_no_variance_below_zero() -> None:
+    # As features of a layer norm whose scale is zero; products and sums in float32, as they are measured.
+    for value in torch.linspace(-2, 2, 41):
+        x = tokens(1).float()
+        x[:, 2] = value
+        found = compensation(sums(x, x), None, bias=True)
+        assert 0 <= float(found.moment[2, 2]) < 1e-5
+        kronecker_svd(WEIGHT, 2, found.moment)
+
+
 def test_without_the_dense_inputs_the_weight_is_the_target() -> None:
     z = tokens(2)
     found = compensation(PairedSums(z.mT @ z, None, z, z, torch.tensor(float(T)), torch.tensor(0.0)), 1e-3, bias=True)
