@@ -51,6 +51,8 @@ class KeptBatches:
         marks[chosen[rank::world_size]] = True
         found: list[Batch] = []
         for batch, mark in zip(self._batches, marks.split(self._sizes), strict=True):
+            if not bool(mark.any()):
+                continue  # models seldom take a batch without samples
             part = batch if bool(mark.all()) else selected(batch, mark.nonzero().squeeze(1))
             found.extend([part] if int(mark.sum()) <= batch_size else split(part, batch_size))
         return Chosen(found, len(chosen), f"{self.fingerprint} {max_samples} {seed}")

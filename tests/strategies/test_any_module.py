@@ -14,13 +14,23 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lowrank_pl
+from lowrank_pl.core.kronecker import KroneckerGroups
 from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import BatchShapeError, LossShapeError
 from lowrank_pl.errors.run import CalibrationError, NothingToCompressError
 from lowrank_pl.errors.targets import NoTargetError, SeveralDevicesError
 from lowrank_pl.importance.batches import Batch
 from lowrank_pl.nn import LowRankLinear
-from lowrank_pl.strategies import FWSVD, SVD, Calibration, CompressionStrategy, KroneckerSVD, RankDyna, Recalibration
+from lowrank_pl.strategies import (
+    FWSVD,
+    SVD,
+    Calibration,
+    CompressionStrategy,
+    KroneckerSVD,
+    RankDyna,
+    Recalibration,
+    Refit,
+)
 from lowrank_pl.surgery import TargetSelector, read_layout
 
 COUNT = 24
@@ -152,6 +162,18 @@ def test_batch_sizes_do_not_matter_and_a_choice_of_samples_does() -> None:
     assert_alike(state_after(pairs(), strategy=made(batch_size=3)), whole)
     chosen = lowrank_pl.compress(Network(), pairs(), pair_loss, made(max_samples=10))
     assert chosen.options["calibration_samples"] == 10
+
+
+def test_no_batch_is_left_without_samples_by_a_choice() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        assert len(batch[0]) > 0  # few models take such a batch
+        return pair_loss(model, batch)
+
+    few: dict[str, Any] = {"refit": Refit(max_samples=5), "recalibration": Recalibration(max_samples=5)}
+    strategy = KroneckerSVD(keep_ratio=0.5, calibration=Calibration(cache=False), **few)
+    record = lowrank_pl.compress(Network(), pairs(1), loss, strategy)
+    assert record.notes[0].endswith("were refitted on 5 samples")
+    assert "on 5 outputs" in record.notes[1]
 
 
 class Flat(nn.Module):
