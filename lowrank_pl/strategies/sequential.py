@@ -23,7 +23,6 @@ from lowrank_pl.strategies.layer_factoriser import LayerFactoriser, Record
 from lowrank_pl.strategies.memory_bound import memory_bound
 from lowrank_pl.strategies.processes import Agreement, gathered, send_, work_shared
 from lowrank_pl.strategies.static import StaticStrategy
-from lowrank_pl.surgery import replace_module_
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +127,6 @@ class SequentialStrategy(StaticStrategy):
                 if run.trainer.is_global_zero:
                     finished.begin(self._identity(run, self.sequential))
             return in_order.run(request)
-        except BaseException:
-            for name, layer in in_order.dense.items():
-                replace_module_(run.encoder, name, layer.to(run.trainer.strategy.root_device))
-            raise
         finally:
             finished.close()
 

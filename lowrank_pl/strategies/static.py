@@ -263,15 +263,15 @@ class StaticStrategy(CompressionStrategy):
         for line in self.told_beforehand(encoder, next(encoder.parameters()).element_size(), tokens):
             rank_zero_info(line)
         run = LayerFactoriser(self, trainer, pl_module, layers)
-        allocation, told = self._factorise(run, request)
-        options = self.options() | ({} if run.samples is None else {"calibration_samples": run.samples})
-        exchanged = {name: layers[name] for name in told}
-        heads = {head: vocabulary for head, vocabulary in heads.items() if vocabulary in told}
-        dense_heads = {head: tie_head_(encoder, head, vocabulary) for head, vocabulary in heads.items()}
+        dense_heads: dict[str, nn.Module] = {}
         try:
-            linears = [name for name, layer in exchanged.items() if not is_embedding(layer)]
+            allocation, told = self._factorise(run, request)
+            for head, vocabulary in heads.items():
+                if vocabulary in told:
+                    dense_heads[head] = tie_head_(encoder, head, vocabulary)
+            linears = [name for name in told if not is_embedding(layers[name])]
             if self.refit is not None and linears:
-                dense = exchanged | dense_heads
+                dense = {name: layers[name] for name in told} | dense_heads
                 run.notes |= {"refit": self.refit.fit_(trainer, pl_module, self.calibration, dense, linears)}
                 told |= {n: told[n] | refitted_errors(layers[n], encoder.get_submodule(n)) for n in linears}
             if (form := final_form(self.form)) is not LowRankLinear:
@@ -279,11 +279,13 @@ class StaticStrategy(CompressionStrategy):
             if self.recalibration is not None and before is not None:
                 run.notes |= {"head": self.recalibration.fit_(trainer, pl_module, self.calibration, before)}
         except BaseException:
-            for name, layer in exchanged.items():
-                replace_module_(encoder, name, layer.to(trainer.strategy.root_device))
+            for name, layer in layers.items():
+                if encoder.get_submodule(name) is not layer:
+                    replace_module_(encoder, name, layer.to(trainer.strategy.root_device))
             for head, layer in dense_heads.items():
                 untie_head_(encoder, head, heads[head], layer)
             raise
+        options = self.options() | ({} if run.samples is None else {"calibration_samples": run.samples})
         self._written = True
         spent = allocation.total_cost(self.cost)
         cost = CostRecord(self.cost.unit, spent, self.cost.total_dense(allocation.shapes))

@@ -260,6 +260,28 @@ def test_what_the_loss_holds_is_part_of_the_cache_s_key(tmp_path: Any) -> None:
     assert errors(50.0, True) == errors(50.0, False) != plain
 
 
+def stopped(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_interrupt_leaves_the_model_dense(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # The factors of the last layer are asked for when those of the others are written.
+    last = model.body.layers[1].linear2.out_features
+    factors = KroneckerGroups.factors
+    monkeypatch.setattr(
+        KroneckerGroups, "factors", lambda self, rank: factors(self, rank) if len(self.left) != last else stopped()
+    )
+    strategy = KroneckerSVD(keep_ratio=0.5, calibration=Calibration(cache=False), sequential=sequential)
+    with pytest.raises(KeyboardInterrupt):
+        lowrank_pl.compress(model, pairs(), pair_loss, strategy)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_bad_input_is_refused_before_anything_is_changed() -> None:
     model = Network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
