@@ -31,9 +31,9 @@ from lowrank_pl.strategies.kept_calls import (
     KeptCalls,
     Pass,
     check_activations,
-    every_layer_called,
     model_of,
     order_of_calls,
+    without_cache,
 )
 from lowrank_pl.strategies.layer_factoriser import Record
 from lowrank_pl.strategies.processes import Agreement, gathered, progress, send_
@@ -251,7 +251,7 @@ def _copied(sums: PairedSums) -> PairedSums:
 
 @contextmanager
 def _as_measured(encoder: nn.Module) -> Iterator[None]:
-    with isolate_rng(), frozen_eval(encoder), torch.no_grad(), every_layer_called(encoder):
+    with isolate_rng(), frozen_eval(encoder), torch.no_grad(), without_cache(encoder):
         yield
 
 

@@ -228,17 +228,14 @@ def model_of(pl_module: pl.LightningModule, calibration: Calibration, asked_by: 
 
 
 @contextmanager
-def every_layer_called(encoder: nn.Module) -> Iterator[None]:
-    """Without what calls layers otherwise than in training: torch's fast path of attention, and decoders' caches."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+def without_cache(encoder: nn.Module) -> Iterator[None]:
+    """Without decoders' caches, which another call of a block would change."""
     config: Any = getattr(encoder, "config", None)
     cached = getattr(config, "use_cache", None)
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         if cached:
             config.use_cache = False
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         if cached:
             config.use_cache = cached

@@ -27,9 +27,9 @@ from lowrank_pl.strategies.kept_calls import (
     KeptCalls,
     Pass,
     check_activations,
-    every_layer_called,
     model_of,
     order_of_calls,
+    without_cache,
 )
 from lowrank_pl.strategies.processes import Agreement, progress, send_
 from lowrank_pl.strategies.replay import SeenEnoughError
@@ -89,7 +89,7 @@ class Refit:
         forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in linears or dense}
         batches = calibration_batches(trainer, calibration, "refit", self.max_samples)
         model = model_of(pl_module, calibration, "refit")
-        with isolate_rng(), frozen_eval(encoder), torch.no_grad(), every_layer_called(encoder):
+        with isolate_rng(), frozen_eval(encoder), torch.no_grad(), without_cache(encoder):
             order = order_of_calls(trainer, encoder, model, batches, list(forms))
             kept = KeptCalls(trainer, encoder, dense, model, order)
             fitted = 0

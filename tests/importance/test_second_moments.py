@@ -284,3 +284,33 @@ def test_blocks_that_do_not_divide_a_layer_are_refused_with_the_layer() -> None:
     layers = TargetSelector().select(model)
     with pytest.raises(RangeError, match=r"block_size=24 is out of range.*divisor of 32.*query"):
         SecondMoments(24, 24).measure(model, layers, batches(), classification_loss(model))
+
+
+def test_torchs_own_encoder_is_measured_layer_by_layer_where_padding_would_make_nested_tensors() -> None:
+    class Texts(nn.Module):
+        def __init__(self, nested: bool) -> None:
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+                self.body, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.body(x, src_key_padding_mask=padding)[:, 0])
+            return logits
+
+    x = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(1))
+    batch = {"x": x, "padding": torch.arange(5) >= torch.tensor([5, 3, 4, 2, 5, 3])[:, None], "y": torch.arange(6) % 3}
+    found = []
+    for nested in (True, False):
+        model = Texts(nested)
+        layers = {name: part for name, part in model.named_modules() if name.endswith(("linear1", "linear2"))}
+
+        def loss(given: Batch, model: Texts = model) -> Tensor:
+            return F.cross_entropy(model(given["x"], given["padding"]), given["y"], reduction="none")
+
+        found.append(SecondMoments().measure(model, layers, [batch], loss).layers)
+    assert torch.backends.mha.get_fastpath_enabled()
+    for name, moments in found[1].items():
+        for part, tensor in moments.tensors().items():
+            torch.testing.assert_close(found[0][name].tensors()[part], tensor)
