@@ -52,10 +52,10 @@ def links(
     """Looks at one pass, which ends at the call of the last block.
 
     A block is left out of the result where its call does not follow from that of the block before: where it gets
-    nothing that the block before has put out, as the first one does; where it gets another tensor that was made since
-    the first block began, as decoders get from encoders; where arguments are more than tensors and numbers; under
-    autocast; and behind a place outside of the blocks where the model has looked at a value that depends on a block, by
-    which it may go one way or another.
+    nothing that the block before has put out, as the first one does, or something that was written into since; where it
+    gets another tensor that was made since the first block began, as decoders get from encoders; where arguments are
+    more than tensors and numbers; under autocast; and behind a place outside of the blocks where the model has looked
+    at a value that depends on a block, by which it may go one way or another.
 
     Args:
         run: A forward pass without gradients.
@@ -117,7 +117,7 @@ class _Watcher:
         self.found: dict[str, Link] = {}
         self._last = last
         self._before = ""
-        self._output: object = None
+        self._output: list[tuple[tuple[Any, ...], Tensor, int]] = []
 
     def begin(self, *_: object) -> None:
         """From here on tensors may depend on what is in the blocks."""
@@ -137,7 +137,8 @@ class _Watcher:
     def leaving(self, name: str) -> Any:
         def hook(_: nn.Module, __: tuple[Any, ...], output: object) -> None:
             self.made.in_block = False
-            self._before, self._output = name, output
+            self._before = name
+            self._output = [(path, tensor, tensor._version) for path, tensor in _places(output)]
 
         return hook
 
@@ -145,7 +146,7 @@ class _Watcher:
         under_autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
         if under_autocast or self.made.looked or not plain((args, kwargs)):
             return None
-        paths = {id(tensor): path for path, tensor in _places(self._output)}
+        paths = {id(tensor): path for path, tensor, version in self._output if tensor._version == version}
         follows = any(id(tensor) in paths for tensor in _tensors((args, kwargs)))
         call = _exchanged((args, kwargs), lambda part: FromBlock(paths[id(part)]) if id(part) in paths else part)
         return Link(call, self._before) if follows and not any(map(self.made.holds, _tensors(call))) else None
