@@ -140,7 +140,7 @@ class SequentialStrategy(StaticStrategy):
             "loss": loss_identity(run.trainer, run.pl_module),
             "processes": run.trainer.world_size,
             "method": type(self).__name__,
-            **{key: value for key, value in self.options().items() if key not in ("refit", "recalibration", "form")},
+            **{key: value for key, value in self.options().items() if key not in ("refit", "recalibration")},
             "max_samples": self.calibration.max_samples,
         }
 

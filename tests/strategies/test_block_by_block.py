@@ -303,6 +303,8 @@ def test_blocks_of_another_run_are_neither_used_nor_overwritten(deep: str, tmp_p
         run(deep, tmp_path, keep_ratio=0.4)
     with pytest.raises(BlocksMismatchError, match="had another model"):
         run(str(save_tiny_model("bert", tmp_path / "other", seed=1, layers=3)), tmp_path)
+    with pytest.raises(BlocksMismatchError, match='had form="low_rank", here it is "pivoted"'):
+        run(deep, tmp_path, form="pivoted")  # whose ranks are higher at the same cost
     (kept / "run.safetensors").unlink()
     with pytest.raises(BlocksMismatchError, match="format=nothing"):
         run(deep, tmp_path)
