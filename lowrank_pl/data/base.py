@@ -246,19 +246,20 @@ class TextDataModule(BatchLoaders):
             raise ArgumentRangeError("max_samples", max_samples, allowed, "calibration.max_samples")
         dataset = self.split("train")
         chosen = choose(len(dataset), max_samples, seed)
+        collation = [tokenizer_digest(self.load_tokenizer()), self.collation_key(seed)]  # it pads, and may mask
         return SortedBatches(
             dataset,
             chosen,
             self._ready().lengths["train"],
             batch_size,
             self.eval_collator(seed),
-            digest(self._ready().content["train"], chosen, batch_size, self.collation_key(seed)),
+            digest(self._ready().content["train"], chosen, batch_size, collation),
             rank,
             world_size,
         )
 
     def collation_key(self, seed: int) -> list[Any]:  # noqa: ARG002
-        """Identifies, in primitives, what `eval_collator(seed)` depends on besides the samples."""
+        """Identifies, in primitives, what `eval_collator(seed)` depends on besides samples and tokenizer."""
         return [self.pad_to_multiple_of]
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -216,6 +216,15 @@ def test_equal_fingerprints_mean_equal_batches(sst2: GLUE, tiny_bert: str, tmp_p
     assert len(fingerprints) == 2 * len(asked)
 
 
+def test_padding_on_the_other_side_is_another_fingerprint(sst2: GLUE, tiny_bert: str, tmp_path: Path) -> None:
+    other = ready(tiny_bert, tmp_path / "sst2")
+    other.load_tokenizer().padding_side = "left"
+    assert other.content("train") == sst2.content("train")
+    one, two = sst2.calibration_batches(4), other.calibration_batches(4)
+    assert not same(list(one), list(two))
+    assert one.fingerprint != two.fingerprint
+
+
 def test_calibration_batches_are_sorted_by_length(sst2: GLUE) -> None:
     lengths = [len(row) for row in rows(sst2.calibration_batches(4))]
     assert lengths == sorted(lengths)
