@@ -177,9 +177,16 @@ def test_resuming_with_other_options_is_refused(tiny_bert: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_recalibration_brings_outputs_closer_to_the_dense_model(tiny_bert: str, tmp_path: Path, kind: Any) -> None:
     data = SyntheticData(kind)
-    dense, trainer = make_task(tiny_bert), make_trainer(tmp_path, max_epochs=4)
-    trainer.fit(dense, datamodule=data)  # an untrained head puts out nearly the same for every sample
+    dense, trainer = make_task(tiny_bert), make_trainer(tmp_path)
+    trainer.fit(dense, datamodule=data)
     start = last_checkpoint(trainer)
+    # An untrained model puts out nearly the same for every sample, and so may one that was trained this fast.
+    checkpoint, generator = torch.load(start, weights_only=True), torch.Generator().manual_seed(0)
+    for tensor in checkpoint["state_dict"].values():
+        if tensor.ndim == 2:
+            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+    torch.save(checkpoint, start)
+    dense.load_state_dict(checkpoint["state_dict"])
     batches = list(data.calibration_batches(48))
     with torch.no_grad():
         wanted = torch.cat([dense.eval()(batch) for batch in batches])
@@ -197,7 +204,7 @@ def test_recalibration_brings_outputs_closer_to_the_dense_model(tiny_bert: str, 
 
     plain, _ = distance("plain", None)
     closer, task = distance("closer", Recalibration())
-    assert closer < plain
+    assert 1e-3 < closer < plain
     assert any(note.startswith("the head was recalibrated on 48 outputs") for note in task.compression.notes)
 
 
