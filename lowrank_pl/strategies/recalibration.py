@@ -37,16 +37,19 @@ class Recalibration:
 
     Args:
         max_samples: How many of the calibration samples are used at most.
+        values: Whether outputs are values, or logits of labels that do not exclude each other: each is then matched by
+            itself. By default several outputs are the classes of one distribution, and a single one is a value.
     """
 
-    def __init__(self, max_samples: int = 2048) -> None:
+    def __init__(self, max_samples: int = 2048, values: bool | None = None) -> None:
         if max_samples < 1:
             raise RangeError("recalibration.max_samples", max_samples, "a whole number from 1")
         self.max_samples = max_samples
+        self.values = values
 
     def options(self) -> dict[str, Any]:
         """What identifies it in reports, as primitives."""
-        return {"max_samples": self.max_samples}
+        return {"max_samples": self.max_samples, **({} if self.values is None else {"values": self.values})}
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> None:
         """Looks at the head on one batch, before any work.
@@ -105,7 +108,7 @@ class Recalibration:
             head = find_head(module.encoder, lambda: outputs_of(pl_module, sample, _NAME))
         own = self.outputs(trainer, pl_module, calibration)
         outputs, wanted = (torch.cat(gathered(trainer, part)) for part in (own, reference))
-        values = outputs.shape[1] == 1
+        values = outputs.shape[1] == 1 if self.values is None else self.values
         with Agreement(trainer):
             scale, bias = (match_values if values else match_distributions)(outputs, wanted)
             scale_outputs_(head, scale, bias)

@@ -239,6 +239,25 @@ def test_the_head_is_recalibrated_on_the_same_samples_in_the_same_order() -> Non
     assert divergence(model) < divergence(plain)
 
 
+def test_several_values_are_recalibrated_each_by_itself_where_that_is_said() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        distances: Tensor = model(batch[0]) - F.one_hot(batch[1], 3)
+        return distances.square().mean(1)
+
+    def distance(recalibration: Recalibration | None) -> float:
+        model, dense = Network(), Network().eval()
+        calibration = Calibration(cache=False)
+        strategy = KroneckerSVD(keep_ratio=0.3, calibration=calibration, recalibration=recalibration)
+        lowrank_pl.compress(model, pairs(), loss, strategy)
+        return float((model.eval()(data()[0]) - dense(data()[0])).square().mean())
+
+    plain, classes, values = map(distance, (None, Recalibration(), Recalibration(values=True)))
+    assert values < plain
+    assert values < classes
+    assert Recalibration(values=True).options() == {"max_samples": 2048, "values": True}
+    assert Recalibration().options() == {"max_samples": 2048}
+
+
 def test_what_the_loss_holds_is_part_of_the_cache_s_key(tmp_path: Any) -> None:
     class Weighted:
         def __init__(self, weight: float) -> None:
