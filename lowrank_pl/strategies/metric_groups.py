@@ -42,16 +42,19 @@ class MetricGroups(GroupTraining):
         self._finite = True
 
     def check(self, plan: RankPlan) -> None:
-        """Raises an error for blocks that do not fit, and a lowest rank above what two factors can hold.
+        """Raises an error for blocks that do not fit, and bounds that leave no rank that two factors can hold.
 
         Raises:
-            RangeError: such a bound, unless the layer may be dense; or such blocks.
+            RangeError: such a lowest rank, unless the layer may be dense; or such blocks.
         """
         self.sensitivity.check(plan.shapes)
         for name, bound in plan.bounds.items():
-            room = room_of(plan.shapes[name])
-            if bound.low > room and not self.ends_dense:
-                allowed = f"at most {room}, from which up {name!r} costs more than when dense, or allow_dense: true"
+            shape = plan.shapes[name]
+            room, instead = room_of(shape), "" if self.ends_dense else "allow_dense: true"
+            if self.ends_dense and bound.high is not None and bound.high < shape.full_rank:
+                instead = f"a high of {shape.full_rank} or null, with which it stays dense"
+            if bound.low > room and instead:
+                allowed = f"at most {room}, from which up {name!r} costs more than when dense, or {instead}"
                 raise RangeError(f"bounds[{bound.pattern!r}].low", bound.low, allowed)
 
     def reset(self) -> None:

@@ -376,6 +376,11 @@ def test_any_length_of_run(tiny_bert: str, tmp_path: Path, arguments: dict[str, 
             RangeError,
             r"low=20 .* at most 16, .*allow_dense",
         ),
+        (
+            lambda: RankDyna(0.5, bounds=[RankBounds("*query", low=20, high=24)]),
+            RangeError,
+            r"low=20 .* at most 16, .* or a high of 32 or null",
+        ),
         (lambda: RankDyna(parameters=16_385), RangeError, "at most 16,384, what the targeted weights have when dense"),
     ],
 )
