@@ -81,5 +81,6 @@ class GroupTraining(ABC):
             Per layer the scores of its groups by which they were chosen.
 
         Raises:
-            OptimizerStateError, HiddenOptimizerStateError: an optimizer whose state cannot follow.
+            OptimizerStateError, HiddenOptimizerStateError, UnknownOptimizerStateError: an optimizer whose state cannot
+                follow.
         """
