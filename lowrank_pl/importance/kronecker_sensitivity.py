@@ -61,15 +61,16 @@ class KroneckerSensitivity(Sensitivity):
         self.block_size = block_size
         self._sums: dict[str, _Sums] = {}
         self._steps = 0
+        self._counted = False  # whether the present step is one of them
 
     @property
     def steps(self) -> int:
-        """How many steps have been observed."""
+        """In how many steps something was observed that was finite."""
         return self._steps
 
     def begin_step(self) -> None:
         """Lets what was added before fade; called before each observed step."""
-        self._steps += 1
+        self._counted = False
         for sums in self._sums.values():
             sums.fade(self.beta)
 
@@ -99,6 +100,9 @@ class KroneckerSensitivity(Sensitivity):
         # A sum is NaN or Inf where an entry is; one look at both.
         if not bool(torch.isfinite(x.sum(dtype=torch.float32) + g.sum(dtype=torch.float32))):
             return False
+        if not self._counted:
+            self._counted = True
+            self._steps += 1
         kept = g.abs().amax(-1) > 0
         if not bool(kept.all()):
             x, g = x[kept], g[kept]

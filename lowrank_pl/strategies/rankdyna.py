@@ -25,6 +25,7 @@ from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.compiling import varying_ranks
 from lowrank_pl.strategies.group_training import GroupTraining
 from lowrank_pl.strategies.metric_groups import MetricGroups
+from lowrank_pl.strategies.processes import gathered
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
 from lowrank_pl.strategies.rewarming import Rewarming
@@ -363,7 +364,7 @@ class RankDyna(CompressionStrategy):
         budget = (
             float(self.state.budget) if final else self._curve.budget(step, self._plan.start_cost, self.state.budget)
         )
-        if self.sensitivity.steps == 0:
+        if not any(gathered(trainer, self.sensitivity.steps)):
             if not final:
                 return
             raise NonFiniteError("every gradient so far")

@@ -20,7 +20,7 @@ from lowrank_pl.allocation import CubicSchedule, Latency, RankBounds
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.arguments import ExclusiveArgumentsError
 from lowrank_pl.errors.budget import BudgetAboveStartError, BudgetNotReachedError, ScheduleError
-from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, RangeError, RatioError
+from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, NonFiniteError, RangeError, RatioError
 from lowrank_pl.errors.run import FrozenFactorsError, ResumeMismatchError
 from lowrank_pl.errors.targets import OverrideError
 from lowrank_pl.importance import FirstOrder, Groups, GroupSensitivity, KroneckerSensitivity, Squared
@@ -249,20 +249,23 @@ class PoisonedLoss(pl.Callback):
             loss.register_hook(lambda gradient: gradient * math.nan)
 
 
+class Skip(torch.optim.AdamW):
+    """Takes zeros for gradients that are NaN, so that weights stay finite as they do in mixed precision."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.nan_to_num_(0.0)
+        super().step()
+        return loss
+
+
 @pytest.mark.parametrize(("score", "poison"), [(FirstOrder, Poison), (KroneckerSensitivity, PoisonedLoss)])
 def test_steps_with_nan_gradients_do_not_count(
     tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, score: Any, poison: Any
 ) -> None:
-    class Skip(torch.optim.AdamW):
-        def step(self, closure: Any = None) -> Any:
-            loss = closure()
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.nan_to_num_(0.0)
-            super().step()
-            return loss
-
     strategy = RankDyna(keep_ratio=0.4, sensitivity=score())
     task = make_task(tiny_bert, strategy, optimizer=lambda params: Skip(params, lr=1e-2))
     trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[poison(1, 3)])
@@ -272,6 +275,15 @@ def test_steps_with_nan_gradients_do_not_count(
     assert caplog.text.count("is not finite") == 1
     assert all(torch.isfinite(score).all() for score in task.strategy.latest_scores.values())
     assert task.compression.notes == ("2 optimizer steps with gradients that are not finite were left out",)
+
+
+@either
+def test_ranks_are_not_chosen_by_nothing(tiny_bert: str, tmp_path: Path, score: Any) -> None:
+    """Where not one gradient was finite, the first reallocations do not happen, and the last one fails."""
+    task = make_task(tiny_bert, RankDyna(0.4, sensitivity=score()), optimizer=lambda params: Skip(params, lr=1e-2))
+    with pytest.raises(NonFiniteError, match="every gradient so far"):
+        make_trainer(tmp_path, callbacks=[PoisonedLoss(*range(6))]).fit(task, datamodule=SyntheticData())
+    assert not task.strategy.state.history
 
 
 def test_bounds_multiples_and_dense_layers(tiny_bert: str, tmp_path: Path) -> None:
