@@ -91,7 +91,8 @@ class KroneckerSensitivity(Sensitivity):
             name: The layer.
             x: Its input, `[..., n]`.
             g: The gradient at its output, `[..., m]`.
-            scale: What the loss was multiplied by before the backward pass.
+            scale: By what the gradient of one sample's own loss was multiplied: `1 / b` in a mean over `b` samples, in
+                mixed precision also the scale of the loss.
 
         Returns:
             Whether they were finite; otherwise nothing is added.
@@ -108,7 +109,8 @@ class KroneckerSensitivity(Sensitivity):
             x, g = x[kept], g[kept]
         if name not in self._sums:
             self._sums[name] = _Sums(x.shape[-1], g.shape[-1], x.device, self.diagonal, self.block_size)
-        self._sums[name].add(x, g if scale == 1.0 else g / scale)
+        # In float16 what is divided by the loss's scale would become zero again.
+        self._sums[name].add(x, g if scale == 1.0 else g.to(torch.promote_types(g.dtype, torch.float32)) / scale)
         return True
 
     def moments(self, name: str, shape: LinearShape, device: torch.device) -> list[Tensor]:

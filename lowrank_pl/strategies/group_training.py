@@ -52,7 +52,7 @@ class GroupTraining(ABC):
             layers: Those in training, by name.
             step: The optimizer step that the batch belongs to, counted from 1.
             next_action: The step after which ranks are reallocated next.
-            scale: What the loss will be multiplied by before the backward pass.
+            scale: By what the gradient of one sample's own loss will be multiplied before the layers see it.
         """
         del layers, step, next_action, scale
 

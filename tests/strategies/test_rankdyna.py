@@ -166,6 +166,31 @@ def test_energies_are_those_of_the_weights_that_are_decomposed(tiny_bert: str, t
     assert list(ratios.values()) == pytest.approx([1.0] * 12, rel=1e-3)
 
 
+def test_every_sample_counts_as_much_in_whatever_batch_it_is(tiny_bert: str, tmp_path: Path) -> None:
+    """48 samples in batches of 8, and of 5 with a last one of 3; weights do not change, and nothing fades."""
+
+    class Look(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            for module in pl_module.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+            for name, layer in forms_in_training(pl_module.encoder).items():
+                moments[name] = pl_module.strategy.sensitivity.moments(name, layer.shape, torch.device("cpu"))
+
+    found = []
+    for batch_size in (8, 5):
+        moments: dict[str, list[torch.Tensor]] = {}
+        strategy = RankDyna(0.5, schedule=CubicSchedule(0.0, 0.0, 1.0), sensitivity=KroneckerSensitivity(beta=1.0))
+        task = make_task(tiny_bert, strategy, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+        make_trainer(tmp_path, callbacks=[Look()]).fit(task, datamodule=SyntheticData(batch_size=batch_size))
+        found.append(moments)
+    for name, wide in found[0].items():
+        for one, other in zip(wide, found[1][name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()), msg=name)
+
+
 def test_the_best_checkpoint_is_one_at_the_budget(tiny_bert: str, tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, "best", monitor="val/score_at_budget", mode="max")
     scores = []
