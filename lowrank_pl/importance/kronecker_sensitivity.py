@@ -124,6 +124,10 @@ class KroneckerSensitivity(Sensitivity):
         inputs, outputs = (gram.clone().matrix() for gram in (sums.inputs, sums.outputs))
         return [inputs, outputs, inputs.new_tensor([sums.tokens])]
 
+    def replace(self, name: str, inputs: Tensor, outputs: Tensor, tokens: Tensor) -> None:
+        """Goes on from sums as `moments` returns them, added up over processes."""
+        self._sums[name] = _Sums.restored({"inputs": inputs, "outputs": outputs, "tokens": tokens})
+
     @staticmethod
     def mean(inputs: Tensor, outputs: Tensor, tokens: Tensor) -> LayerMoments:
         """Moments from sums over all processes; of the outputs up to a factor that is the same for all layers."""

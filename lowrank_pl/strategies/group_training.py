@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 
 from lowrank_pl.importance import Sensitivity
@@ -63,6 +64,20 @@ class GroupTraining(ABC):
         Returns:
             Whether they were finite; otherwise the step does not count.
         """
+
+    def before_checkpoint(self, trainer: pl.Trainer, plan: RankPlan, device: torch.device) -> None:
+        """Moves to the first process what each has observed by itself: a checkpoint holds that one's state alone.
+
+        Args:
+            trainer: Of several processes, each of which must call it.
+            plan: Of the layers.
+            device: Of the model.
+        """
+        del trainer, plan, device
+
+    def resume(self, trainer: pl.Trainer) -> None:
+        """Leaves what was restored from a checkpoint to those processes that had it when it was written."""
+        del trainer
 
     @abstractmethod
     def reallocate(

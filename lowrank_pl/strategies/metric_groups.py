@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 
 from lowrank_pl.core import KroneckerGroups, kronecker_groups, kronecker_regroup
@@ -89,6 +90,23 @@ class MetricGroups(GroupTraining):
         del layers
         finite, self._finite = self._finite, True
         return finite
+
+    def before_checkpoint(self, trainer: pl.Trainer, plan: RankPlan, device: torch.device) -> None:
+        """Adds the sums of all processes up on the first, which goes on from them, as a resumed run does."""
+        if not any(gathered(trainer, self.sensitivity.steps)):
+            return
+        for name, shape in plan.shapes.items():
+            sums = self.sensitivity.moments(name, shape, device)
+            for tensor in sums:
+                sum_(trainer, tensor)
+            if trainer.is_global_zero and bool(sums[-1] > 0):
+                self.sensitivity.replace(name, *sums)
+        self.resume(trainer)
+
+    def resume(self, trainer: pl.Trainer) -> None:
+        """Only the first process has sums from before."""
+        if not trainer.is_global_zero:
+            self.sensitivity.release()
 
     def reallocate(
         self, trainer: pl.Trainer, layers: Mapping[str, LinearForm], plan: RankPlan, budget: float, final: bool

@@ -297,6 +297,7 @@ class RankDyna(CompressionStrategy):
                     self._restored.total_steps,
                 )
             self._take_over()
+            self._training.resume(trainer)
         elif trainer.ckpt_path is not None:
             raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
         self.state.total_steps = int(steps)
@@ -438,6 +439,14 @@ class RankDyna(CompressionStrategy):
     def state_dict(self) -> dict[str, Any]:
         """The scores and where the run stands."""
         return {"ranks": self.state.to_dict(), "sensitivity": self.sensitivity.state_dict()}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets a checkpoint of several processes hold what all of them have observed."""
+        if trainer.world_size > 1 and not self.state.reached:
+            self._training.before_checkpoint(trainer, self._plan, pl_module.device)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores `state_dict`'s; whether it fits is looked at in `on_train_start`."""

@@ -513,6 +513,23 @@ def test_two_processes_agree_with_each_other_and_with_one(
             torch.testing.assert_close(a["products"][key], tensor, rtol=rtol, atol=atol)
 
 
+@either
+def test_two_processes_resume_with_what_both_have_observed(
+    everything_loaded: Forks, tiny_bert: str, tmp_path: Path, score: Any
+) -> None:
+    words = [str(rankdyna_processes.__file__), str(tmp_path), tiny_bert, "2", score.__name__, "resumed"]
+    everything_loaded.run(words, tmp_path, processes=2)
+    for rank in (0, 1):
+        whole, resumed = (
+            torch.load(tmp_path / f"{name}-2-rank-{rank}.pt", weights_only=True) for name in ("devices", "resumed")
+        )
+        assert len(whole) == 13
+        assert len(resumed) == 7
+        for one, other in zip(whole[6:], resumed, strict=True):
+            assert one["ranks"] == other["ranks"]
+            assert all(torch.equal(tensor, other["state"][key]) for key, tensor in one["state"].items())
+
+
 def test_a_budget_in_measured_time(tiny_bert: str, tmp_path: Path) -> None:
     """Where up and down projections are slow at any rank, time is saved elsewhere."""
     shapes = [
