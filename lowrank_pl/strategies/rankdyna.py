@@ -374,6 +374,7 @@ class RankDyna(CompressionStrategy):
             raise NonFiniteError("every gradient so far")
         self.latest_scores = self._training.reallocate(trainer, layers, self._plan, budget, final)
         self.state.reached = final
+        self._tell_worthless([name for name, scores in self.latest_scores.items() if not bool(scores.any())])
         ranks = {name: layer.rank for name, layer in layers.items()}
         self.state.history.append(Reallocation(step, budget, self._plan.kept(ranks), ranks))
         module.compression = self._record(ranks)
@@ -381,6 +382,16 @@ class RankDyna(CompressionStrategy):
             self.sensitivity.release()
             kept, unit = self.state.history[-1].kept, self.cost.measure.unit
             rank_zero_info(f"the budget of {self.state.budget:,} {unit} is reached at step {step:,}: {kept:,} kept")
+
+    def _tell_worthless(self, names: list[str]) -> None:
+        """Warns of layers without any score: not called by the model, or not in a way that can be observed."""
+        if set(names) - set(self.state.worthless):
+            logger.warning(
+                "no loss depends on %d targeted layers, e.g. %r: they get the lowest ranks there are; to keep them "
+                "dense leave them out through model.init_args.strategy.init_args.targets.exclude",
+                *(len(names), names[0]),
+            )
+        self.state.worthless = names
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compacts the model: no step follows."""
@@ -482,6 +493,9 @@ class RankDyna(CompressionStrategy):
             notes.append(f"the budget of {self.state.budget:,} {self.cost.measure.unit} has not been reached")
         if self.state.skipped:
             notes.append(f"{self.state.skipped} optimizer steps with gradients that are not finite were left out")
+        if self.state.worthless:
+            told = f"{len(self.state.worthless)} layers, e.g. {self.state.worthless[0]!r}"
+            notes.append(f"no loss depends on {told}: they got the lowest ranks that there are")
         layers = self._plan.records(ranks)
         cost = CostRecord(self.cost.measure.unit, self._plan.kept(ranks), self._plan.dense_cost)
         return CompressionRecord(type(self).__name__, self.options(), layers, tuple(notes), self.state.reached, cost)

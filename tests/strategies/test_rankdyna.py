@@ -311,6 +311,30 @@ def test_ranks_are_not_chosen_by_nothing(tiny_bert: str, tmp_path: Path, score: 
     assert not task.strategy.state.history
 
 
+@either
+def test_layers_on_which_no_loss_depends_are_told(
+    tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, score: Any
+) -> None:
+    """Here the model takes the weight of a block's last layer away from the graph."""
+
+    class Severed(SequenceClassification):
+        def forward(self, batch: Any) -> Any:
+            layer: Any = self.encoder.get_submodule("bert.encoder.layer.1.output.dense")
+            handle = layer.register_forward_hook(lambda module, args, output: output.detach())
+            try:
+                return super().forward(batch)
+            finally:
+                handle.remove()
+
+    pl.seed_everything(0, verbose=False)
+    task = Severed(tiny_bert, strategy=RankDyna(0.4, sensitivity=score()))
+    make_trainer(tmp_path, max_epochs=2).fit(task, datamodule=SyntheticData())
+    told = "no loss depends on 2 layers, e.g. 'bert.encoder.layer.1.intermediate.dense'"
+    assert task.compression is not None
+    assert task.compression.notes == (f"{told}: they got the lowest ranks that there are",)
+    assert caplog.text.count("no loss depends on 2 targeted layers") == 1
+
+
 def test_bounds_multiples_and_dense_layers(tiny_bert: str, tmp_path: Path) -> None:
     strategy = RankDyna(
         keep_ratio=0.6,
