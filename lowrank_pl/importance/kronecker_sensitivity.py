@@ -121,7 +121,8 @@ class KroneckerSensitivity(Sensitivity):
         sums = self._sums.get(name)
         if sums is None:
             sums = _Sums(shape.in_features, shape.out_features, device, self.diagonal, self.block_size)
-        inputs, outputs = (gram.clone().matrix() for gram in (sums.inputs, sums.outputs))
+        # Those of a checkpoint are on the CPU until the layer is called again.
+        inputs, outputs = (gram.clone().matrix().to(device) for gram in (sums.inputs, sums.outputs))
         return [inputs, outputs, inputs.new_tensor([sums.tokens])]
 
     def replace(self, name: str, inputs: Tensor, outputs: Tensor, tokens: Tensor) -> None:

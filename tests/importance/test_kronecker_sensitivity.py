@@ -147,6 +147,14 @@ def test_the_state_goes_through_a_checkpoint_bit_for_bit() -> None:
     assert not second.moments("a", SHAPE, CPU)[0].any()
 
 
+def test_moments_are_where_the_layer_is_also_right_after_a_checkpoint_was_read() -> None:
+    sensitivity = KroneckerSensitivity()
+    sensitivity.begin_step()
+    sensitivity.add("a", rows(5, 0), rows(4, 1))
+    sensitivity.load_state_dict(sensitivity.state_dict())
+    assert {part.device.type for part in sensitivity.moments("a", SHAPE, torch.device("meta"))} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("steps", 0), ("beta", 1.5), ("beta", -0.1), ("beta", math.nan), ("damping", -1.0)]
 )
