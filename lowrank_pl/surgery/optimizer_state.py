@@ -13,7 +13,9 @@ from lowrank_pl.errors.optimizer import HiddenOptimizerStateError, OptimizerStat
 def states_of(
     parameter: nn.Parameter, optimizers: Iterable[Optimizer], known: Collection[str] | None = None
 ) -> list[tuple[str, Tensor]]:
-    """Every tensor of the parameter's shape that an optimizer keeps for it, with its name.
+    """Every tensor of the parameter's shape that an optimizer keeps for it, with its name, once.
+
+    A wrapper may show what the optimizer that it wraps keeps, as `ZeroRedundancyOptimizer` does in a resumed run.
 
     Args:
         parameter: Of a layer.
@@ -26,14 +28,15 @@ def states_of(
             that nobody can say which part belongs to what.
         HiddenOptimizerStateError: an optimizer keeps state that it does not show.
     """
-    found = []
+    found: list[tuple[str, Tensor]] = []
     for optimizer in _with_inner(optimizers):
         _check_shows_state(optimizer, parameter)
         for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 if known is not None and name not in known:
                     raise UnknownOptimizerStateError(type(optimizer).__name__, str(name))
-                found.append((str(name), value))
+                if all(value.data_ptr() != other.data_ptr() for _, other in found):
+                    found.append((str(name), value))
             elif isinstance(value, (list, tuple, dict)) or (isinstance(value, Tensor) and value.numel() != 1):
                 shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise OptimizerStateError(type(optimizer).__name__, str(name), str(shape))

@@ -93,7 +93,6 @@ def reform_(layer: ElasticLinear, left: Tensor, right: Tensor, optimizers: Itera
         UnknownOptimizerStateError, OptimizerStateError, HiddenOptimizerStateError: see `states_of`. Nothing has been
             changed then.
     """
-    # Of a wrapper and the optimizer that it wraps, whose state it may show as well, the latter's.
     states = dict(states_of(layer.storage, optimizers, _GRADIENTS | _SQUARES | _MAGNITUDES))
     moved = ChangeOfBasis.between(layer, left, right).of_all(states) if states else {}
     layer.write_(left, right)
