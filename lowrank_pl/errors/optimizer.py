@@ -36,6 +36,19 @@ class OptimizerStateError(LowRankError):
         )
 
 
+class UnknownOptimizerStateError(LowRankError):
+    """An optimizer keeps something of a layer that may be neither an average of gradients nor of their sizes."""
+
+    def __init__(self, optimizer: str, name: str) -> None:
+        super().__init__(
+            f"{optimizer} keeps {name!r} of every weight, and nobody can say what becomes of it when a layer gets new "
+            "factors. Known are the averages of gradients and of their squares that AdamW, Adam, Adamax, NAdam, RAdam, "
+            "SGD, RMSprop, Adagrad, Adadelta and Lion keep, by the names that they have in torch. Set "
+            "model.init_args.optimizer to one of these, or model.init_args.strategy.init_args.sensitivity to "
+            "FirstOrder, whose groups take along whatever has the shape of the parameter."
+        )
+
+
 class HiddenOptimizerStateError(LowRankError):
     """An optimizer keeps its state of a layer where it cannot be moved along with the layer's groups."""
 

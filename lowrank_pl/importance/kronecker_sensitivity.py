@@ -61,15 +61,16 @@ class KroneckerSensitivity(Sensitivity):
         self.block_size = block_size
         self._sums: dict[str, _Sums] = {}
         self._steps = 0
+        self._counted = False  # whether the present step is one of them
 
     @property
     def steps(self) -> int:
-        """How many steps have been observed."""
+        """In how many steps something was observed that was finite."""
         return self._steps
 
     def begin_step(self) -> None:
         """Lets what was added before fade; called before each observed step."""
-        self._steps += 1
+        self._counted = False
         for sums in self._sums.values():
             sums.fade(self.beta)
 
@@ -90,7 +91,8 @@ class KroneckerSensitivity(Sensitivity):
             name: The layer.
             x: Its input, `[..., n]`.
             g: The gradient at its output, `[..., m]`.
-            scale: What the loss was multiplied by before the backward pass.
+            scale: By what the gradient of one sample's own loss was multiplied: `1 / b` in a mean over `b` samples, in
+                mixed precision also the scale of the loss.
 
         Returns:
             Whether they were finite; otherwise nothing is added.
@@ -99,12 +101,16 @@ class KroneckerSensitivity(Sensitivity):
         # A sum is NaN or Inf where an entry is; one look at both.
         if not bool(torch.isfinite(x.sum(dtype=torch.float32) + g.sum(dtype=torch.float32))):
             return False
+        if not self._counted:
+            self._counted = True
+            self._steps += 1
         kept = g.abs().amax(-1) > 0
         if not bool(kept.all()):
             x, g = x[kept], g[kept]
         if name not in self._sums:
             self._sums[name] = _Sums(x.shape[-1], g.shape[-1], x.device, self.diagonal, self.block_size)
-        self._sums[name].add(x, g if scale == 1.0 else g / scale)
+        # In float16 what is divided by the loss's scale would become zero again.
+        self._sums[name].add(x, g if scale == 1.0 else g.to(torch.promote_types(g.dtype, torch.float32)) / scale)
         return True
 
     def moments(self, name: str, shape: LinearShape, device: torch.device) -> list[Tensor]:
@@ -115,8 +121,13 @@ class KroneckerSensitivity(Sensitivity):
         sums = self._sums.get(name)
         if sums is None:
             sums = _Sums(shape.in_features, shape.out_features, device, self.diagonal, self.block_size)
-        inputs, outputs = (gram.clone().matrix() for gram in (sums.inputs, sums.outputs))
+        # Those of a checkpoint are on the CPU until the layer is called again.
+        inputs, outputs = (gram.clone().matrix().to(device) for gram in (sums.inputs, sums.outputs))
         return [inputs, outputs, inputs.new_tensor([sums.tokens])]
+
+    def replace(self, name: str, inputs: Tensor, outputs: Tensor, tokens: Tensor) -> None:
+        """Goes on from sums as `moments` returns them, added up over processes."""
+        self._sums[name] = _Sums.restored({"inputs": inputs, "outputs": outputs, "tokens": tokens})
 
     @staticmethod
     def mean(inputs: Tensor, outputs: Tensor, tokens: Tensor) -> LayerMoments:

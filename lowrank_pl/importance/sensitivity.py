@@ -34,6 +34,11 @@ class Groups:
     sigma_grad: Tensor
     right_grad: Tensor
 
+    def widened(self) -> Groups:
+        """Half precisions as float32: in float16 products of a weight and a gradient, and squares, can be zero."""
+        halves = (torch.float16, torch.bfloat16)
+        return Groups(*(part.float() if part.dtype in halves else part for part in vars(self).values()))
+
 
 class Sensitivity(ABC):
     """Says how much the loss depends on singular groups while they are trained; remembers what steps have told."""
@@ -109,13 +114,12 @@ class GroupSensitivity(Sensitivity):
             return False
         self._steps += 1
         for name, groups in layers.items():
-            self.update(name, groups)
+            self.update(name, groups.widened())
         return True
 
     def average(self, name: str, quantity: str, value: Tensor, beta: float | None = None) -> Tensor:
-        """Moves an average, in float32, towards a value `[c, …]`; returns it, corrected for its start at zero."""
+        """Moves an average towards a value `[c, …]`; returns it, corrected for its start at zero."""
         beta = self.beta if beta is None else beta
-        value = value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
         kept = self._averages.setdefault(name, {})
         before = kept.get(quantity)
         before = torch.zeros_like(value) if before is None else before.to(value.device)

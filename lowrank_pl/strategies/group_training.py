@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 
 from lowrank_pl.importance import Sensitivity
@@ -52,7 +53,7 @@ class GroupTraining(ABC):
             layers: Those in training, by name.
             step: The optimizer step that the batch belongs to, counted from 1.
             next_action: The step after which ranks are reallocated next.
-            scale: What the loss will be multiplied by before the backward pass.
+            scale: By what the gradient of one sample's own loss will be multiplied before the layers see it.
         """
         del layers, step, next_action, scale
 
@@ -63,6 +64,20 @@ class GroupTraining(ABC):
         Returns:
             Whether they were finite; otherwise the step does not count.
         """
+
+    def before_checkpoint(self, trainer: pl.Trainer, plan: RankPlan, device: torch.device) -> None:
+        """Moves to the first process what each has observed by itself: a checkpoint holds that one's state alone.
+
+        Args:
+            trainer: Of several processes, each of which must call it.
+            plan: Of the layers.
+            device: Of the model.
+        """
+        del trainer, plan, device
+
+    def resume(self, trainer: pl.Trainer) -> None:
+        """Leaves what was restored from a checkpoint to those processes that had it when it was written."""
+        del trainer
 
     @abstractmethod
     def reallocate(
@@ -81,5 +96,6 @@ class GroupTraining(ABC):
             Per layer the scores of its groups by which they were chosen.
 
         Raises:
-            OptimizerStateError, HiddenOptimizerStateError: an optimizer whose state cannot follow.
+            OptimizerStateError, HiddenOptimizerStateError, UnknownOptimizerStateError: an optimizer whose state cannot
+                follow.
         """

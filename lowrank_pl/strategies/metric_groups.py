@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 
 from lowrank_pl.core import KroneckerGroups, kronecker_groups, kronecker_regroup
@@ -42,16 +43,19 @@ class MetricGroups(GroupTraining):
         self._finite = True
 
     def check(self, plan: RankPlan) -> None:
-        """Raises an error for blocks that do not fit, and a lowest rank above what two factors can hold.
+        """Raises an error for blocks that do not fit, and bounds that leave no rank that two factors can hold.
 
         Raises:
-            RangeError: such a bound, unless the layer may be dense; or such blocks.
+            RangeError: such a lowest rank, unless the layer may be dense; or such blocks.
         """
         self.sensitivity.check(plan.shapes)
         for name, bound in plan.bounds.items():
-            room = room_of(plan.shapes[name])
-            if bound.low > room and not self.ends_dense:
-                allowed = f"at most {room}, from which up {name!r} costs more than when dense, or allow_dense: true"
+            shape = plan.shapes[name]
+            room, instead = room_of(shape), "" if self.ends_dense else "allow_dense: true"
+            if self.ends_dense and bound.high is not None and bound.high < shape.full_rank:
+                instead = f"a high of {shape.full_rank} or null, with which it stays dense"
+            if bound.low > room and instead:
+                allowed = f"at most {room}, from which up {name!r} costs more than when dense, or {instead}"
                 raise RangeError(f"bounds[{bound.pattern!r}].low", bound.low, allowed)
 
     def reset(self) -> None:
@@ -86,6 +90,23 @@ class MetricGroups(GroupTraining):
         del layers
         finite, self._finite = self._finite, True
         return finite
+
+    def before_checkpoint(self, trainer: pl.Trainer, plan: RankPlan, device: torch.device) -> None:
+        """Adds the sums of all processes up on the first, which goes on from them, as a resumed run does."""
+        if not any(gathered(trainer, self.sensitivity.steps)):
+            return
+        for name, shape in plan.shapes.items():
+            sums = self.sensitivity.moments(name, shape, device)
+            for tensor in sums:
+                sum_(trainer, tensor)
+            if trainer.is_global_zero and bool(sums[-1] > 0):
+                self.sensitivity.replace(name, *sums)
+        self.resume(trainer)
+
+    def resume(self, trainer: pl.Trainer) -> None:
+        """Only the first process has sums from before."""
+        if not trainer.is_global_zero:
+            self.sensitivity.release()
 
     def reallocate(
         self, trainer: pl.Trainer, layers: Mapping[str, LinearForm], plan: RankPlan, budget: float, final: bool

@@ -134,8 +134,9 @@ class RankPlan:
             room = room_of(shape)
             highest = min(room, present[name], (bound.high if final else None) or room)
             uniform = measure.largest_rank(shape, share * measure.dense(shape))
-            multiple = -(-int(floor * uniform) // multiple_of) * multiple_of
-            lowest = max(bound.low, min(multiple, uniform, highest))
+            lowest = min(int(floor * uniform), highest)
+            multiple = -(-lowest // multiple_of) * multiple_of
+            lowest = max(bound.low, multiple if multiple <= min(uniform, highest) else lowest)
             unbounded = not final or bound.high is None or bound.high >= shape.full_rank
             # A lowest rank above the highest leaves dense as the only choice.
             choices[name] = RankChoice(shape, lowest, highest, dense and ends_dense and unbounded)

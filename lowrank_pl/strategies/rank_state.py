@@ -40,6 +40,7 @@ class RankState:
         history: Every reallocation.
         cost: Which measure the budget is in; empty in checkpoints of releases before it.
         sensitivity: Class of what groups are scored by; empty in checkpoints of releases before it.
+        worthless: Layers on which no loss depended when their ranks were last chosen.
     """
 
     budget: int = 0
@@ -51,6 +52,7 @@ class RankState:
     history: list[Reallocation] = field(default_factory=list)
     cost: str = ""
     sensitivity: str = ""
+    worthless: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Primitives only."""

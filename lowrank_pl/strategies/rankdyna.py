@@ -19,12 +19,14 @@ from lowrank_pl.errors.budget import AlreadyCompactedError, BudgetNotReachedErro
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import FrozenFactorsError, ResumeMismatchError
 from lowrank_pl.importance import GroupSensitivity, KroneckerSensitivity, Sensitivity
+from lowrank_pl.importance.batches import Batch, tensors_of
 from lowrank_pl.nn import FinalForm, final_form, forms_in_training
 from lowrank_pl.strategies.averaging import averaged_models, match_ranks_
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.compiling import varying_ranks
 from lowrank_pl.strategies.group_training import GroupTraining
 from lowrank_pl.strategies.metric_groups import MetricGroups
+from lowrank_pl.strategies.processes import gathered
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
 from lowrank_pl.strategies.rewarming import Rewarming
@@ -295,6 +297,7 @@ class RankDyna(CompressionStrategy):
                     self._restored.total_steps,
                 )
             self._take_over()
+            self._training.resume(trainer)
         elif trainer.ckpt_path is not None:
             raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
         self.state.total_steps = int(steps)
@@ -318,12 +321,14 @@ class RankDyna(CompressionStrategy):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Lets layers hand out what is to be observed in this step."""
-        del batch, batch_idx
+        del batch_idx
         if self.state.reached or self._curve is None:
             return
         step = trainer.global_step + 1
         layers = forms_in_training(as_compressible(pl_module).encoder)
-        self._training.before_batch(layers, step, self._curve.next_action(step), loss_scale(trainer))
+        # Of a mean over few samples, such as the last of an epoch, each sample's gradient is larger.
+        scale = loss_scale(trainer) / samples_in(batch)
+        self._training.before_batch(layers, step, self._curve.next_action(step), scale)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -363,12 +368,13 @@ class RankDyna(CompressionStrategy):
         budget = (
             float(self.state.budget) if final else self._curve.budget(step, self._plan.start_cost, self.state.budget)
         )
-        if self.sensitivity.steps == 0:
+        if not any(gathered(trainer, self.sensitivity.steps)):
             if not final:
                 return
             raise NonFiniteError("every gradient so far")
         self.latest_scores = self._training.reallocate(trainer, layers, self._plan, budget, final)
         self.state.reached = final
+        self._tell_worthless([name for name, scores in self.latest_scores.items() if not bool(scores.any())])
         ranks = {name: layer.rank for name, layer in layers.items()}
         self.state.history.append(Reallocation(step, budget, self._plan.kept(ranks), ranks))
         module.compression = self._record(ranks)
@@ -376,6 +382,16 @@ class RankDyna(CompressionStrategy):
             self.sensitivity.release()
             kept, unit = self.state.history[-1].kept, self.cost.measure.unit
             rank_zero_info(f"the budget of {self.state.budget:,} {unit} is reached at step {step:,}: {kept:,} kept")
+
+    def _tell_worthless(self, names: list[str]) -> None:
+        """Warns of layers without any score: not called by the model, or not in a way that can be observed."""
+        if set(names) - set(self.state.worthless):
+            logger.warning(
+                "no loss depends on %d targeted layers, e.g. %r: they get the lowest ranks there are; to keep them "
+                "dense leave them out through model.init_args.strategy.init_args.targets.exclude",
+                *(len(names), names[0]),
+            )
+        self.state.worthless = names
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compacts the model: no step follows."""
@@ -435,6 +451,14 @@ class RankDyna(CompressionStrategy):
         """The scores and where the run stands."""
         return {"ranks": self.state.to_dict(), "sensitivity": self.sensitivity.state_dict()}
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets a checkpoint of several processes hold what all of them have observed."""
+        if trainer.world_size > 1 and not self.state.reached:
+            self._training.before_checkpoint(trainer, self._plan, pl_module.device)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores `state_dict`'s; whether it fits is looked at in `on_train_start`."""
         self._restored = RankState.from_dict(state_dict["ranks"])
@@ -469,6 +493,9 @@ class RankDyna(CompressionStrategy):
             notes.append(f"the budget of {self.state.budget:,} {self.cost.measure.unit} has not been reached")
         if self.state.skipped:
             notes.append(f"{self.state.skipped} optimizer steps with gradients that are not finite were left out")
+        if self.state.worthless:
+            told = f"{len(self.state.worthless)} layers, e.g. {self.state.worthless[0]!r}"
+            notes.append(f"no loss depends on {told}: they got the lowest ranks that there are")
         layers = self._plan.records(ranks)
         cost = CostRecord(self.cost.measure.unit, self._plan.kept(ranks), self._plan.dense_cost)
         return CompressionRecord(type(self).__name__, self.options(), layers, tuple(notes), self.state.reached, cost)
@@ -478,3 +505,9 @@ def loss_scale(trainer: pl.Trainer) -> float:
     """What mixed precision in float16 multiplies the loss by; 1 otherwise."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def samples_in(batch: Batch) -> int:
+    """Number of samples by the first tensor that has any; tensors of other lengths may follow. 1 without tensors."""
+    tensors = tensors_of(batch)
+    return max(1, len(tensors[0])) if tensors else 1

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowrank_pl.errors.optimizer import HiddenOptimizerStateError, OptimizerStateError
+from lowrank_pl.errors.optimizer import HiddenOptimizerStateError, OptimizerStateError, UnknownOptimizerStateError
 
 
-def states_of(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> list[tuple[str, Tensor]]:
-    """Every tensor of the parameter's shape that an optimizer keeps for it, with its name.
+def states_of(
+    parameter: nn.Parameter, optimizers: Iterable[Optimizer], known: Collection[str] | None = None
+) -> list[tuple[str, Tensor]]:
+    """Every tensor of the parameter's shape that an optimizer keeps for it, with its name, once.
+
+    A wrapper may show what the optimizer that it wraps keeps, as `ZeroRedundancyOptimizer` does in a resumed run.
+
+    Args:
+        parameter: Of a layer.
+        optimizers: Those that may hold it.
+        known: The names that such tensors may have; `None`: any.
 
     Raises:
+        UnknownOptimizerStateError: one has another name.
         OptimizerStateError: an optimizer keeps something for it that has neither its shape nor is a single number, so
             that nobody can say which part belongs to what.
         HiddenOptimizerStateError: an optimizer keeps state that it does not show.
     """
-    found = []
+    found: list[tuple[str, Tensor]] = []
     for optimizer in _with_inner(optimizers):
         _check_shows_state(optimizer, parameter)
         for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                found.append((str(name), value))
+                if known is not None and name not in known:
+                    raise UnknownOptimizerStateError(type(optimizer).__name__, str(name))
+                if all(value.data_ptr() != other.data_ptr() for _, other in found):
+                    found.append((str(name), value))
             elif isinstance(value, (list, tuple, dict)) or (isinstance(value, Tensor) and value.numel() != 1):
                 shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise OptimizerStateError(type(optimizer).__name__, str(name), str(shape))

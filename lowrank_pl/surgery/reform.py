@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,10 @@ from lowrank_pl.nn import ElasticLinear
 from lowrank_pl.nn.elastic_linear import join_, split
 from lowrank_pl.surgery.optimizer_state import states_of
 
+# By what torch's optimizers call their averages.
+_GRADIENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 _SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"})
-"""What torch's optimizers call their averages of squared gradients; everything else is linear in gradients."""
+_MAGNITUDES = frozenset({"exp_inf"})
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,22 @@ class ChangeOfBasis:
         left, right = (self.left.square(), self.right.square()) if squares else (self.left, self.right)
         return before_left @ left, right @ before_right
 
+    def of_all(self, states: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What an optimizer keeps of a layer, by name, as that of the new factors; see `of`."""
+        moved = {}
+        for name, state in states.items():
+            if name in _MAGNITUDES:
+                left, right = self.of(double(state).square(), squares=True)
+                moved[name] = left.sqrt(), right.sqrt()
+            else:
+                moved[name] = self.of(state, squares=name in _SQUARES)
+        if "grad_avg" in states:  # a centred square is one of deviations, which must not become negative
+            means = double(states["grad_avg"])
+            deviations = self.of((double(states["square_avg"]) - means.square()).clamp(min=0), squares=True)
+            left, right = (d + m.square() for d, m in zip(deviations, moved["grad_avg"], strict=True))
+            moved["square_avg"] = left, right
+        return moved
+
 
 @torch.no_grad()
 def reform_(layer: ElasticLinear, left: Tensor, right: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
@@ -72,14 +90,14 @@ def reform_(layer: ElasticLinear, left: Tensor, right: Tensor, optimizers: Itera
 
     Raises:
         ShapeError, RankError: factors of another shape, or that do not fit. Nothing has been changed then.
-        OptimizerStateError, HiddenOptimizerStateError: see `states_of`. Nothing has been changed then.
+        UnknownOptimizerStateError, OptimizerStateError, HiddenOptimizerStateError: see `states_of`. Nothing has been
+            changed then.
     """
-    states = states_of(layer.storage, optimizers)
-    change = ChangeOfBasis.between(layer, left, right) if states else None
+    states = dict(states_of(layer.storage, optimizers, _GRADIENTS | _SQUARES | _MAGNITUDES))
+    moved = ChangeOfBasis.between(layer, left, right).of_all(states) if states else {}
     layer.write_(left, right)
-    for name, state in states:
-        assert change is not None
-        join_(state, *change.of(state.clone(), name in _SQUARES))
+    for name, parts in moved.items():
+        join_(states[name], *parts)
 
 
 @torch.no_grad()

@@ -68,6 +68,7 @@ from lowrank_pl.errors.optimizer import (
     OptimizerArgumentsError,
     OptimizerCoverageError,
     OptimizerStateError,
+    UnknownOptimizerStateError,
 )
 from lowrank_pl.errors.outputs import (
     BlocksMismatchError,
@@ -164,6 +165,7 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (FrozenFactorsError(["a.b"]), ["1 targeted", "'a.b'", "requires_grad=False"], "targets.exclude"),
     (ScheduleError("a run of 1 step", "is too short", "longer runs"), ["a run of 1 step", "too short"], "max_epochs"),
     (OptimizerStateError("Odd", "rows", "[3]"), ["Odd", "'rows'", "[3]"], "model.init_args.optimizer"),
+    (UnknownOptimizerStateError("Odd", "z"), ["Odd", "'z'", "FirstOrder"], "model.init_args.optimizer"),
     (OutputNotWritableError("/x", "no"), ["'/x'", "(no)"], "--output"),
     (NonFiniteError("the weight", 3, "a.b"), ["the weight", "'a.b'", "3 NaN"], "targets.exclude"),
     (NonFiniteError("the loss"), ["the loss contains NaN or Inf"], "targets.exclude"),

@@ -63,6 +63,21 @@ def test_the_diagonal_alone_and_the_scale_of_the_loss() -> None:
     assert diagonal.bytes(SHAPE) == 4 * (4 + 5)
 
 
+def test_small_gradients_in_half_precision_are_not_lost_with_the_scale() -> None:
+    """2⁻²⁶ is below what float16 can hold, which is what the scale of the loss is for."""
+    whole, half = KroneckerSensitivity(), KroneckerSensitivity()
+    g = rows(4, 1) * 2.0**-26
+    for sensitivity, x, scaled in (
+        (whole, rows(5, 0), g * 65536),
+        (half, rows(5, 0).half(), (g * 65536).half()),
+    ):
+        sensitivity.begin_step()
+        sensitivity.add("a", x, scaled, 65536.0)
+    expected, found = (sensitivity.moments("a", SHAPE, CPU)[1] for sensitivity in (whole, half))
+    assert bool(expected.any())
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0.01 * float(expected.abs().max()))
+
+
 def test_blocks_are_those_of_the_whole_and_come_back_from_a_checkpoint() -> None:
     shape = LinearShape(4, 6)
     full, blocks = KroneckerSensitivity(), KroneckerSensitivity(block_size=2)
@@ -130,6 +145,14 @@ def test_the_state_goes_through_a_checkpoint_bit_for_bit() -> None:
     second.reset()
     assert second.steps == 0
     assert not second.moments("a", SHAPE, CPU)[0].any()
+
+
+def test_moments_are_where_the_layer_is_also_right_after_a_checkpoint_was_read() -> None:
+    sensitivity = KroneckerSensitivity()
+    sensitivity.begin_step()
+    sensitivity.add("a", rows(5, 0), rows(4, 1))
+    sensitivity.load_state_dict(sensitivity.state_dict())
+    assert {part.device.type for part in sensitivity.moments("a", SHAPE, torch.device("meta"))} == {"meta"}
 
 
 @pytest.mark.parametrize(

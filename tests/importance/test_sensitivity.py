@@ -234,6 +234,25 @@ def test_scores_are_one_per_group_and_not_negative(make: Callable[[], GroupSensi
     assert not scores.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_in_half_precisions_have_scores(
+    make: Callable[[], GroupSensitivity], dtype: torch.dtype
+) -> None:
+    """Their products and squares are below what float16 can hold."""
+    sensitivity, wide = make(), make()
+    for step in range(2):
+        groups = Groups(*(tensor.to(dtype) for tensor in vars(made_up(step)).values()))
+        small = replace(
+            groups,
+            left_grad=groups.left_grad * 2.0**-14,
+            sigma_grad=groups.sigma_grad * 2.0**-14,
+            right_grad=groups.right_grad * 2.0**-14,
+        )
+        sensitivity.observe({"a": small})
+        wide.observe({"a": Groups(*(tensor.double() for tensor in vars(small).values()))})
+    torch.testing.assert_close(sensitivity.scores("a").double(), wide.scores("a"), rtol=1e-4, atol=0)
+
+
 def test_layers_do_not_mix(make: Callable[[], GroupSensitivity]) -> None:
     together, alone = make(), make()
     for step in range(3):

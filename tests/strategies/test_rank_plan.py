@@ -73,3 +73,10 @@ def test_bounds_go_before_the_floor_where_the_budget_has_no_room_for_both() -> N
 def test_ranks_are_multiples() -> None:
     ranks = best(plan(), 150, energies(), multiple_of=2, floor=0.25)
     assert all(rank % 2 == 0 for rank in ranks.values())
+
+
+def test_a_floor_below_the_first_multiple_does_not_become_the_uniform_rank() -> None:
+    """Uniform ranks at 130 of 256 are 2 everywhere, half of that 1."""
+    scores = energies(a=1e6, b=1e-3, c=1e-9)
+    ranks = best(plan(), 130, scores, floor=0.5, multiple_of=3, ends_dense=False)
+    assert ranks == {"a": 3, "b": 3, "c": 1}

@@ -20,7 +20,7 @@ from lowrank_pl.allocation import CubicSchedule, Latency, RankBounds
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.arguments import ExclusiveArgumentsError
 from lowrank_pl.errors.budget import BudgetAboveStartError, BudgetNotReachedError, ScheduleError
-from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, RangeError, RatioError
+from lowrank_pl.errors.numerics import BudgetError, BudgetUnitError, NonFiniteError, RangeError, RatioError
 from lowrank_pl.errors.run import FrozenFactorsError, ResumeMismatchError
 from lowrank_pl.errors.targets import OverrideError
 from lowrank_pl.importance import FirstOrder, Groups, GroupSensitivity, KroneckerSensitivity, Squared
@@ -166,6 +166,31 @@ def test_energies_are_those_of_the_weights_that_are_decomposed(tiny_bert: str, t
     assert list(ratios.values()) == pytest.approx([1.0] * 12, rel=1e-3)
 
 
+def test_every_sample_counts_as_much_in_whatever_batch_it_is(tiny_bert: str, tmp_path: Path) -> None:
+    """48 samples in batches of 8, and of 5 with a last one of 3; weights do not change, and nothing fades."""
+
+    class Look(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            for module in pl_module.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+
+        def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+            for name, layer in forms_in_training(pl_module.encoder).items():
+                moments[name] = pl_module.strategy.sensitivity.moments(name, layer.shape, torch.device("cpu"))
+
+    found = []
+    for batch_size in (8, 5):
+        moments: dict[str, list[torch.Tensor]] = {}
+        strategy = RankDyna(0.5, schedule=CubicSchedule(0.0, 0.0, 1.0), sensitivity=KroneckerSensitivity(beta=1.0))
+        task = make_task(tiny_bert, strategy, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+        make_trainer(tmp_path, callbacks=[Look()]).fit(task, datamodule=SyntheticData(batch_size=batch_size))
+        found.append(moments)
+    for name, wide in found[0].items():
+        for one, other in zip(wide, found[1][name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()), msg=name)
+
+
 def test_the_best_checkpoint_is_one_at_the_budget(tiny_bert: str, tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, "best", monitor="val/score_at_budget", mode="max")
     scores = []
@@ -249,20 +274,23 @@ class PoisonedLoss(pl.Callback):
             loss.register_hook(lambda gradient: gradient * math.nan)
 
 
+class Skip(torch.optim.AdamW):
+    """Takes zeros for gradients that are NaN, so that weights stay finite as they do in mixed precision."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.nan_to_num_(0.0)
+        super().step()
+        return loss
+
+
 @pytest.mark.parametrize(("score", "poison"), [(FirstOrder, Poison), (KroneckerSensitivity, PoisonedLoss)])
 def test_steps_with_nan_gradients_do_not_count(
     tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, score: Any, poison: Any
 ) -> None:
-    class Skip(torch.optim.AdamW):
-        def step(self, closure: Any = None) -> Any:
-            loss = closure()
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.nan_to_num_(0.0)
-            super().step()
-            return loss
-
     strategy = RankDyna(keep_ratio=0.4, sensitivity=score())
     task = make_task(tiny_bert, strategy, optimizer=lambda params: Skip(params, lr=1e-2))
     trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[poison(1, 3)])
@@ -272,6 +300,39 @@ def test_steps_with_nan_gradients_do_not_count(
     assert caplog.text.count("is not finite") == 1
     assert all(torch.isfinite(score).all() for score in task.strategy.latest_scores.values())
     assert task.compression.notes == ("2 optimizer steps with gradients that are not finite were left out",)
+
+
+@either
+def test_ranks_are_not_chosen_by_nothing(tiny_bert: str, tmp_path: Path, score: Any) -> None:
+    """Where not one gradient was finite, the first reallocations do not happen, and the last one fails."""
+    task = make_task(tiny_bert, RankDyna(0.4, sensitivity=score()), optimizer=lambda params: Skip(params, lr=1e-2))
+    with pytest.raises(NonFiniteError, match="every gradient so far"):
+        make_trainer(tmp_path, callbacks=[PoisonedLoss(*range(6))]).fit(task, datamodule=SyntheticData())
+    assert not task.strategy.state.history
+
+
+@either
+def test_layers_on_which_no_loss_depends_are_told(
+    tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, score: Any
+) -> None:
+    """Here the model takes the weight of a block's last layer away from the graph."""
+
+    class Severed(SequenceClassification):
+        def forward(self, batch: Any) -> Any:
+            layer: Any = self.encoder.get_submodule("bert.encoder.layer.1.output.dense")
+            handle = layer.register_forward_hook(lambda module, args, output: output.detach())
+            try:
+                return super().forward(batch)
+            finally:
+                handle.remove()
+
+    pl.seed_everything(0, verbose=False)
+    task = Severed(tiny_bert, strategy=RankDyna(0.4, sensitivity=score()))
+    make_trainer(tmp_path, max_epochs=2).fit(task, datamodule=SyntheticData())
+    told = "no loss depends on 2 layers, e.g. 'bert.encoder.layer.1.intermediate.dense'"
+    assert task.compression is not None
+    assert task.compression.notes == (f"{told}: they got the lowest ranks that there are",)
+    assert caplog.text.count("no loss depends on 2 targeted layers") == 1
 
 
 def test_bounds_multiples_and_dense_layers(tiny_bert: str, tmp_path: Path) -> None:
@@ -376,6 +437,11 @@ def test_any_length_of_run(tiny_bert: str, tmp_path: Path, arguments: dict[str, 
             RangeError,
             r"low=20 .* at most 16, .*allow_dense",
         ),
+        (
+            lambda: RankDyna(0.5, bounds=[RankBounds("*query", low=20, high=24)]),
+            RangeError,
+            r"low=20 .* at most 16, .* or a high of 32 or null",
+        ),
         (lambda: RankDyna(parameters=16_385), RangeError, "at most 16,384, what the targeted weights have when dense"),
     ],
 )
@@ -469,6 +535,23 @@ def test_two_processes_agree_with_each_other_and_with_one(
         rtol, atol = (1e-5, 1e-6) if score is FirstOrder else (1e-2, 1e-3)
         for key, tensor in alone["products"].items():
             torch.testing.assert_close(a["products"][key], tensor, rtol=rtol, atol=atol)
+
+
+@either
+def test_two_processes_resume_with_what_both_have_observed(
+    everything_loaded: Forks, tiny_bert: str, tmp_path: Path, score: Any
+) -> None:
+    words = [str(rankdyna_processes.__file__), str(tmp_path), tiny_bert, "2", score.__name__, "resumed"]
+    everything_loaded.run(words, tmp_path, processes=2)
+    for rank in (0, 1):
+        whole, resumed = (
+            torch.load(tmp_path / f"{name}-2-rank-{rank}.pt", weights_only=True) for name in ("devices", "resumed")
+        )
+        assert len(whole) == 13
+        assert len(resumed) == 7
+        for one, other in zip(whole[6:], resumed, strict=True):
+            assert one["ranks"] == other["ranks"]
+            assert all(torch.equal(tensor, other["state"][key]) for key, tensor in one["state"].items())
 
 
 def test_a_budget_in_measured_time(tiny_bert: str, tmp_path: Path) -> None:

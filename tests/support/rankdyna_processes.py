@@ -1,4 +1,7 @@
-"""Trains and saves ranks and parameters after every step: `rankdyna_processes.py FOLDER MODEL DEVICES SCORE`."""
+"""Trains and saves ranks and parameters after every step: `rankdyna_processes.py FOLDER MODEL DEVICES SCORE`.
+
+With a fifth word, `resumed`, also from the checkpoint of the first epoch on.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -57,16 +61,24 @@ class Recorder(pl.Callback):
         self.steps.append({"ranks": ranks, "state": state, "products": products})
 
 
-def run(folder: Path, pretrained: str, devices: int, score: str) -> None:
+def run(
+    folder: Path,
+    pretrained: str,
+    devices: int,
+    score: str,
+    schedule: CubicSchedule | None = None,
+    resumed: bool = False,
+) -> None:
     """One run; every process saves what it saw."""
-    schedule = CubicSchedule(0.0, 0.3, 0.1)
+    schedule = schedule or CubicSchedule(0.0, 0.3, 0.1)
     strategy = RankDyna(keep_ratio=0.3, schedule=schedule, sensitivity=getattr(importance, score)())
     task = make_task(pretrained, strategy, optimizer=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9))
     recorder = Recorder()
-    arguments: dict[str, Any] = {"devices": devices, "callbacks": [recorder], "logger": False, "max_epochs": 2}
+    every = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, enable_version_counter=False)
+    arguments: dict[str, Any] = {"devices": devices, "callbacks": [recorder, every], "logger": False, "max_epochs": 2}
     if devices > 1:
         arguments |= {"strategy": "ddp", "use_distributed_sampler": False}
-    trainer = make_trainer(folder, enable_checkpointing=False, **arguments)
+    trainer = make_trainer(folder, **arguments)
 
     class NoDropout(pl.Callback):
         def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -75,9 +87,17 @@ def run(folder: Path, pretrained: str, devices: int, score: str) -> None:
                     module.p = 0.0
 
     trainer.callbacks.append(NoDropout())
-    trainer.fit(task, datamodule=SharedBatches())
-    torch.save(recorder.steps, folder / f"devices-{devices}-rank-{trainer.global_rank}.pt")
+    trainer.fit(task, datamodule=SharedBatches(), ckpt_path=str(folder / "epoch=0.ckpt") if resumed else None)
+    name = f"{'resumed' if resumed else 'devices'}-{devices}-rank-{trainer.global_rank}.pt"
+    torch.save(recorder.steps, folder / name)
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    words = (Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    if sys.argv[5:] == ["resumed"]:
+        # Reallocations after steps 9 and 11; what is observed before the end of the first epoch counts for both.
+        halfway = CubicSchedule(0.5, 0.1, 0.25)
+        run(*words, halfway)
+        run(*words, halfway, resumed=True)
+    else:
+        run(*words)

@@ -301,8 +301,9 @@ def test_layers_in_groups_are_found_by_name() -> None:
     assert found["0.up"] is shared
 
 
-def test_state_inside_a_wrapper_moves_too() -> None:
-    """`ZeroRedundancyOptimizer` keeps the state in the optimizer that it wraps."""
+@pytest.mark.parametrize("resumed", [False, True])
+def test_state_inside_a_wrapper_moves_too(resumed: bool) -> None:
+    """`ZeroRedundancyOptimizer` keeps the state in the optimizer that it wraps; restored, it shows it as well."""
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         plain, sharded = filled(), filled()
@@ -312,6 +313,9 @@ def test_state_inside_a_wrapper_moves_too() -> None:
         )
         for layer, optimizer in zip((plain, sharded), optimizers, strict=True):
             train(layer, optimizer)
+            if resumed and isinstance(optimizer, ZeroRedundancyOptimizer):
+                optimizer.consolidate_state_dict()
+                optimizer.load_state_dict(optimizer.state_dict())
             keep_groups_(layer, torch.tensor(KEPT), [optimizer])
             train(layer, optimizer)
         assert torch.equal(plain.product(), sharded.product())

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adafactor, Adam, AdamW, Optimizer
+from torch.optim import ASGD, SGD, Adafactor, Adam, Adamax, AdamW, Optimizer, RMSprop, Rprop
 
 from lowrank_pl.core import truncated_svd
-from lowrank_pl.errors.optimizer import OptimizerStateError
+from lowrank_pl.errors.optimizer import OptimizerStateError, UnknownOptimizerStateError
 from lowrank_pl.nn import ElasticLinear
 from lowrank_pl.nn.elastic_linear import split
 from lowrank_pl.surgery import ChangeOfBasis, follow_, reform_
@@ -117,6 +117,43 @@ def test_state_of_another_shape_is_refused_and_nothing_changes() -> None:
         reform_(layer, *truncated(layer, 2), [optimizer])
     assert torch.equal(layer.storage, before)
     assert layer.is_dense
+
+
+@pytest.mark.parametrize("make", [lambda p: ASGD(p, lr=0.01), lambda p: Rprop(p, lr=0.01)], ids=["asgd", "rprop"])
+def test_state_that_is_no_average_of_gradients_is_refused_and_nothing_changes(make: Make) -> None:
+    layer = layer_of(0)
+    optimizer = make(list(layer.parameters()))
+    gradient(layer, 0)
+    optimizer.step()
+    before = layer.storage.detach().clone()
+    with pytest.raises(UnknownOptimizerStateError, match=r"keeps '(ax|prev)'"):
+        reform_(layer, *truncated(layer, 2), [optimizer])
+    assert torch.equal(layer.storage, before)
+    assert layer.is_dense
+
+
+@pytest.mark.parametrize(
+    ("make", "larger"),
+    [(lambda p: Adamax(p, lr=0.01), 1.5), (lambda p: RMSprop(p, lr=0.01, alpha=0.9, centered=True), 3.0)],
+    ids=["adamax", "centred"],
+)
+@pytest.mark.parametrize("before", [0, 3])
+def test_steps_stay_of_the_size_that_the_optimizer_makes(make: Make, larger: float, before: int) -> None:
+    """Gradients that change little, so that their average is no smaller than the sizes that it is divided by."""
+    layer = layer_of(before)
+    optimizer = make([layer.storage])
+
+    def largest_step(seed: int) -> float:
+        noise, was = 0.3 * gradient(layer, seed), layer.storage.detach().clone()
+        gradient(layer, 0)
+        assert layer.storage.grad is not None
+        layer.storage.grad += noise
+        optimizer.step()
+        return float((layer.storage.detach() - was).abs().max())
+
+    usual = max([largest_step(seed) for seed in range(60)][-10:])
+    reform_(layer, *truncated(layer, 2), [optimizer])
+    assert 0 < largest_step(60) <= larger * usual
 
 
 @pytest.mark.parametrize("rank", [0, 3])
