@@ -18,7 +18,7 @@ from lowrank_pl.importance.importance import Importance, LayerImportance, Measur
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "3"
+_FORMAT = "4"
 T = TypeVar("T", bound=LayerImportance)
 
 

@@ -13,6 +13,7 @@ from lowrank_pl.core import LinearShape
 from lowrank_pl.core.kronecker import DEFAULT_DAMPING
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance.gram import GramSum
+from lowrank_pl.importance.reached import reached
 from lowrank_pl.importance.second_moments import LayerMoments, check_blocks
 from lowrank_pl.importance.sensitivity import Sensitivity
 
@@ -97,16 +98,14 @@ class KroneckerSensitivity(Sensitivity):
         Returns:
             Whether they were finite; otherwise nothing is added.
         """
-        x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         # A sum is NaN or Inf where an entry is; one look at both.
         if not bool(torch.isfinite(x.sum(dtype=torch.float32) + g.sum(dtype=torch.float32))):
             return False
         if not self._counted:
             self._counted = True
             self._steps += 1
-        kept = g.abs().amax(-1) > 0
-        if not bool(kept.all()):
-            x, g = x[kept], g[kept]
+        kept = reached(g)
+        x, g = (part.reshape(-1, part.shape[-1]) if bool(kept.all()) else part[kept] for part in (x, g))
         if name not in self._sums:
             self._sums[name] = _Sums(x.shape[-1], g.shape[-1], x.device, self.diagonal, self.block_size)
         # In float16 what is divided by the loss's scale would become zero again.

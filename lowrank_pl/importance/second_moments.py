@@ -21,6 +21,7 @@ from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.importance.gram import GramSum
 from lowrank_pl.importance.importance import Importance, LayerImportance, Measured
 from lowrank_pl.importance.passes import Passes, PerSampleLoss, Reduce
+from lowrank_pl.importance.reached import reached
 from lowrank_pl.importance.token_counts import TokenCounts, frequencies
 from lowrank_pl.nn import dense_shape, is_dense_linear, is_embedding
 
@@ -270,8 +271,7 @@ class _MomentSum:
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Adds the tokens of `x [b, t, n]` and `g [b, t, m]` that have a gradient."""
-        kept = g.abs().amax(-1) > 0  # NaN compares as false and would vanish without a word
-        kept |= g.isnan().any(-1)
+        kept = reached(g)
         self._inputs.add(self.name, x, kept)
         if self.extent != "none":
             if self.outputs is None:
