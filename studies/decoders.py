@@ -95,16 +95,19 @@ def figures(found: Iterable[tuple[Cell, Report]]) -> Iterable[dict[str, Any]]:
 
 
 def draw(found: list[tuple[Cell, Report]], path: Path) -> None:
-    """Perplexity over keep_ratio, a line per method."""
+    """Perplexity over keep_ratio, a line per method; what is a hundred times the dense one or more is cut off."""
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
+    axes.set_yscale("log")
     for method in dict.fromkeys(cell.method for cell, _ in found):
         points = sorted((report["keep_ratio"], report["score"]) for cell, report in found if cell.method == method)
         axes.plot(*zip(*points, strict=True), marker="o", label=method)
     if found:
-        axes.axhline(found[0][1]["score_dense"], color="black", linewidth=0.8)
+        dense = found[0][1]["score_dense"]
+        axes.axhline(dense, color="black", linewidth=0.8)
+        axes.set_ylim(0.8 * dense, min(100 * dense, 1.3 * max(report["score"] for _, report in found)))
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-    axes.set(yscale="log", xlabel="keep_ratio", ylabel="perplexity")
+    axes.set(xlabel="keep_ratio", ylabel="perplexity")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
