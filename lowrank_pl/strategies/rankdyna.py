@@ -19,11 +19,11 @@ from lowrank_pl.errors.budget import AlreadyCompactedError, BudgetNotReachedErro
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import FrozenFactorsError, ResumeMismatchError
 from lowrank_pl.importance import GroupSensitivity, KroneckerSensitivity, Sensitivity
-from lowrank_pl.importance.batches import Batch, tensors_of
 from lowrank_pl.nn import FinalForm, final_form, forms_in_training
 from lowrank_pl.strategies.averaging import averaged_models, match_ranks_
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.compiling import varying_ranks
+from lowrank_pl.strategies.gradient_scale import gradient_scale
 from lowrank_pl.strategies.group_training import GroupTraining
 from lowrank_pl.strategies.metric_groups import MetricGroups
 from lowrank_pl.strategies.processes import gathered
@@ -326,9 +326,7 @@ class RankDyna(CompressionStrategy):
             return
         step = trainer.global_step + 1
         layers = forms_in_training(as_compressible(pl_module).encoder)
-        # Of a mean over few samples, such as the last of an epoch, each sample's gradient is larger.
-        scale = loss_scale(trainer) / samples_in(batch)
-        self._training.before_batch(layers, step, self._curve.next_action(step), scale)
+        self._training.before_batch(layers, step, self._curve.next_action(step), gradient_scale(trainer, batch))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -499,15 +497,3 @@ class RankDyna(CompressionStrategy):
         layers = self._plan.records(ranks)
         cost = CostRecord(self.cost.measure.unit, self._plan.kept(ranks), self._plan.dense_cost)
         return CompressionRecord(type(self).__name__, self.options(), layers, tuple(notes), self.state.reached, cost)
-
-
-def loss_scale(trainer: pl.Trainer) -> float:
-    """What mixed precision in float16 multiplies the loss by; 1 otherwise."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None else 1.0
-
-
-def samples_in(batch: Batch) -> int:
-    """Number of samples by the first tensor that has any; tensors of other lengths may follow. 1 without tensors."""
-    tensors = tensors_of(batch)
-    return max(1, len(tensors[0])) if tensors else 1
