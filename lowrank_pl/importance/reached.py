@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 _ROUNDING = 1e-5
-"""Of the largest gradient of a sample. Rounding leaves up to 1e-6 of it where none comes back; what lies between the
-two adds 1e-10 to a second moment."""
+"""Of the largest gradient of a sample. Where none comes back, rounding leaves about 1e-6 of it at most (1.2e-6 in
+SmolLM2-135M, float32); what a token below the bound would add to a second moment of gradients is 1e-10 of another's."""
 
 
 def reached(g: Tensor) -> Tensor:

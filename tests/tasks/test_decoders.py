@@ -106,7 +106,7 @@ def _moments(task: CausalLM, layer: Any, batch: dict[str, Tensor]) -> tuple[Tens
         (gradient,) = torch.autograd.grad(loss, [seen[0][1]])
         x, g = seen[0][0].double().flatten(0, -2), gradient.double().flatten(0, -2)
         # The last token predicts nothing; rounding may leave something for the query of the first one.
-        kept = g.abs().amax(1) > 1e-6 * g.abs().max()
+        kept = g.abs().amax(1) > 1e-5 * g.abs().max()
         rows.append((x[kept], g[kept]))
     x, g = (torch.cat(part) for part in zip(*rows, strict=True))
     return x.mT @ x / len(x), g.mT @ g / len(batch["input_ids"])
