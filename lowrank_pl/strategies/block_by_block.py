@@ -114,6 +114,11 @@ class BlockByBlock:
         """What identifies it in reports, as primitives."""
         return {"toward": self.toward, "ridge": self.ridge, "max_samples": self.max_samples}
 
+    @property
+    def needs_dense_passes(self) -> bool:
+        """Whether what layers get in the dense model counts."""
+        return self.toward == "dense_outputs"
+
     def batches(self, trainer: pl.Trainer, calibration: Calibration) -> CalibrationBatches:
         """The samples that layers are fitted on.
 
@@ -159,7 +164,7 @@ class BlockByBlock:
         batches = self.batches(trainer, calibration)
         told: dict[str, Record] = {}
         model = model_of(pl_module, calibration, "sequential")
-        kept = KeptCalls(trainer, encoder, work.dense, model, order)
+        kept = KeptCalls(trainer, encoder, work.dense, model, order, both=self.needs_dense_passes)
         behind: list[str] = []
         with _as_measured(encoder):
             bar = iter(progress(trainer, order, "Block by block", len(order)))
@@ -190,10 +195,10 @@ class BlockByBlock:
     ) -> Iterator[tuple[tuple[str, ...], PairedSums, bool]]:
         """Sums for the layers of a stage, once for all of them where they get one tensor on all batches."""
         forms = {name: encoder.get_submodule(name) for name in stage.layers}
-        sums = _Sums({name: dense[name] for name in stage.layers}, forms, both=self.toward == "dense_outputs")
+        sums = _Sums({name: dense[name] for name in stage.layers}, forms, both=self.needs_dense_passes)
         with Agreement(trainer):
-            for batch, was, now in kept.of(stage.block, batches):
-                sums.add(batch, was, now)
+            for batch, passes in kept.of(stage.block, batches):
+                sums.add(batch, passes)
         sums.reduce(trainer)
         if sums.differ:
             for name in stage.layers:
@@ -285,9 +290,11 @@ class _Sums:
         """Whether the layers have always had the same tokens in both models."""
         return bool(self._counts[2] == 0)
 
-    def add(self, batch: Batch, was: Pass, now: Pass) -> None:
-        """One pass of the dense model and one of the factorised one, as far as needed."""
-        xs, zs = (self._inputs(self._dense, was) if self._both else []), self._inputs(self._forms, now)
+    def add(self, batch: Batch, passes: Sequence[Pass]) -> None:
+        """One pass of the dense model, if that counts, and one of the factorised one, as far as needed."""
+        *was, now = passes
+        xs = self._inputs(self._dense, was[0]) if self._both else []
+        zs = self._inputs(self._forms, now)
         if any(one is not of_model[0] for of_model in (xs, zs) for one in of_model):
             self._counts[1] += 1
             return

@@ -1,4 +1,4 @@
-"""Passes of a dense model and of a factorised one beside it, block by block, as little of them as its layers need."""
+"""Passes of a factorised model and of the dense one beside it, block by block, as little of them as layers need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -24,24 +24,24 @@ from lowrank_pl.strategies.replay import Call, Stage, again, call_of, neighbours
 from lowrank_pl.surgery import Exchange
 
 Pass = Callable[[], object]
+T = TypeVar("T")
 
 
 @dataclass
 class _Kept:
-    """What the block at hand is called with on one batch, in the dense model and in the factorised one."""
+    """What the block at hand is called with on one batch, in each of the models."""
 
     batch: Batch
-    was: Call
-    now: Call
+    calls: list[Call]
 
 
 class KeptCalls:
-    """Passes of the dense and of the factorised model for every batch.
+    """Passes of the factorised model for every batch, and of the dense one before it where that counts.
 
     What a block is called with is kept while its layers are fitted, which changes nothing of what is before it; so each
     layer takes two passes through its block, not through the model. When the layers of a block are fitted, the kept
     calls go through it, and what it puts out is what the next block is called with, where one pass of each model has
-    shown that on this very batch. Elsewhere the batch goes through both models again, as far as the next block.
+    shown that on this very batch. Elsewhere the batch goes through the models again, as far as the next block.
 
     Args:
         trainer: Of the run.
@@ -49,6 +49,7 @@ class KeptCalls:
         dense: The layers that they stand for, by name, looked at anew every time.
         model: Runs the encoder on a batch.
         order: The layers that are fitted, in the order of their calls.
+        both: Whether there are passes of the dense model at all.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class KeptCalls:
         dense: Mapping[str, nn.Module],
         model: Callable[[Batch], object],
         order: Sequence[Stage],
+        both: bool = True,
     ) -> None:
         self._trainer = trainer
         self._encoder = encoder
@@ -65,23 +67,26 @@ class KeptCalls:
         self._dense = Exchange(encoder, dense)
         self._model = model
         self._order = order
+        self._both = both
         self._block = ""
         self._kept: list[_Kept] | None = None
-        self._links: list[tuple[dict[str, Link], dict[str, Link]]] | None = None
+        self._links: list[list[dict[str, Link]]] | None = None
 
-    def of(self, block: str, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Pass, Pass]]:
-        """Every batch, with a pass of the dense model and one of the factorised one, run before the next one."""
+    def of(self, block: str, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Pass]]]:
+        """Every batch, with a pass of the dense model, if both count, and one of the factorised one.
+
+        They must have run before the next batch is asked for.
+        """
         self._dense = Exchange(self._encoder, self._layers)
         if block and block != self._block:
             self._go_to(block, batches)
         if not block or self._kept is None:
             for batch in map(self._moved, batches):
-                run = partial(self._model, batch)
-                yield batch, self._as_dense(run), run
+                yield batch, self._passes([partial(self._model, batch)] * self._count)
             return
         module = self._encoder.get_submodule(block)
         for kept in self._kept:
-            yield kept.batch, self._as_dense(partial(again, module, kept.was)), partial(again, module, kept.now)
+            yield kept.batch, self._passes([partial(again, module, call) for call in kept.calls])
 
     @property
     def needs_whole_passes(self) -> bool:
@@ -93,7 +98,7 @@ class KeptCalls:
         if self._links is None or self._kept is None or "" in rest:
             return True
         pairs = list(pairwise(rest))
-        return any(_way(links, *pair) is None for both in self._links for links in both for pair in pairs)
+        return any(_way(links, *pair) is None for models in self._links for links in models for pair in pairs)
 
     def _go_to(self, block: str, batches: Iterable[Batch]) -> None:
         """Keeps what a block is called with, of the block before while it lasts."""
@@ -104,14 +109,14 @@ class KeptCalls:
         self._kept = self._keep(self._encoder.get_submodule(block), batches)
 
     def _keep(self, module: nn.Module, batches: Iterable[Batch]) -> list[_Kept] | None:
-        """From passes of both models as far as the block."""
+        """From passes of the models as far as the block."""
         kept = []
         for batch in map(self._moved, batches):
-            run = partial(self._model, batch)
-            was, now = call_of(module, self._as_dense(run)), call_of(module, run)
-            if was is None or now is None:
+            calls = [call_of(module, run) for run in self._passes([partial(self._model, batch)] * self._count)]
+            known = [call for call in calls if call is not None]
+            if len(known) < len(calls):
                 return None
-            kept.append(_Kept(batch, was, now))
+            kept.append(_Kept(batch, known))
         return kept
 
     def _advance(self, before: str, block: str, batches: Iterable[Batch]) -> bool:
@@ -121,16 +126,18 @@ class KeptCalls:
             self._links = self._found_links(batches)
         if len(self._links) != len(self._kept):
             return False
-        ways = [tuple(_way(of_model, before, block) for of_model in pair) for pair in self._links]
-        if not all(way is not None for pair in ways for way in pair):
+        ways = [[_way(of_model, before, block) for of_model in models] for models in self._links]
+        if any(way is None for models in ways for way in models):
             return False
         with torch.no_grad():
-            for kept, (was, now) in zip(self._kept, ways, strict=True):
-                with self._dense:
-                    kept.was = self._through(before, kept.was, was or [])
-                kept.now = self._through(before, kept.now, now or [])
-        for pair in self._links:  # masks and the like of blocks that are done
-            for of_model in pair:
+            for kept, of_batch in zip(self._kept, ways, strict=True):
+                on = [
+                    partial(self._through, before, call, way or [])
+                    for call, way in zip(kept.calls, of_batch, strict=True)
+                ]
+                kept.calls = [run() for run in self._passes(on)]
+        for models in self._links:  # masks and the like of blocks that are done
+            for of_model in models:
                 of_model.pop(block, None)
         return True
 
@@ -141,22 +148,30 @@ class KeptCalls:
             block = name
         return call
 
-    def _found_links(self, batches: Iterable[Batch]) -> list[tuple[dict[str, Link], dict[str, Link]]]:
-        """How blocks follow each other on every batch, in the dense model and in the factorised one."""
+    def _found_links(self, batches: Iterable[Batch]) -> list[list[dict[str, Link]]]:
+        """How blocks follow each other on every batch, in each of the models."""
         blocks = list(dict.fromkeys(stage.block for stage in self._order if stage.block))
         blocks = neighbours(self._encoder, blocks)
         names = [name for stage in self._order for name in stage.layers]
         forms = [self._encoder.get_submodule(name) for name in names]
+        dense = [self._layers.get(name, form) for name, form in zip(names, forms, strict=True)]
+        layers = [dense, forms][-self._count :]
         found = []
         for batch in map(self._moved, batches):
-            run = partial(self._model, batch)
-            layers = [self._layers.get(name, form) for name, form in zip(names, forms, strict=True)]
-            was = links(self._as_dense(run), self._encoder, blocks, layers)
-            found.append((was, links(run, self._encoder, blocks, forms)))
+            runs = self._passes([partial(self._model, batch)] * self._count)
+            found.append([links(run, self._encoder, blocks, of) for run, of in zip(runs, layers, strict=True)])
         return found
 
-    def _as_dense(self, run: Pass) -> Pass:
-        def run_dense() -> object:
+    @property
+    def _count(self) -> int:
+        return 2 if self._both else 1
+
+    def _passes(self, runs: Sequence[Callable[[], T]]) -> list[Callable[[], T]]:
+        """Of the models, the factorised one last: where both count, the first is run with the dense layers."""
+        return [self._as_dense(runs[0]), *runs[1:]] if self._both else list(runs)
+
+    def _as_dense(self, run: Callable[[], T]) -> Callable[[], T]:
+        def run_dense() -> T:
             with self._dense:
                 return run()
 

@@ -20,7 +20,7 @@ class MemoryBound:
         measuring: Sums of the largest group of layers, before ranks are given; `calibration.max_memory` bounds them.
         decomposing: The decomposition that tells the energies of the largest layer, while its group's sums are there.
         fitting: Sums, moments and the decomposition of the largest layer.
-        kept_calls: What the block at hand is called with, in both models, on all samples.
+        kept_calls: What the block at hand is called with, in every model that counts, on all samples.
         staying: Factors of the other blocks: on a CPU dense layers that are done stay beside them.
         disk: Moments of output gradients and the factors of finished blocks, until the run has ended.
     """
@@ -104,7 +104,7 @@ def memory_bound(
         item: Bytes of one.
         beforehand: What is measured before ranks are given, `None` for nothing.
         groups: The layers that are measured together.
-        call: Numbers that a block is called with, on all samples.
+        call: Numbers that a block is called with, on all samples, in all models that count.
         stays: Whether dense layers stay until the end, for a refit.
     """
     factorised = {name: shape for name, shape in shapes.items() if name in kept}
@@ -123,7 +123,7 @@ def memory_bound(
         measuring,
         0 if beforehand is None else max(map(decomposing_bytes, shapes.values()), default=0),
         max((fitting_bytes(shape) for shape in factorised.values()), default=0),
-        2 * call * item,
+        call * item,
         (sum(blocks) - factors) * item,
         moments + sum(kept.values()) * item,
     )

@@ -97,7 +97,7 @@ class Refit:
                 names = stage.layers
                 sums = _Sums({n: dense[n] for n in names}, {n: forms[n] for n in names})
                 with Agreement(trainer):
-                    for batch, was, now in kept.of(stage.block, batches):
+                    for batch, (was, now) in kept.of(stage.block, batches):
                         with sums:
                             sums.add(batch, was, now)
                 for name in names:

@@ -69,6 +69,7 @@ class SequentialStrategy(StaticStrategy):
         samples = min(self.sequential.max_samples, self.calibration.max_samples or self.sequential.max_samples)
         width = min(shapes[name].in_features for name in shapes)
         width = getattr(getattr(encoder, "config", None), "hidden_size", width)
+        models = 2 if self.sequential.needs_dense_passes else 1
         bound = memory_bound(
             shapes,
             {name: plan.parameters(name) for name in ranked},
@@ -76,7 +77,7 @@ class SequentialStrategy(StaticStrategy):
             item,
             beforehand,
             groups,
-            samples * (tokens or 1) * width,
+            models * samples * (tokens or 1) * width,
             stays=self.refit is not None,
         )
         length = "one token; multiply by their length" if tokens is None else f"{tokens} tokens"

@@ -96,6 +96,26 @@ def test_towards_own_inputs_each_weight_is_whitened_by_what_comes_in() -> None:
         torch.testing.assert_close(layer.product(), groups.factors(layer.rank).product(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("toward", "batches"), [("own_inputs", 0), ("dense_outputs", len(BATCHES))])
+def test_the_dense_model_is_run_only_where_its_outputs_count(toward: str, batches: int) -> None:
+    model = tiny_decoder("llama")
+    layers = TargetSelector().select(model)
+    calls = dict.fromkeys(layers, 0)
+
+    def counting(name: str) -> Any:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    for name, layer in layers.items():
+        layer.register_forward_hook(counting(name))
+    compress(model, BATCHES, loss, method(sequential=BlockByBlock(toward)))
+    of_the_first_block = calls["model.layers.0.mlp.down_proj"] - 1  # one pass shows the order of the calls
+    assert of_the_first_block >= batches
+    assert bool(of_the_first_block) == bool(batches)
+
+
 def test_outputs_are_closer_to_the_dense_model_than_with_a_refit() -> None:
     dense = tiny_decoder("llama")
     distances = []
