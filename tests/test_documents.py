@@ -100,3 +100,20 @@ def test_one_spelling(path: Path) -> None:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(">")]
     text = re.sub(r"`[^`\n]*`", "", "\n".join(lines)).replace("Kronecker-factored", "")
     assert re.findall(r"\b\w*factoriz\w*|\b(?:re)?factored\b", text, re.IGNORECASE) == []
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\(.*?\)", "", title).lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_are_there(document: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
+    local = [link.partition("#") for link in links if "://" not in link]
+    for to, _, heading in local:
+        path = (document.parent / to).resolve() if to else document
+        assert path.exists(), to
+        assert not heading or heading in headings(path), f"{to}#{heading}"
