@@ -66,6 +66,7 @@ def test_every_family_computes_the_same_at_every_shape(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where shape inference fails it writes the model into the present folder
     encoder, source = models(family)
+    before = encoder.config._attn_implementation
     where = export(source, str(tmp_path / "out"), format="onnx")
 
     longest = LONGEST[family]
@@ -80,11 +81,14 @@ def test_every_family_computes_the_same_at_every_shape(
     assert inputs == {name: ["batch", "length"] for name in names}
     (output,) = graph.output
     assert output.name == "logits"
+    # Of torch's fused attention and its GELU, what takes several passes over all numbers.
+    assert {node.op_type for node in graph.node}.isdisjoint({"IsNaN", "Erf"})
+    assert encoder.config._attn_implementation == before
     assert axes(output)[0] == "batch"
 
     told = json.loads((where / "report.json").read_text())["onnx"]
     assert told["inputs"] == names
-    assert told["opset"] == 18
+    assert told["opset"] == 20
     assert told["onnxruntime"] == onnxruntime.__version__
     assert told["shapes"] == [[1, 1], [2, 5], [3, 33], [1, longest]]
     assert 0 <= told["max_abs_difference"] < 1e-6
