@@ -5,8 +5,10 @@ r"""Perplexity of a decoder, factorised by every method at several keep_ratios, 
 
 Every cell is a run of `python -m lowrank_pl compress` with its own report.json, so a stopped study goes on where it
 was, and a method that works block by block in the middle of its model. Calibration takes --samples windows of --train;
---windows of --test are scored, 0 for all. `studies/smollm2.py` makes a model small enough for a CPU. Writes
-decoders.md, decoders.json and decoders.png.
+--windows of --test are scored, 0 for all. With --whole all of them are scored once more, in runs of their own, in the
+precision that it names and at each of --lengths: bf16-mixed takes half the time where a processor has it. The
+checkpoints stay then. `studies/smollm2.py` makes a model small enough for a CPU. Writes decoders.md, decoders.json and
+decoders.png.
 """
 
 from __future__ import annotations
@@ -29,11 +31,24 @@ RECIPE = ("--config", "configs/recipes/causal_lm_kronecker.yaml")
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one keep_ratio, and its run."""
+    """One method at one keep_ratio, and its runs.
+
+    Attributes:
+        method: Key of `DECODERS`.
+        ratio: As it is asked for.
+        run: The one that factorises.
+        whole: Those that score the whole text, one per length.
+    """
 
     method: str
     ratio: str
     run: Run
+    whole: tuple[Run, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All of them."""
+        return (self.run, *self.whole)
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
@@ -42,23 +57,59 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     for ratio in arguments.ratios:
         for method in arguments.methods:
             folder = arguments.output / f"{method}-{ratio}".replace(" ", "-").replace(",", "")
-            found.append(Cell(method, ratio, Run(folder, words(arguments, method, ratio, folder))))
+            run = Run(folder, words(arguments, method, ratio, folder), keep=bool(arguments.whole))
+            found.append(Cell(method, ratio, run, whole(arguments, run)))
     return found
+
+
+def whole(arguments: argparse.Namespace, after: Run | None) -> tuple[Run, ...]:
+    """Runs that score a checkpoint, or the dense model, on the whole text at every length."""
+    if arguments.whole is None:
+        return ()
+    name = "dense" if after is None else after.folder.name
+    source = "null" if after is None else after.folder / "model.ckpt"
+    return tuple(
+        Run(
+            arguments.output / f"{name}-whole-{length}",
+            (
+                "test",
+                *common(arguments, length),
+                f"--data.init_args.test={arguments.test}",
+                f"--data.init_args.eval_batch_size={arguments.batch_size}",
+                f"--model.init_args.init_from={source}",
+                f"{STRATEGY}=null",
+                f"--trainer.precision={arguments.whole}",
+                f"--trainer.logger.init_args.save_dir={arguments.output}",
+                f"--trainer.logger.init_args.name={name}-whole-{length}",
+                "--trainer.logger.init_args.version=",
+            ),
+            after,
+        )
+        for length in arguments.lengths or [arguments.window]
+    )
+
+
+def common(arguments: argparse.Namespace, window: int) -> tuple[str, ...]:
+    """What all runs are told."""
+    return (
+        *RECIPE,
+        f"--model.init_args.pretrained={arguments.model}",
+        f"--data.init_args.train={arguments.train}",
+        f"--data.init_args.validation={arguments.test}",
+        f"--data.init_args.window={window}",
+        f"--trainer.accelerator={arguments.accelerator}",
+        "--trainer.enable_progress_bar=false",
+    )
 
 
 def words(arguments: argparse.Namespace, method: str, ratio: str, folder: Path) -> tuple[str, ...]:
     """The command line of one run."""
     calibration = f"{STRATEGY}.init_args.calibration"
-    data = {"train": arguments.train, "validation": arguments.test, "window": arguments.window}
-    data["eval_batch_size"] = 1 if arguments.windows else arguments.batch_size
     needs_data = method != "SVD"
     return (
         "compress",
-        *RECIPE,
-        f"--model.init_args.pretrained={arguments.model}",
-        *(f"--data.init_args.{name}={value}" for name, value in data.items()),
-        f"--trainer.accelerator={arguments.accelerator}",
-        "--trainer.enable_progress_bar=false",
+        *common(arguments, arguments.window),
+        f"--data.init_args.eval_batch_size={1 if arguments.windows else arguments.batch_size}",
         f"--trainer.logger.init_args.save_dir={arguments.output / 'logs'}",
         *([f"--trainer.limit_val_batches={arguments.windows}"] if arguments.windows else []),
         *DECODERS[method],
@@ -70,16 +121,32 @@ def words(arguments: argparse.Namespace, method: str, ratio: str, folder: Path) 
     )
 
 
-def table(found: list[tuple[Cell, Report]]) -> list[str]:
-    """A line per method and ratio: perplexity, its multiple of the dense one, parameters kept, minutes."""
-    lines = header("keep_ratio", "method", "perplexity", "times dense", "kept", "minutes")
+def table(found: list[tuple[Cell, Report]], dense: tuple[Run, ...], lengths: list[int]) -> list[str]:
+    """A line per method and ratio: perplexity, its multiple of the dense one, parameters kept, minutes; whole texts."""
+    columns = [f"whole text, {length}" for length in lengths]
+    lines = header("keep_ratio", "method", "perplexity", "times dense", "kept", "minutes", *columns)
     if found:
-        lines.append(line("", "dense", f"{found[0][1]['score_dense']:.2f}", "1.00", "1.000", ""))
+        cells_of_dense = [number(score(run)) if run.report else "" for run in dense]
+        lines.append(line("", "dense", f"{found[0][1]['score_dense']:.2f}", "1.00", "1.000", "", *cells_of_dense))
     for cell, report in found:
-        times = number(report["score"] / report["score_dense"])
         kept, minutes = f"{report['keep_ratio']:.3f}", f"{report['seconds'] / 60:.0f}"
-        lines.append(line(cell.ratio, cell.method, number(report["score"]), times, kept, minutes))
+        times = number(report["score"] / report["score_dense"])
+        of_whole = [relative(run, of) for run, of in zip(cell.whole, dense, strict=True)]
+        lines.append(line(cell.ratio, cell.method, number(report["score"]), times, kept, minutes, *of_whole))
     return lines
+
+
+def score(run: Run) -> float:
+    """The perplexity that a finished run has found."""
+    assert run.report is not None
+    return float(run.report["score"])
+
+
+def relative(run: Run, dense: Run) -> str:
+    """A perplexity and, in brackets, its multiple of the dense one; empty where it is not there yet."""
+    if run.report is None:
+        return ""
+    return number(score(run)) + (f" ({number(score(run) / score(dense))})" if dense.report else "")
 
 
 def number(perplexity: float) -> str:
@@ -91,21 +158,29 @@ def figures(found: Iterable[tuple[Cell, Report]]) -> Iterable[dict[str, Any]]:
     """One entry per run."""
     for cell, report in found:
         told = {key: report[key] for key in ("score", "score_dense", "keep_ratio", "seconds", "metrics")}
-        yield {"method": cell.method, "ratio": cell.ratio, **told}
+        whole_texts = {run.report["metrics"]["window"]: score(run) for run in cell.whole if run.report}
+        yield {"method": cell.method, "ratio": cell.ratio, "whole": whole_texts, **told}
 
 
-def draw(found: list[tuple[Cell, Report]], path: Path) -> None:
+def points(found: list[tuple[Cell, Report]], dense: tuple[Run, ...]) -> tuple[float, list[tuple[str, float, float]]]:
+    """The dense perplexity, and method, share kept and perplexity of every cell; of the whole text where all have it."""
+    if dense and dense[0].report and all(cell.whole[0].report for cell, _ in found):
+        return score(dense[0]), [(cell.method, told["keep_ratio"], score(cell.whole[0])) for cell, told in found]
+    return found[0][1]["score_dense"], [(cell.method, told["keep_ratio"], told["score"]) for cell, told in found]
+
+
+def draw(found: list[tuple[Cell, Report]], dense: tuple[Run, ...], path: Path) -> None:
     """Perplexity over keep_ratio, a line per method; what is a hundred times the dense one or more is cut off."""
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.set_yscale("log")
-    for method in dict.fromkeys(cell.method for cell, _ in found):
-        points = sorted((report["keep_ratio"], report["score"]) for cell, report in found if cell.method == method)
-        axes.plot(*zip(*points, strict=True), marker="o", label=method)
     if found:
-        dense = found[0][1]["score_dense"]
-        axes.axhline(dense, color="black", linewidth=0.8)
-        axes.set_ylim(0.8 * dense, min(100 * dense, 1.3 * max(report["score"] for _, report in found)))
+        least, drawn = points(found, dense)
+        for method in dict.fromkeys(name for name, _, _ in drawn):
+            of_method = sorted((kept, perplexity) for name, kept, perplexity in drawn if name == method)
+            axes.plot(*zip(*of_method, strict=True), marker="o", label=method)
+        axes.axhline(least, color="black", linewidth=0.8)
+        axes.set_ylim(0.8 * least, min(100 * least, 1.3 * max(perplexity for _, _, perplexity in drawn)))
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.set(xlabel="keep_ratio", ylabel="perplexity")
     axes.grid(alpha=0.3)
@@ -123,15 +198,18 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=128, help="windows of --train for calibration")
     options.add_argument("--batch_size", type=int, default=4, help="windows at a time")
     options.add_argument("--max_memory", type=float, help="GiB that measured moments may take; default: no bound")
+    options.add_argument("--whole", metavar="PRECISION", help="score all of --test once more, in this precision")
+    options.add_argument("--lengths", type=int, nargs="+", help="tokens shown at once by --whole; default: --window")
     options.add_argument("--accelerator", default="cpu", help="what Lightning takes: cpu, cuda")
     options.add_argument("--table", action="store_true", help="run nothing, write what is there")
     arguments = read(options)
-    wanted = cells(arguments)
-    failed = [] if arguments.table else run_all([cell.run for cell in wanted], 1, arguments.threads)
+    wanted, dense = cells(arguments), whole(arguments, None)
+    runs = [*(run for cell in wanted for run in cell.runs), *dense]
+    failed = [] if arguments.table else run_all(runs, 1, arguments.threads)
     found = [(cell, report) for cell in wanted if (report := cell.run.report) is not None]
-    lines = table(found)
+    lines = table(found, dense, (arguments.lengths or [arguments.window]) if arguments.whole else [])
     write(arguments.output, "decoders", lines, list(figures(found)))
-    draw(found, arguments.output / "decoders.png")
+    draw(found, dense, arguments.output / "decoders.png")
     print("\n".join(lines))
     sys.exit(1 if failed else 0)
 

@@ -278,3 +278,16 @@ def test_perplexities_that_are_there_are_put_into_a_table(tmp_path: Path, monkey
         "| 0.8 | whitening, sequential | 48.00 | 2.00 | 0.500 | 2 |",
     ]
     assert (tmp_path / "decoders.png").stat().st_size > 1000
+    for name, score, window in (("dense", 25.0, 512), ("dense", 20.0, 1024), ("SVD-0.8", 50.0, 512)):
+        folder = tmp_path / f"{name}-whole-{window}"
+        folder.mkdir()
+        told = {"score": score, "metrics": {"window": float(window)}}
+        (folder / "report.json").write_text(json.dumps(told))
+    with pytest.raises(SystemExit) as stop:
+        run(path, monkeypatch, *words, "--whole", "bf16-mixed", "--lengths", "512", "1024")
+    assert stop.value.code == 0
+    assert (tmp_path / "decoders.md").read_text().splitlines()[2:] == [
+        "|  | dense | 24.00 | 1.00 | 1.000 |  | 25.00 | 20.00 |",
+        "| 0.8 | SVD | 3.10e+07 | 1.29e+06 | 0.500 | 2 | 50.00 (2.00) |  |",
+        "| 0.8 | whitening, sequential | 48.00 | 2.00 | 0.500 | 2 |  |  |",
+    ]
