@@ -163,7 +163,7 @@ def figures(found: Iterable[tuple[Cell, Report]]) -> Iterable[dict[str, Any]]:
 
 
 def points(found: list[tuple[Cell, Report]], dense: tuple[Run, ...]) -> tuple[float, list[tuple[str, float, float]]]:
-    """The dense perplexity, and method, share kept and perplexity of every cell; of the whole text where all have it."""
+    """The dense perplexity, and method, share kept and perplexity of all cells; of the whole text where all have it."""
     if dense and dense[0].report and all(cell.whole[0].report for cell, _ in found):
         return score(dense[0]), [(cell.method, told["keep_ratio"], score(cell.whole[0])) for cell, told in found]
     return found[0][1]["score_dense"], [(cell.method, told["keep_ratio"], told["score"]) for cell, told in found]
