@@ -27,13 +27,13 @@ from lowrank_pl.strategies.gradient_scale import gradient_scale
 from lowrank_pl.strategies.group_training import GroupTraining
 from lowrank_pl.strategies.metric_groups import MetricGroups
 from lowrank_pl.strategies.processes import gathered
+from lowrank_pl.strategies.rank_account import record_of, told_of, warn_of_worthless
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
 from lowrank_pl.strategies.rewarming import Rewarming
 from lowrank_pl.strategies.singular_groups import SingularGroups
 from lowrank_pl.surgery import (
     CompressionRecord,
-    CostRecord,
     ModelLayout,
     TargetSelector,
     compact_,
@@ -184,17 +184,7 @@ class RankDyna(CompressionStrategy):
         return self._told(self._plan_for(encoder), self.schedule.over(1000), 1000)
 
     def _told(self, plan: RankPlan, curve: CubicCurve, steps: int) -> list[str]:
-        """What a run of some length will do and take."""
-        share = plan.budget / plan.dense_cost
-        spent = f"{plan.budget:,} of {plan.dense_cost:,} {self.cost.measure.unit} of {len(plan.shapes)} layers"
-        actions = ", ".join(f"{step:,}" for step in curve.actions())
-        told = [
-            f"{type(self).__name__}: the budget is {spent} (keep_ratio {share:.4f})",
-            f"ranks are reallocated after steps {actions} of {steps:,}; the last one reaches the budget",
-        ]
-        if needed := self._training.bytes(plan):
-            told.append(f"until then, what is observed takes up to {needed / 2**20:,.1f} MiB")
-        return told
+        return told_of(type(self).__name__, plan, curve, steps, self._training.bytes(plan))
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replaces every target by a layer whose rank can shrink.
@@ -372,7 +362,9 @@ class RankDyna(CompressionStrategy):
             raise NonFiniteError("every gradient so far")
         self.latest_scores = self._training.reallocate(trainer, layers, self._plan, budget, final)
         self.state.reached = final
-        self._tell_worthless([name for name, scores in self.latest_scores.items() if not bool(scores.any())])
+        worthless = [name for name, scores in self.latest_scores.items() if not bool(scores.any())]
+        warn_of_worthless(self.state.worthless, worthless)
+        self.state.worthless = worthless
         ranks = {name: layer.rank for name, layer in layers.items()}
         self.state.history.append(Reallocation(step, budget, self._plan.kept(ranks), ranks))
         module.compression = self._record(ranks)
@@ -380,16 +372,6 @@ class RankDyna(CompressionStrategy):
             self.sensitivity.release()
             kept, unit = self.state.history[-1].kept, self.cost.measure.unit
             rank_zero_info(f"the budget of {self.state.budget:,} {unit} is reached at step {step:,}: {kept:,} kept")
-
-    def _tell_worthless(self, names: list[str]) -> None:
-        """Warns of layers without any score: not called by the model, or not in a way that can be observed."""
-        if set(names) - set(self.state.worthless):
-            logger.warning(
-                "no loss depends on %d targeted layers, e.g. %r: they get the lowest ranks there are; to keep them "
-                "dense leave them out through model.init_args.strategy.init_args.targets.exclude",
-                *(len(names), names[0]),
-            )
-        self.state.worthless = names
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compacts the model: no step follows."""
@@ -486,14 +468,4 @@ class RankDyna(CompressionStrategy):
             self.state, self._restored = self._restored, None
 
     def _record(self, ranks: Mapping[str, int]) -> CompressionRecord:
-        notes = []
-        if not self.state.reached:
-            notes.append(f"the budget of {self.state.budget:,} {self.cost.measure.unit} has not been reached")
-        if self.state.skipped:
-            notes.append(f"{self.state.skipped} optimizer steps with gradients that are not finite were left out")
-        if self.state.worthless:
-            told = f"{len(self.state.worthless)} layers, e.g. {self.state.worthless[0]!r}"
-            notes.append(f"no loss depends on {told}: they got the lowest ranks that there are")
-        layers = self._plan.records(ranks)
-        cost = CostRecord(self.cost.measure.unit, self._plan.kept(ranks), self._plan.dense_cost)
-        return CompressionRecord(type(self).__name__, self.options(), layers, tuple(notes), self.state.reached, cost)
+        return record_of(type(self).__name__, self.options(), self._plan, self.state, ranks)
