@@ -31,7 +31,7 @@ from lowrank_pl.errors.data_files import MissingSplitError
 from lowrank_pl.errors.labels import UnknownTargetError
 from lowrank_pl.hub import load_config, load_tokenizer
 
-_FORMAT = 2
+_FORMAT = 3
 """Goes up when the same input would be prepared differently, so that older caches are left alone."""
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from lowrank_pl.errors.data import EmptyDataError
-from lowrank_pl.errors.data_files import EncodingError, MalformedLineError, MissingFileError, UnknownColumnError
+from lowrank_pl.errors.data_files import (
+    DuplicateColumnError,
+    EncodingError,
+    MalformedLineError,
+    MissingFileError,
+    UnknownColumnError,
+)
 
 BadLines = Literal["error", "skip"]
 
@@ -67,6 +73,29 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
+def find_columns(path: Path, header: Sequence[str], wanted: Mapping[str, str], optional: Sequence[str]) -> list[str]:
+    """Returns the columns to read, in the order in which they are asked for.
+
+    Args:
+        path: The file, for errors.
+        header: All columns of the file.
+        wanted: Columns that must exist, each with the argument that names it.
+        optional: Columns that are read if they exist.
+
+    Raises:
+        UnknownColumnError: a wanted column is missing.
+        DuplicateColumnError: a column to be read exists several times.
+    """
+    for column, argument in wanted.items():
+        if column not in header:
+            raise UnknownColumnError(column, header, path, argument)
+    found = [column for column in dict.fromkeys([*wanted, *optional]) if column in header]
+    for column in found:
+        if header.count(column) > 1:
+            raise DuplicateColumnError(column, header, path, wanted.get(column, "data.init_args.label"))
+    return found
+
+
 class Table:
     """Some columns of a tab-separated file, with the line each row came from.
 
@@ -84,26 +113,24 @@ class Table:
 
 def read_tsv(
     path: Path,
-    wanted: Sequence[str],
+    wanted: Mapping[str, str],
     optional: Sequence[str] = (),
     header: Sequence[str] | None = None,
     bad_lines: BadLines | None = None,
-    argument: str = "the file's header line",
 ) -> Table:
     """Reads a tab-separated file without quoting, in which a quotation mark is a character like any other.
 
     Args:
         path: The file.
-        wanted: Columns that must exist.
+        wanted: Columns that must exist, each with the argument that names it.
         optional: Columns that are read if they exist.
         header: Names of the columns if the file has no header line.
         bad_lines: What to do with a line that has not as many columns as the header; `None` stops at it, and the
             error does not offer the choice.
-        argument: What to check if a column is missing.
 
     Raises:
         EncodingError: the file is not UTF-8.
-        UnknownColumnError: a wanted column is missing.
+        UnknownColumnError, DuplicateColumnError: see `find_columns`.
         MalformedLineError: a line has too few or too many columns.
         EmptyDataError: there is no line besides the header.
     """
@@ -113,10 +140,7 @@ def read_tsv(
         if not any(line.strip() for line in lines):
             raise EmptyDataError(path)
         header, lines, first = lines[0].split("\t"), lines[1:], 2
-    for column in wanted:
-        if column not in header:
-            raise UnknownColumnError(column, header, path, argument)
-    places = {column: header.index(column) for column in [*wanted, *optional] if column in header}
+    places = {column: header.index(column) for column in find_columns(path, header, wanted, optional)}
     values: dict[str, list[str]] = {column: [] for column in places}
     numbers, skipped = [], []
     for number, line in enumerate(lines, first):

@@ -13,12 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from lowrank_pl.data.files import read_lines, read_tsv, read_utf8
+from lowrank_pl.data.files import find_columns, read_lines, read_tsv, read_utf8
 from lowrank_pl.errors.data import EmptyDataError
 from lowrank_pl.errors.data_files import (
     MalformedFileError,
     MalformedLineError,
-    UnknownColumnError,
     UnsupportedFormatError,
 )
 
@@ -49,7 +48,7 @@ def read_columns(path: Path, wanted: dict[str, str], optional: Sequence[str] = (
 
     Raises:
         UnsupportedFormatError: another extension.
-        UnknownColumnError: a wanted column is missing.
+        UnknownColumnError, DuplicateColumnError: a column to be read is missing, or there several times.
         EncodingError: a text file that is not UTF-8.
         MalformedLineError: a line that cannot be read.
         MalformedFileError: a Parquet file that cannot be read.
@@ -67,10 +66,7 @@ def read_columns(path: Path, wanted: dict[str, str], optional: Sequence[str] = (
 def _present(path: Path, names: Sequence[str], wanted: dict[str, str], optional: Sequence[str]) -> list[str]:
     if not names:
         raise EmptyDataError(path)
-    for column, argument in wanted.items():
-        if column not in names:
-            raise UnknownColumnError(column, names, path, argument)
-    return [column for column in dict.fromkeys([*wanted, *optional]) if column in names]
+    return find_columns(path, names, wanted, optional)
 
 
 def _read_csv(path: Path, wanted: dict[str, str], optional: Sequence[str]) -> Columns:
@@ -101,7 +97,7 @@ def _read_csv(path: Path, wanted: dict[str, str], optional: Sequence[str]) -> Co
 
 
 def _read_tsv(path: Path, wanted: dict[str, str], optional: Sequence[str]) -> Columns:
-    table = read_tsv(path, list(wanted), optional, argument=" and ".join(dict.fromkeys(wanted.values())))
+    table = read_tsv(path, wanted, optional)
     return Columns({name: list(values) for name, values in table.columns.items()}, table.lines)
 
 
@@ -130,14 +126,31 @@ def _read_jsonl(path: Path, wanted: dict[str, str], optional: Sequence[str]) -> 
     if not objects:
         raise EmptyDataError(path)
     names = _present(path, list(dict.fromkeys(key for value in objects for key in value)), wanted, optional)
-    return Columns({name: [value.get(name) for value in objects] for name in names}, rows)
+    values = {name: [value.get(name) for value in objects] for name in names}
+    for name in names:
+        for row, value in zip(rows, values[name], strict=True):
+            if isinstance(value, str) and not _is_unicode(value):
+                found = f"half a character in column {name!r}: {value!r}"
+                raise MalformedLineError(path, row, found, r"both escapes of a surrogate pair, such as \ud83d\ude00")
+    return Columns(values, rows)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written at all: JSON may name the halves of a surrogate pair one by one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: Path, wanted: dict[str, str], optional: Sequence[str]) -> Columns:
     try:
         names = _present(path, pa.parquet.read_schema(path).names, wanted, optional)
         table = pa.parquet.read_table(path, columns=names)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's; that of a damaged page has no number
         raise MalformedFileError(path, error) from None
     return Columns({name: table[name].to_pylist() for name in names}, range(1, table.num_rows + 1))
 

@@ -130,10 +130,11 @@ class GLUE(TextDataModule):
         labelled = split != "test"
         table = read_tsv(
             file,
-            [*task.texts, *([task.label] if labelled else [])],
+            dict.fromkeys(
+                [*task.texts, *([task.label] if labelled else [])], "data.init_args.task and data.init_args.path"
+            ),
             header=task.header if labelled else None,
             bad_lines=self.bad_lines,
-            argument="data.init_args.task and data.init_args.path",
         )
         if table.skipped:
             rank_zero_warn(

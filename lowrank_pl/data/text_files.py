@@ -17,6 +17,7 @@ from lowrank_pl.data.base import TextDataModule, check_choice
 from lowrank_pl.data.cache import file_digest
 from lowrank_pl.data.files import find_file, find_splits
 from lowrank_pl.data.formats import read_columns
+from lowrank_pl.data.labels import class_names, ids_by_class, is_compound, spelled
 from lowrank_pl.data.prepared import Prepared
 from lowrank_pl.data.raw import (
     EmptyTexts,
@@ -24,12 +25,11 @@ from lowrank_pl.data.raw import (
     RawData,
     check_classes,
     check_labelled,
-    class_ids,
     scores,
     with_texts,
 )
 from lowrank_pl.errors.data import ArgumentRangeError, TooFewSamplesError
-from lowrank_pl.errors.data_files import MissingSplitError
+from lowrank_pl.errors.data_files import MissingSplitError, NotATextError
 from lowrank_pl.errors.labels import UnknownClassesError
 from lowrank_pl.errors.run import TargetKindError
 
@@ -64,7 +64,7 @@ class TextFiles(TextDataModule):
         label: Column of the label.
         kind: Whether labels are classes or numbers.
         label_names: Class names in the order of their ids; labels may then be names or ids. Without it the
-            labels of the training split, sorted, are the names.
+            labels of the training split, sorted, are the names, or else those of the model. 1 and 1.0 are one label.
         metrics: Metrics whose mean is the score; accuracy for classes, pearson and spearman for numbers if not given.
         validation_fraction: Part of the training file to validate on if there is no validation file, chosen by
             `seed`.
@@ -101,6 +101,8 @@ class TextFiles(TextDataModule):
             raise ArgumentRangeError("validation_fraction", validation_fraction, "above 0 and below 1")
         if label_names is not None and not 2 <= len(set(label_names)) == len(label_names):
             raise ArgumentRangeError("label_names", label_names, "two or more names, all different")
+        if label_names is not None and kind == "regression":
+            raise ArgumentRangeError("label_names", label_names, "null for kind='regression', which has no classes")
         for name, column in (("text", text), ("label", label)):
             if not isinstance(column, str):
                 raise ArgumentRangeError(name, column, "the name of a column")
@@ -223,7 +225,7 @@ class TextFiles(TextDataModule):
             elif kind == "regression":
                 splits[split] = part.to_dataset(scores(part))
             else:
-                ids = class_ids(part, _ids(names), names)
+                ids = ids_by_class(part, names, may_be_ids=self._given_names() is not None)
                 if split == "train":
                     check_classes(part, ids, names)
                 splits[split] = part.to_dataset(ids)
@@ -256,7 +258,11 @@ class TextFiles(TextDataModule):
         texts = [columns.values[column] for column in names]
         labels: list[object] | None = None
         if split != "predict":
-            labels = [_spelled(value) for value in columns.values.get(self.label, [])]
+            given = columns.values.get(self.label, [])
+            for row, value in zip(columns.rows, given, strict=False):
+                if is_compound(value):
+                    raise NotATextError(path, row, self.label, value)
+            labels = [spelled(value) for value in given]
         if not labels or all(value in (None, "") for value in labels):
             labels = None
         part = LabelledText(path, columns.rows, texts[0], texts[1] if len(texts) > 1 else None, labels)
@@ -285,24 +291,4 @@ class TextFiles(TextDataModule):
             return []
         labels = parts["train"].labels
         assert labels is not None
-        found = {str(value) for value in labels if value not in (None, "")}
-        return sorted(found, key=int) if all(map(_is_integer, found)) else sorted(found)
-
-
-def _spelled(value: object) -> str | None:
-    """Spells a label the same way whichever format it was read from: 1, 1.0 and "1" are one class."""
-    if value is None:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
-
-
-def _is_integer(label: str) -> bool:
-    return label.removeprefix("-").isdecimal()
-
-
-def _ids(names: list[str]) -> dict[str, int]:
-    """Ids by name, and by themselves unless the names are numbers too."""
-    by_id = {} if any(map(_is_integer, names)) else {str(id_): id_ for id_ in range(len(names))}
-    return by_id | {name: id_ for id_, name in enumerate(names)}
+        return class_names(None if label is None else str(label) for label in labels)

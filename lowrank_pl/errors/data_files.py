@@ -61,6 +61,23 @@ class UnknownColumnError(DataError):
         )
 
 
+class DuplicateColumnError(DataError):
+    """A column that is asked for and that the file has several times.
+
+    Args:
+        column: The column looked for.
+        columns: The columns of the file.
+        path: The file.
+        argument: The argument that names it.
+    """
+
+    def __init__(self, column: str, columns: Sequence[str], path: str | Path, argument: str) -> None:
+        super().__init__(
+            f"{columns.count(column)} columns of {str(path)!r} are called {column!r}, and nothing tells which is meant; "
+            f"it has {listed(columns)}. Rename all but one, or check {argument}."
+        )
+
+
 class MissingValueError(DataError):
     """A sample without text.
 
@@ -80,7 +97,7 @@ class MissingValueError(DataError):
 
 
 class NotATextError(DataError):
-    """A value in a column of texts that nobody would read as one.
+    """A value in a column of texts, or of labels, that nobody would read as one.
 
     Args:
         path: The file.

@@ -15,6 +15,7 @@ from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import TextFiles
 from lowrank_pl.errors.data import ArgumentRangeError, EmptyDataError, TooFewSamplesError
 from lowrank_pl.errors.data_files import (
+    DuplicateColumnError,
     EncodingError,
     MalformedFileError,
     MalformedLineError,
@@ -108,6 +109,23 @@ def test_named_classes_may_be_given_as_ids(tiny_bert: str, tmp_path: Path) -> No
     assert labels(module, "train") == [1, 0, 0]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_whole_numbers_are_the_same_classes_in_every_spelling(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
+    train = save(tmp_path / "train.csv", [{"text": "good", "label": label} for label in ("1.0", "2.0", "3.0")])
+    dev = save(tmp_path / f"dev{suffix}", [{"text": "good", "label": label} for label in (2.0, 1.0)])
+    ints = save(tmp_path / f"test{suffix}", [{"text": "good", "label": label} for label in (2, 1)])
+    module = ready(tiny_bert, train=train, validation=dev, test=ints)
+    assert module.target.label_names == ("1.0", "2.0", "3.0")
+    assert labels(module, "validation") == labels(module, "test") == [1, 0]
+
+
+def test_classes_that_are_learnt_are_given_by_name(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", ROWS)
+    dev = save(tmp_path / "dev.csv", [{**ROWS[0], "label": 1}])
+    with pytest.raises(UnknownLabelError, match=r"dev.csv:2 is labelled '1'; allowed are 'neg', 'neutral', 'pos'"):
+        ready(tiny_bert, train=train, validation=dev)
+
+
 def test_regression(tiny_bert: str, tmp_path: Path) -> None:
     train = save(tmp_path / "train.csv", [{"text": "good", "label": label} for label in (0.5, -2, 3)])
     module = ready(tiny_bert, train=train, validation=train, kind="regression")
@@ -193,6 +211,38 @@ def test_one_missing_label(tiny_bert: str, tmp_path: Path) -> None:
         ready(tiny_bert, train=train)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_number_that_is_none_is_no_class(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": "good", "label": label} for label in (0.0, 1.0, float("nan"))]
+    with pytest.raises(UnknownLabelError, match=r":3 is labelled None; allowed are '0', '1'"):
+        ready(tiny_bert, train=save(tmp_path / f"train{suffix}", rows))
+    train = save(tmp_path / f"train{suffix}", rows[:2])
+    module = ready(tiny_bert, train=train, validation=train, test=save(tmp_path / f"test{suffix}", rows[2:]))
+    assert not module.has_labelled_test
+
+
+@pytest.mark.parametrize("label", [["a", "b"], {"a": 1}])
+def test_several_labels_are_none(tiny_bert: str, tmp_path: Path, label: object) -> None:
+    train = save(tmp_path / "train.jsonl", [*ROWS, {**ROWS[0], "label": label}])
+    with pytest.raises(NotATextError, match=rf"train.jsonl:4 has a {type(label).__name__} in column 'label'; allowed"):
+        ready(tiny_bert, train=train)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("twice", ["text", "label"])
+def test_a_column_that_is_there_twice(tiny_bert: str, tmp_path: Path, suffix: str, twice: str) -> None:
+    train = save(tmp_path / f"train{suffix}", [{"text": "good", "label": at, "TWICE": 0} for at in range(2)])
+    path = Path(train)
+    if suffix == ".parquet":
+        table = pa.parquet.read_table(path).rename_columns(["text", "label", twice])
+        pa.parquet.write_table(table, path)
+    else:
+        path.write_text(path.read_text().replace("TWICE", twice))
+    told = rf"2 columns of '.*' are called '{twice}'.* Rename all but one, or check data.init_args.{twice}\."
+    with pytest.raises(DuplicateColumnError, match=told):
+        ready(tiny_bert, train=train)
+
+
 def test_no_labels_at_all(tiny_bert: str, tmp_path: Path) -> None:
     train = save(tmp_path / "train.csv", [{"text": "good", "label": ""}])
     with pytest.raises(MissingLabelsError, match=r"the train split in '.*' has no labels in column 'label'; only the"):
@@ -245,6 +295,15 @@ def test_a_list_is_no_text(tiny_bert: str, tmp_path: Path) -> None:
     train = save(tmp_path / "train.jsonl", [ROWS[0], {"text": ["a"], "label": "neg"}])
     with pytest.raises(NotATextError, match=r"train.jsonl:2 has a list in column 'text'; allowed are strings and numb"):
         ready(tiny_bert, train=train)
+
+
+def test_half_a_character_is_no_text(tiny_bert: str, tmp_path: Path) -> None:
+    lines = ['{"text": "good", "label": 0}', r'{"text": "bad \ud83d", "label": 1, "other": "\ud83d"}']
+    train = str(write(tmp_path / "train.jsonl", "\n".join(lines)))
+    with pytest.raises(MalformedLineError, match=r"train.jsonl:2 has half a character in column 'text': 'bad \\ud83d'"):
+        ready(tiny_bert, train=train)
+    write(tmp_path / "train.jsonl", "\n".join(lines).replace(r"bad \ud83d", r"bad \ud83d\ude00"))
+    assert ready(tiny_bert, train=train, validation=train).split("train").num_rows == 2
 
 
 # Without a training split.
@@ -375,6 +434,15 @@ def test_malformed_parquet(tiny_bert: str, tmp_path: Path) -> None:
         ready(tiny_bert, train=str(write(tmp_path / "t.parquet", "text,label\n")))
 
 
+def test_a_damaged_page_of_parquet(tiny_bert: str, tmp_path: Path) -> None:
+    path = Path(save(tmp_path / "t.parquet", ROWS))
+    content = bytearray(path.read_bytes())
+    content[4:80] = b"\xff" * 76
+    path.write_bytes(content)
+    with pytest.raises(MalformedFileError, match=r"cannot read '.*t.parquet' as PARQUET"):
+        ready(tiny_bert, train=str(path))
+
+
 def test_not_utf8(tiny_bert: str, tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", "text,label\né,1\n", encoding="latin-1")
     with pytest.raises(EncodingError, match=r"byte 0xe9 at offset 11; expected UTF-8"):
@@ -387,6 +455,10 @@ def test_not_utf8(tiny_bert: str, tmp_path: Path) -> None:
         ({"metrics": ["pearson"]}, "metrics='pearson'; allowed is for classification any of accuracy, f1, matthews"),
         ({"metrics": ["f1"], "kind": "regression"}, "allowed is for regression any of pearson, spearman"),
         ({"label_names": ["a", "a"]}, r"label_names=\['a', 'a'\]; allowed is two or more names, all different. Check"),
+        (
+            {"label_names": ["a", "b"], "kind": "regression"},
+            "allowed is null for kind='regression', which",
+        ),
         ({"label_names": ["a"]}, r"label_names=\['a'\]; allowed is two or more names, all different"),
         ({"kind": "regresion"}, "kind='regresion'; allowed is 'classification', 'regression'"),
         ({"empty_texts": "drop"}, "empty_texts='drop'; allowed is 'error', 'skip'"),
