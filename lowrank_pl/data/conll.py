@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data.base import TextDataModule
@@ -168,16 +168,32 @@ class CoNLL(TextDataModule):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, rows: Rows, truncate: bool) -> Rows:
         """Encodes words and hands each tag to the first piece of its word."""
-        encoded = tokenizer(
-            rows["words"],
+        encoded = self._pieces(tokenizer, self._with_pieces(tokenizer, rows["words"]), truncate)
+        labels = [aligned(encoded.word_ids(at), tags) for at, tags in enumerate(rows["labels"])]
+        return {**encoded, "labels": labels}
+
+    def _pieces(self, tokenizer: PreTrainedTokenizerBase, sentences: list[list[str]], truncate: bool) -> BatchEncoding:
+        return tokenizer(
+            sentences,
             is_split_into_words=True,
             truncation=truncate,
             max_length=self.max_length if truncate else None,
             padding=False,
             verbose=False,
         )
-        labels = [aligned(encoded.word_ids(at), tags) for at, tags in enumerate(rows["labels"])]
-        return {**encoded, "labels": labels}
+
+    def _with_pieces(self, tokenizer: PreTrainedTokenizerBase, sentences: list[list[str]]) -> list[list[str]]:
+        """The sentences with the unknown token in the place of words that a tokenizer leaves nothing of.
+
+        Such are zero-width spaces and variation selectors to BERT's. Without a piece they would have no tag, and the
+        tags predicted for the words behind them would be taken for those of others.
+        """
+        encoded, unknown = self._pieces(tokenizer, sentences, truncate=False), str(tokenizer.unk_token)
+        seen = [set(encoded.word_ids(at)) for at in range(len(sentences))]
+        return [
+            [word if place in known else unknown for place, word in enumerate(words)]
+            for words, known in zip(sentences, seen, strict=True)
+        ]
 
     def _sentences(self, path: Path) -> list[Sentence]:
         sentences = read_conll(path, self.token_column, self.tag_column)

@@ -73,8 +73,8 @@ class DuplicateColumnError(DataError):
 
     def __init__(self, column: str, columns: Sequence[str], path: str | Path, argument: str) -> None:
         super().__init__(
-            f"{columns.count(column)} columns of {str(path)!r} are called {column!r}, and nothing tells which is meant; "
-            f"it has {listed(columns)}. Rename all but one, or check {argument}."
+            f"{columns.count(column)} columns of {str(path)!r} are called {column!r}, and only one can be meant; it "
+            f"has {listed(columns)}. Rename all but one, or check {argument}."
         )
 
 

@@ -61,6 +61,13 @@ def test_truncated_sentences_keep_their_alignment(tiny_bert: str, tmp_path: Path
     assert module.split("train")["labels"][0] == [-100, 1, -100, 2, -100, 1, -100, -100]
 
 
+def test_every_word_has_a_tag_though_a_tokenizer_leaves_nothing_of_it(tiny_bert: str, tmp_path: Path) -> None:
+    module = ready(tiny_bert, tmp_path, "good B-PER\n\u200b I-PER\nfilm O\n\ufe0f B-PER\n\n")
+    assert module.split("train")["labels"][0] == [-100, 1, 2, 0, 1, -100]
+    pieces = module.load_tokenizer().convert_ids_to_tokens(module.split("train")["input_ids"][0])
+    assert pieces == ["[CLS]", "good", "[UNK]", "film", "[UNK]", "[SEP]"]
+
+
 @pytest.mark.parametrize(
     ("tags", "bio"),
     [
