@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lowrank_pl.contract import TargetSpec
-from lowrank_pl.data.cache import dataset_digest, written_whole
+from lowrank_pl.data.cache import dataset_digest, set_aside, written_whole
 from lowrank_pl.data.tokenise import Truncation
 
 _META = "meta.json"
@@ -51,7 +51,7 @@ class Prepared:
         truncation: dict[str, Truncation],
         texts: dict[str, Dataset],
     ) -> None:
-        """Writes a prepared data set to a folder, whole or not at all."""
+        """Writes a prepared data set to a folder, whole or not at all; what is there and not whole makes room."""
         meta = {
             "target": None if target is None else target.to_dict(),
             "texts": list(texts),
@@ -63,6 +63,8 @@ class Prepared:
             for split, dataset in texts.items():
                 dataset.save_to_disk(str(temporary / _TEXTS / split))
             (temporary / _META).write_text(json.dumps(meta, indent=2), encoding="utf-8")
+            if folder.is_dir() and not Prepared.exists(folder):
+                set_aside(folder)
 
     @classmethod
     def read(cls, folder: Path) -> Prepared:

@@ -283,6 +283,16 @@ def test_a_failed_preparation_leaves_nothing(tiny_bert: str, tmp_path: Path, mon
     assert list((tmp_path / "cache" / "data").iterdir()) == []
 
 
+def test_prepared_data_that_have_lost_a_part_are_prepared_anew(tiny_bert: str, tmp_path: Path) -> None:
+    folder = write_sst2(tmp_path / "sst2")
+    first = ready(tiny_bert, folder)
+    (entry,) = (tmp_path / "cache" / "data").iterdir()
+    (entry / "meta.json").unlink()
+    assert ready(tiny_bert, folder).fingerprint == first.fingerprint
+    assert (entry / "meta.json").is_file()
+    assert list(entry.parent.iterdir()) == [entry]
+
+
 def test_setup_alone_prepares(tiny_bert: str, tmp_path: Path) -> None:
     module = GLUE(tiny_bert, "sst2", str(write_sst2(tmp_path / "sst2")), max_length=64)
     module.setup("validate")
