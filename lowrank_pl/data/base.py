@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 from datasets import Dataset
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.contract import CalibrationBatches, TargetSpec, choose
 from lowrank_pl.data.cache import cache_root, digest, tokenizer_digest
 from lowrank_pl.data.calibration import SortedBatches
 from lowrank_pl.data.collate import Collator, PadCollator
+from lowrank_pl.data.files import find_file
 from lowrank_pl.data.loaders import BatchLoaders
 from lowrank_pl.data.prepared import Prepared, tell_truncation
 from lowrank_pl.data.raw import RawData
@@ -27,10 +30,16 @@ from lowrank_pl.data.tokenise import (
     tokenise,
 )
 from lowrank_pl.errors.data import ArgumentRangeError, DataNotReadyError
-from lowrank_pl.errors.data_files import MissingSplitError
+from lowrank_pl.errors.data_files import MissingFileError, MissingSplitError
 from lowrank_pl.errors.labels import UnknownTargetError
 from lowrank_pl.hub import load_config, load_tokenizer
 
+# Which splits a verb that does not train reads: the first that there is.
+_READ: dict[Any, tuple[str, ...]] = {
+    TrainerFn.VALIDATING: ("validation", "train"),
+    TrainerFn.TESTING: ("test", "validation", "train"),
+    TrainerFn.PREDICTING: ("test", "validation", "train"),
+}
 _FORMAT = 3
 """Goes up when the same input would be prepared differently, so that older caches are left alone."""
 
@@ -99,6 +108,8 @@ class TextDataModule(BatchLoaders):
         self.cache_dir = cache_dir
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self._prepared: Prepared | None = None
+        self.serves: TrainerFn | None = None
+        self._left_out: dict[str, MissingFileError] = {}
 
     # What a subclass says.
 
@@ -136,10 +147,12 @@ class TextDataModule(BatchLoaders):
     def prepare_data(self) -> None:
         """Reads, checks, tokenises and caches the data, unless that has been done before; one process."""
         tell_truncation(type(self).__name__, self.max_length, self.prepared(self.source_key(), self.read).truncation)
+        for split, error in self._left_out.items():
+            rank_zero_info(f"{type(self).__name__}: goes on without the {split} split: {error}")
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Loads the prepared data: all splits in every stage, because calibration needs the training split."""
-        if self._prepared is None:
+        if self._prepared is None or self._left_out:
             self._prepared = self.prepared(self.source_key(), self.read)
 
     # What tasks, strategies and reports ask.
@@ -195,11 +208,12 @@ class TextDataModule(BatchLoaders):
         return digest(self._ready().content)
 
     def describe(self) -> dict[str, Any]:
-        """For reports: the fingerprint, and how many samples each split has."""
-        return {
+        """For reports: the fingerprint, how many samples each split has and, of `test`, which of them it has scored."""
+        told = {
             "fingerprint": self.fingerprint,
             "samples": {name: dataset.num_rows for name, dataset in self._ready().splits.items()},
         }
+        return {**told, "scored": self.split_to_test()} if self.verb == TrainerFn.TESTING else told
 
     @property
     def truncation(self) -> dict[str, Truncation]:
@@ -211,8 +225,11 @@ class TextDataModule(BatchLoaders):
 
         Raises:
             MissingSplitError: the data do not have it.
+            MissingFileError: its file is not there.
         """
         splits = self._ready().splits
+        if name in self._left_out:
+            raise self._left_out[name]
         if name not in splits:
             remedy = "A test split has to be labelled to be scored." if name != "train" and "test" in splits else ""
             raise MissingSplitError(name, list(splits), remedy or f"Give data.init_args.{name}.")
@@ -277,6 +294,46 @@ class TextDataModule(BatchLoaders):
             )
             self._loaded_tokenizer = tokenizer
         return self._loaded_tokenizer
+
+    # Which splits a run needs.
+
+    @property
+    def verb(self) -> TrainerFn | None:
+        """What these data are read for: the trainer's verb, or what was said where there is no trainer."""
+        return self.serves if self.trainer is None else self.trainer.state.fn
+
+    def find_files(
+        self, files: Mapping[str, str | Path | None], argument: str = "data.init_args.{split}"
+    ) -> dict[str, Path]:
+        """Returns the files of the splits that were given.
+
+        A run that does not train does without those that it need not read: where they are not there, they are left out,
+        and what asks for such a split all the same, as calibration may, gets the error about the file.
+
+        Args:
+            files: By split; `None` where none was given.
+            argument: What names the file, for the error.
+
+        Raises:
+            MissingFileError: a file that the run reads is not there.
+        """
+        found: dict[str, Path] = {}
+        self._left_out = {}
+        for split, path in files.items():
+            if path is not None:
+                try:
+                    found[split] = find_file(path, argument.format(split=split))
+                except MissingFileError as error:
+                    if not self.can_do_without(split, files):
+                        raise
+                    self._left_out[split] = error
+        return found
+
+    def can_do_without(self, split: str, files: Mapping[str, str | Path | None]) -> bool:
+        """Whether the verb under way need not read a split; not where nothing tells which verb that is."""
+        read = _READ.get(self.verb, ())
+        first = next((name for name in read if files.get(name) is not None), split)
+        return split != first
 
     # The work.
 

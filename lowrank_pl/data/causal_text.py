@@ -14,7 +14,7 @@ from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data.base import TextDataModule
 from lowrank_pl.data.cache import dataset_digest, file_digest
 from lowrank_pl.data.collate import IGNORED, Collator, Sample
-from lowrank_pl.data.files import find_splits, read_utf8
+from lowrank_pl.data.files import read_utf8
 from lowrank_pl.data.formats import read_columns
 from lowrank_pl.data.raw import SPLITS, RawData
 from lowrank_pl.data.tokenise import LEAST_LENGTH, Truncation
@@ -116,7 +116,7 @@ class CausalText(TextDataModule):
     def source_key(self) -> list[Any]:
         """Identifies the content, and how it is cut."""
         if self.dataset is None:
-            content = {split: file_digest(path) for split, path in find_splits(self.files).items()}
+            content = {split: file_digest(path) for split, path in self.find_files(self.files).items()}
         else:
             content = {split: dataset_digest(rows) for split, rows in self._from_hub().items()}
         return [content, self.column, self.separator, self.stride, self.bos, self.drop_partial]
@@ -124,7 +124,7 @@ class CausalText(TextDataModule):
     def read(self) -> RawData:
         """Reads the documents, a row each; see `TextDataModule.read`."""
         if self.dataset is None:
-            documents = {split: self._of_file(path) for split, path in find_splits(self.files).items()}
+            documents = {split: self._of_file(path) for split, path in self.find_files(self.files).items()}
         else:
             documents = {split: self._of_hub(rows) for split, rows in self._from_hub().items()}
         splits = {split: Dataset.from_dict({"text": texts}) for split, texts in documents.items()}

@@ -15,7 +15,7 @@ from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data.base import TextDataModule
 from lowrank_pl.data.cache import file_digest
 from lowrank_pl.data.collate import IGNORED
-from lowrank_pl.data.files import find_splits, read_lines
+from lowrank_pl.data.files import read_lines
 from lowrank_pl.data.raw import RawData
 from lowrank_pl.data.tokenise import Rows
 from lowrank_pl.errors.data import EmptyDataError
@@ -130,12 +130,12 @@ class CoNLL(TextDataModule):
 
     def source_key(self) -> list[Any]:
         """Identifies the files and how they are read."""
-        files = {split: file_digest(path) for split, path in find_splits(self.files).items()}
+        files = {split: file_digest(path) for split, path in self._paths().items()}
         return [files, self.token_column, self.tag_column]
 
     def read(self) -> RawData:
         """Reads the files; see `TextDataModule.read`."""
-        paths = find_splits(self.files)
+        paths = self._paths()
         parts = {split: self._sentences(path) for split, path in paths.items()}
         types = sorted({tag[2:] for sentence in parts["train"] for tag in sentence.tags if tag != "O"})
         if not types:
@@ -156,6 +156,12 @@ class CoNLL(TextDataModule):
                 }
             )
         return RawData(splits, TargetSpec(type(self).__name__, "token_classification", names, ("entity_f1",)))
+
+    def _paths(self) -> dict[str, Path]:
+        paths = self.find_files(self.files)
+        if "train" not in paths:
+            raise self._left_out["train"]  # it tells the tags
+        return paths
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the tokenizer, loaded once and checked; see `TextDataModule.load_tokenizer`."""

@@ -36,15 +36,6 @@ def find_file(path: str | Path, argument: str) -> Path:
     return found
 
 
-def find_splits(files: dict[str, str | None]) -> dict[str, Path]:
-    """Returns the existing files of the splits that were given; each is named as its argument is.
-
-    Raises:
-        MissingFileError: a file is not there.
-    """
-    return {split: find_file(path, f"data.init_args.{split}") for split, path in files.items() if path is not None}
-
-
 def read_utf8(path: Path) -> bytes:
     """Returns the content of a UTF-8 file without a byte-order mark.
 

@@ -63,6 +63,27 @@ def read_columns(path: Path, wanted: dict[str, str], optional: Sequence[str] = (
     return columns
 
 
+def has_column(path: Path, column: str) -> bool:
+    """Whether a file has a column, told by as little of it as possible; also where it cannot be read, which tells more.
+
+    Args:
+        path: An existing file; see `read_columns`.
+        column: The column. In JSON Lines one object that has it is enough.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            return column in pa.parquet.read_schema(path).names
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if suffix == ".jsonl":
+                return any(column in json.loads(line) for line in file if line.strip())
+            if suffix == ".csv":
+                return column in next((fields for fields in csv.reader(file) if fields), [])
+            return suffix != ".txt" and column in file.readline().rstrip("\r\n").split("\t")
+    except (pa.ArrowException, csv.Error, OSError, TypeError, ValueError):
+        return True
+
+
 def _present(path: Path, names: Sequence[str], wanted: dict[str, str], optional: Sequence[str]) -> list[str]:
     if not names:
         raise EmptyDataError(path)

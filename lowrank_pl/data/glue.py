@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data.base import TextDataModule, check_choice
 from lowrank_pl.data.cache import dataset_digest, file_digest
-from lowrank_pl.data.files import BadLines, find_file, read_tsv
+from lowrank_pl.data.files import BadLines, read_tsv
 from lowrank_pl.data.glue_tasks import find_task
 from lowrank_pl.data.raw import (
     EmptyTexts,
@@ -71,6 +71,8 @@ class GLUE(TextDataModule):
         self.bad_lines = bad_lines
         self.empty_texts = empty_texts
 
+    hides_test_labels: ClassVar[bool] = True
+
     @property
     def expected_target(self) -> TargetSpec:
         """The task's, before anything is read."""
@@ -120,9 +122,8 @@ class GLUE(TextDataModule):
             folder = folder / self.task.name
         which = f"_{self.mnli_validation}" if self.task.name == "MNLI" else ""
         files = {"train": folder / "train.tsv", "validation": folder / f"dev{which}.tsv"}
-        files = {split: find_file(file, "data.init_args.path") for split, file in files.items()}
         test = folder / f"test{which}.tsv"
-        return {**files, "test": test} if test.is_file() else files
+        return self.find_files({**files, "test": test} if test.is_file() else files, "data.init_args.path")
 
     def _part_of_file(self, split: str, file: Path) -> LabelledText:
         task = self.task

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -51,6 +52,9 @@ class BatchLoaders(ResumableData, ABC):
     def has_labelled_test(self) -> bool:
         """Whether there is a test split with labels."""
 
+    hides_test_labels: ClassVar[bool] = False
+    """Whether a test split without labels is as it should be."""
+
     @abstractmethod
     def split(self, name: str) -> Dataset:
         """A tokenised split."""
@@ -66,6 +70,10 @@ class BatchLoaders(ResumableData, ABC):
     @abstractmethod
     def split_to_predict(self) -> str:
         """The split that `predict` runs on."""
+
+    def split_to_test(self) -> str:
+        """The split that `test` scores."""
+        return "test" if self.has_labelled_test else "validation"
 
     @abstractmethod
     def train_collator(self) -> Collator:
@@ -93,7 +101,10 @@ class BatchLoaders(ResumableData, ABC):
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test split if it is labelled, else the validation split: the test files of GLUE carry no labels."""
-        return self._eval_loader("test" if self.has_labelled_test else "validation")
+        if (split := self.split_to_test()) == "validation":
+            tell = rank_zero_info if self.hides_test_labels or self.split_to_predict() != "test" else rank_zero_warn
+            tell(f"{self.data_name}: no test split with labels; what test scores is the validation split.")
+        return self._eval_loader(split)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test split, labelled or not, else the validation split, in the order of the file."""

@@ -12,7 +12,7 @@ from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data.base import TextDataModule
 from lowrank_pl.data.cache import file_digest
 from lowrank_pl.data.collate import Collator, FixedMasking, FreshMasking
-from lowrank_pl.data.files import find_splits, read_lines
+from lowrank_pl.data.files import read_lines
 from lowrank_pl.data.raw import RawData
 from lowrank_pl.data.tokenise import Truncation
 from lowrank_pl.errors.data import ArgumentRangeError, EmptyDataError
@@ -58,12 +58,12 @@ class TextCorpus(TextDataModule):
 
     def source_key(self) -> list[Any]:
         """Identifies the files."""
-        return [{split: file_digest(path) for split, path in find_splits(self.files).items()}]
+        return [{split: file_digest(path) for split, path in self.find_files(self.files).items()}]
 
     def read(self) -> RawData:
         """Reads the files, a row per line that is not blank; see `TextDataModule.read`."""
         splits = {}
-        for split, path in find_splits(self.files).items():
+        for split, path in self.find_files(self.files).items():
             lines = [line for line in read_lines(path) if line.strip()]
             if not lines:
                 raise EmptyDataError(path)

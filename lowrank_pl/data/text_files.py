@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from lowrank_pl.contract import MetricName, TargetSpec
 from lowrank_pl.data.base import TextDataModule, check_choice
 from lowrank_pl.data.cache import file_digest
-from lowrank_pl.data.files import find_file, find_splits
-from lowrank_pl.data.formats import read_columns
+from lowrank_pl.data.files import find_file
+from lowrank_pl.data.formats import has_column, read_columns
 from lowrank_pl.data.labels import class_names, ids_by_class, is_compound, spelled
 from lowrank_pl.data.prepared import Prepared
 from lowrank_pl.data.raw import (
@@ -48,7 +48,8 @@ class TextFiles(TextDataModule):
     file has a text per line and nothing else.
 
     Without a training split there is nothing to learn the classes from: a model that is scored or predicts tells them
-    then, and their order.
+    then, and their order. The same where its file is not there, or has no column of labels: only `fit` needs that, and
+    calibration at observed labels (`calibration.labels: sampled` does not).
 
     Args:
         tokenizer: Folder, hub id, or `pkg://module/sub/folder` of the encoder whose tokenizer is used. The
@@ -61,7 +62,7 @@ class TextFiles(TextDataModule):
             Without it `predict` runs on the test split, or else on the validation split.
         text: Column of the text.
         text_pair: Column of the second text, if there are two.
-        label: Column of the label.
+        label: Column of the label; in the training and validation split, but see above.
         kind: Whether labels are classes or numbers.
         label_names: Class names in the order of their ids; labels may then be names or ids. Without it the
             labels of the training split, sorted, are the names, or else those of the model. 1 and 1.0 are one label.
@@ -131,8 +132,17 @@ class TextFiles(TextDataModule):
 
     @property
     def lacks_target(self) -> bool:
-        """Whether there is no training split, or none is read, to tell the classes."""
-        return self._predicts_new_texts or self.files["train"] is None
+        """Whether there is no labelled training split, or none is read, to tell the classes."""
+        return self._predicts_new_texts or not self._train_tells
+
+    @property
+    def _train_tells(self) -> bool:
+        """Whether the training split is there and labelled: where nothing is trained, it need not be."""
+        train = self.files["train"]
+        if train is None or not self.can_do_without("train", self.files):
+            return train is not None
+        path = Path(train).expanduser()
+        return path.is_file() and has_column(path, self.label)
 
     def adopt_target(self, target: TargetSpec) -> None:
         """Takes over the kind, the classes and, unless they were given, the metrics of a model.
@@ -151,10 +161,7 @@ class TextFiles(TextDataModule):
 
     @property
     def _predicts_new_texts(self) -> bool:
-        return self.to_predict is not None and self._runs(TrainerFn.PREDICTING)
-
-    def _runs(self, verb: TrainerFn) -> bool:
-        return self.trainer is not None and self.trainer.state.fn == verb
+        return self.to_predict is not None and self.verb == TrainerFn.PREDICTING
 
     def prepare_data(self) -> None:
         """Prepares the splits, or only the new texts where they are what `predict` runs on.
@@ -165,7 +172,7 @@ class TextFiles(TextDataModule):
         if self._predicts_new_texts:
             self._prepare_new_texts()
             return
-        fits = self._runs(TrainerFn.FITTING)
+        fits = self.verb == TrainerFn.FITTING
         if not any(self.files.values()) or (fits and self.files["train"] is None):
             given = [split for split, file in self.files.items() if file is not None]
             wanted = "train" if fits else "validation or test"
@@ -205,16 +212,16 @@ class TextFiles(TextDataModule):
 
     def source_key(self) -> list[Any]:
         """Identifies the files and how they are read."""
-        files = {split: [path.suffix, file_digest(path)] for split, path in find_splits(self.files).items()}
+        files = {split: [path.suffix, file_digest(path)] for split, path in self.find_files(self.files).items()}
         columns = [self.text, self.text_pair, self.label]
         split = [self.validation_fraction, self.seed] if self.files["validation"] is None else None
         return [files, columns, self._target(self._given_names() or ()).to_dict(), self.empty_texts, split]
 
     def read(self) -> RawData:
         """Reads the files; see `TextDataModule.read`."""
-        parts = {split: self._part(split, path) for split, path in find_splits(self.files).items()}
+        parts = {split: self._part(split, path) for split, path in self.find_files(self.files).items()}
         for split, part in parts.items():
-            if split != "test":
+            if self._has_to_be_labelled(split):
                 check_labelled(split, part, self.label)
         kind = self._target(()).kind
         names = self._names(parts) if kind == "classification" else []
@@ -229,7 +236,7 @@ class TextFiles(TextDataModule):
                 if split == "train":
                     check_classes(part, ids, names)
                 splits[split] = part.to_dataset(ids)
-        if "train" in splits and "validation" not in splits:
+        if "train" in splits and self.files["validation"] is None:
             whole = splits.pop("train")
             if len(whole) < 2:
                 raise TooFewSamplesError(
@@ -251,7 +258,7 @@ class TextFiles(TextDataModule):
         wanted = {self.text: "data.init_args.text"}
         if self.text_pair is not None:
             wanted[self.text_pair] = "data.init_args.text_pair"
-        if split in ("train", "validation"):
+        if self._has_to_be_labelled(split):
             wanted[self.label] = "data.init_args.label"
         columns = read_columns(path, wanted, [self.label] if split != "predict" else [])
         names = [column for column in (self.text, self.text_pair) if column is not None]
@@ -267,6 +274,9 @@ class TextFiles(TextDataModule):
             labels = None
         part = LabelledText(path, columns.rows, texts[0], texts[1] if len(texts) > 1 else None, labels)
         return with_texts(part, names, self.empty_texts)
+
+    def _has_to_be_labelled(self, split: str) -> bool:
+        return split == "validation" or (split == "train" and self._train_tells)
 
     def _target(self, names: Sequence[str]) -> TargetSpec:
         """What is predicted: what the arguments say, or the model where there is nothing to learn it from."""
@@ -284,10 +294,10 @@ class TextFiles(TextDataModule):
     def _names(self, parts: Mapping[str, LabelledText]) -> list[str]:
         if (given := self._given_names()) is not None:
             return given
-        if "train" not in parts:
+        if "train" not in parts or parts["train"].labels is None:
             for split, part in parts.items():
                 if part.labels is not None:
-                    raise UnknownClassesError(split, part.path)
+                    raise self._left_out.get("train") or UnknownClassesError(split, part.path)
             return []
         labels = parts["train"].labels
         assert labels is not None

@@ -34,8 +34,8 @@ class UnknownClassesError(DataError):
 
     def __init__(self, split: str, path: str | Path) -> None:
         super().__init__(
-            f"the {split} split in {str(path)!r} is labelled, and without a training split nothing tells the classes "
-            "and their order. Give the checkpoint that is to be scored (--ckpt_path or model.init_args.init_from), "
+            f"the {split} split in {str(path)!r} is labelled, and without a labelled training split nothing tells the "
+            "classes and their order. Give the checkpoint to be scored (--ckpt_path or model.init_args.init_from), "
             "data.init_args.label_names, or data.init_args.train."
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, PearsonCorrCoef
 from tqdm import tqdm
@@ -72,6 +73,7 @@ class Scoring:
     def __init__(self, saved: SavedModel, data: DataFactory, tokenizer: str, max_samples: int | None = None) -> None:
         assert saved.target is not None
         self._data = data(tokenizer)
+        self._data.serves = TrainerFn.VALIDATING
         self._kind = next(task for task in _TASKS if saved.target.kind in task.kinds)
         tell_target(self._task(saved.target), self._data)
         self._data.prepare_data()

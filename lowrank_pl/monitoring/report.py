@@ -268,7 +268,10 @@ def _data_lines(report: Mapping[str, Any]) -> list[str]:
     if not data:
         return []
     samples = ", ".join(f"{name} {count:,}" for name, count in data["samples"].items())
-    return [f"* samples: {samples}; data fingerprint `{data['fingerprint']}`"]
+    lines = [f"* samples: {samples}; data fingerprint `{data['fingerprint']}`"]
+    if data.get("scored", report["verb"]) != report["verb"]:
+        lines.append(f"* scored: the {data['scored']} split, for want of a test split with labels")
+    return lines
 
 
 def _number(value: float | None) -> str:

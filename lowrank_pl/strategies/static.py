@@ -30,6 +30,7 @@ from lowrank_pl.nn import (
 from lowrank_pl.strategies.base import CompressionStrategy, as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches, check_calibration
 from lowrank_pl.strategies.decomposition import Decomposition
+from lowrank_pl.strategies.labels import ObservedLabels
 from lowrank_pl.strategies.layer_factoriser import LayerFactoriser, Record
 from lowrank_pl.strategies.processes import send_
 from lowrank_pl.strategies.recalibration import Recalibration
@@ -218,7 +219,9 @@ class StaticStrategy(CompressionStrategy):
         """
         super().check_compress(trainer, pl_module)
         if self.importance.needs_data:
-            check_calibration(trainer, pl_module, self.calibration, type(self).__name__)
+            batches = check_calibration(trainer, pl_module, self.calibration, type(self).__name__)
+            if self.calibration.labels == "observed":
+                next(iter(ObservedLabels(pl_module, batches)), None)  # raises where there are none
         if self.refit is not None:
             calibration_batches(trainer, self.calibration, "refit", self.refit.max_samples)
         if self.recalibration is not None:

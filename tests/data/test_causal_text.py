@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.data import CausalText
 from lowrank_pl.data.causal_text import WindowCollator, cut
@@ -22,7 +24,7 @@ from lowrank_pl.errors.data import (
     OfflineError,
     WindowError,
 )
-from lowrank_pl.errors.data_files import MissingSplitError, NotATextError, UnknownColumnError
+from lowrank_pl.errors.data_files import MissingFileError, MissingSplitError, NotATextError, UnknownColumnError
 from tests.data.samples import write
 from tests.support.tiny import save_tiny_decoder, tiny_tokenizer
 
@@ -189,3 +191,16 @@ def test_refusals(model: str, tmp_path: Path) -> None:
     assert ready(model, validation=numbers).split("validation")["length"][:] == [8]  # with a token between the two
     with pytest.raises(MissingSplitError, match="no train split"):
         ready(model, test=path).calibration_batches(2)
+
+
+def test_files_that_a_verb_does_not_read_need_not_be_there(model: str, tmp_path: Path) -> None:
+    files = {"train": str(tmp_path / "train.txt"), "validation": str(write(tmp_path / "valid.txt", TEXT))}
+    module = CausalText(model, **files, window=8)  # type: ignore[arg-type]
+    module.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.VALIDATING), distributed_sampler_kwargs=None)  # type: ignore[assignment]
+    module.prepare_data()
+    module.setup()
+    assert len(module.val_dataloader()) > 0
+    with pytest.raises(MissingFileError, match=r"no data file at '.*train.txt'.* Check data.init_args.train"):
+        module.calibration_batches(4)
+    with pytest.raises(MissingFileError, match=r"train.txt"):
+        ready(model, **files)

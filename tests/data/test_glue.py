@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.data import GLUE
 from lowrank_pl.data.glue_tasks import TASKS, find_task
@@ -279,3 +281,21 @@ def test_rows_without_a_sentence(tiny_bert: str, tmp_path: Path, monkeypatch: py
         write_tsv(tmp_path / f"{name}.tsv", MRPC, [["1", "0", "0", "good", "bad"], ["0", "0", "0", "", "bad"]])
     with pytest.raises(MissingValueError, match=r"train.tsv:3 has no value in column '#1 String'"):
         ready(tiny_bert, "MRPC", tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_files_that_a_verb_does_not_read_need_not_be_there(tiny_bert: str, tmp_path: Path, verb: str) -> None:
+    folder = write_sst2(tmp_path / "sst2")
+    (folder / "train.tsv").unlink()
+    if verb == "validate":
+        (folder / "test.tsv").unlink()
+    if verb == "predict":
+        (folder / "dev.tsv").unlink()
+    module = GLUE(tiny_bert, "SST-2", str(folder), max_length=32)
+    module.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn(verb)), distributed_sampler_kwargs=None)  # type: ignore[assignment]
+    module.prepare_data()
+    module.setup()
+    loaders = {"validate": module.val_dataloader, "test": module.test_dataloader, "predict": module.predict_dataloader}
+    assert sum(len(batch["input_ids"]) for batch in loaders[verb]()) == (5 if verb == "predict" else 11)
+    with pytest.raises(MissingFileError, match=r"no data file at '.*train.tsv'.* Check data.init_args.path"):
+        module.calibration_batches(4)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -354,6 +355,86 @@ def test_a_labelled_test_file_alone_takes_its_classes_from_the_model(tiny_bert: 
     assert labels(ready(tiny_bert, test=test, label_names=["pos", "neg", "neutral"]), "test") == [0, 1, 2]
     with pytest.raises(TargetKindError, match="'TextFiles' is a classification data set"):
         TextFiles(tiny_bert, test=test).adopt_target(TargetSpec("ner", "token_classification", ("O", "B-X")))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet", ".txt"])
+def test_texts_alone_will_do_to_calibrate_on(tiny_bert: str, tmp_path: Path, suffix: str) -> None:
+    if suffix == ".txt":
+        train = str(write(tmp_path / "train.txt", "good film\nthe film\n"))
+    else:
+        train = save(tmp_path / f"train{suffix}", [{"text": text, "other": "x"} for text in ("good film", "the film")])
+    dev = save(tmp_path / "dev.csv", ROWS)
+    target = TargetSpec("reviews", "classification", ("pos", "neutral", "neg"))
+    module = running(TextFiles(tiny_bert, train=train, validation=dev, max_length=32), "validate")
+    with pytest.raises(UnknownClassesError, match=r"validation split in '.*' is labelled, and without a labelled"):
+        module.prepare_data()
+    assert module.lacks_target
+    module.adopt_target(target)
+    module.prepare_data()
+    module.setup()
+    assert labels(module, "validation") == [0, 2, 1]
+    assert [set(batch) for batch in module.calibration_batches(2)] == [{"input_ids", "attention_mask"}]
+    told = "no column 'label'" if suffix != ".txt" else "it has 'text'"
+    with pytest.raises(UnknownColumnError, match=told):
+        running(TextFiles(tiny_bert, train=train, validation=dev), "fit").prepare_data()
+    with pytest.raises(UnknownColumnError, match=told):  # a part of it would be the validation split
+        running(TextFiles(tiny_bert, train=train), "validate").prepare_data()
+
+
+def test_the_classes_of_a_training_split_count_where_it_is_there(tiny_bert: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "train.csv", ROWS)
+    module = running(TextFiles(tiny_bert, train=train, validation=train, max_length=32), "validate")
+    assert not module.lacks_target
+    module.prepare_data()
+    module.setup()
+    assert module.target.label_names == ("neg", "neutral", "pos")
+
+
+@pytest.mark.parametrize(("verb", "read"), [("validate", "validation"), ("test", "test"), ("predict", "test")])
+def test_files_that_a_verb_does_not_read_need_not_be_there(
+    tiny_bert: str, tmp_path: Path, verb: str, read: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {split: str(tmp_path / f"{split}.csv") for split in ("train", "validation", "test")}
+    save(tmp_path / f"{read}.csv", ROWS)
+    module = running(TextFiles(tiny_bert, **files, max_length=32), verb)  # type: ignore[arg-type]
+    with pytest.raises(MissingFileError, match=r"train.csv.* Check data.init_args.train"):
+        module.prepare_data()  # nothing tells the classes
+    assert module.lacks_target
+    module.adopt_target(TargetSpec("reviews", "classification", ("pos", "neutral", "neg")))
+    with caplog.at_level("INFO"):
+        module.prepare_data()
+    assert "TextFiles: goes on without the train split: no data file at" in caplog.text
+    module.setup()
+    assert labels(module, read) == [0, 2, 1]
+    with pytest.raises(MissingFileError, match=r"no data file at '.*train.csv'.* Check data.init_args.train"):
+        module.calibration_batches(4)
+    with pytest.raises(MissingFileError, match=r"train.csv"):
+        running(module, "fit").prepare_data()
+    save(tmp_path / "train.csv", ROWS)
+    running(module, verb).prepare_data()
+    module.setup()
+    assert module.calibration_batches(4).num_samples == 3
+    Path(files[read]).unlink()
+    with pytest.raises(MissingFileError, match=rf"{read}.csv"):
+        running(TextFiles(tiny_bert, **files, max_length=32), verb).prepare_data()  # type: ignore[arg-type]
+
+
+def test_what_test_scores_is_told(tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = save(tmp_path / "train.csv", ROWS)
+    for name, warned in (("labelled", False), ("typo", True), (None, False)):
+        rows = ROWS if name == "labelled" else [{"text": "good", "lable": "pos"}]
+        test = None if name is None else save(tmp_path / f"{name}.csv", rows)
+        module = running(ready(tiny_bert, train=train, validation=train, test=test), "test")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            caplog.clear()
+            with caplog.at_level("INFO"):
+                loader = module.test_dataloader()
+        assert sum("what test scores is the validation split" in str(one.message) for one in caught) == warned
+        assert ("what test scores is the validation split" in caplog.text) == (name is None)
+        assert module.describe()["scored"] == ("test" if name == "labelled" else "validation")
+        assert sum(len(batch["labels"]) for batch in loader) == 3
+    assert "scored" not in running(module, "fit").describe()
 
 
 def test_splits_that_are_not_there(tiny_bert: str, tmp_path: Path) -> None:

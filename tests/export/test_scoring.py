@@ -144,6 +144,8 @@ def test_the_scores_of_a_file_are_those_of_validate(format: Any, tmp_path: Path)
     pretrained = str(save_tiny_model("bert", tmp_path / "pretrained", layers=1))
     checkpoint(pretrained, tmp_path / "model.ckpt")
     files = data_files(tmp_path / "data")
+    if format == "dense":
+        Path(files["train"]).unlink()  # the model tells the classes, and nothing else is read of it
     out = export(
         str(tmp_path / "model.ckpt"),
         str(tmp_path / "out"),

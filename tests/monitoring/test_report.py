@@ -137,7 +137,12 @@ def test_data_are_told_where_they_can_be(tiny_bert: str, tmp_path: Path, run: Pa
     folder = Path(str(trainer.log_dir))
     told = json.loads((folder / "report.json").read_text())["data"]
     assert told == {"fingerprint": "abc123", "samples": {"train": 1234, "validation": 24}}
-    assert "samples: train 1,234, validation 24; data fingerprint `abc123`" in (folder / "report.md").read_text()
+    text, report = (folder / "report.md").read_text(), json.loads((folder / "report.json").read_text())
+    assert "samples: train 1,234, validation 24; data fingerprint `abc123`" in text
+    assert "scored:" not in text
+    scored = to_markdown({**report, "verb": "test", "data": {**told, "scored": "validation"}})
+    assert "* scored: the validation split, for want of a test split with labels" in scored
+    assert "scored:" not in to_markdown({**report, "verb": "test", "data": {**told, "scored": "test"}})
 
 
 def test_a_report_says_of_which_step_its_score_is(tiny_bert: str, tmp_path: Path) -> None:

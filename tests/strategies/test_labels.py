@@ -182,6 +182,15 @@ def test_observed_labels_that_are_not_there_are_refused(tiny_bert: str, tmp_path
         factorised(tiny_bert, tmp_path, tmp_path / "cache", Unlabelled())
 
 
+def test_compress_refuses_them_before_the_dense_model_is_scored(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tiny_bert, KroneckerSVD(keep_ratio=0.4))
+    monkeypatch.setattr(task, "validation_step", lambda *_: pytest.fail("scored"))
+    with pytest.raises(LabelsError, match=r"no labels.*to 'sampled' to draw them"):
+        make_trainer(tmp_path).compress(task, Unlabelled(), output=str(tmp_path / "out"))
+
+
 def test_a_task_that_cannot_draw_labels_is_refused() -> None:
     task: Any = SequenceClassification()
     check_labels(task, "sampled")
