@@ -100,7 +100,9 @@ def _told(found: Sequence[_Complaint], message: str) -> str:
         return f"{place} gets an argument before its class is known. Name the class first{listed} as {place} NAME."
     if choice := re.match(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", first.text):
         allowed = re.findall(r"'([^']*)'", choice[1])
-        return f"{place} {choice[2]!r} is none of {', '.join(allowed)}.{_meant(choice[2], allowed)}"
+        told = getattr(_load(first.owner), "choices_told", {}).get(first.keys[-1] if first.keys else "", "")
+        meant = _meant(choice[2], allowed)
+        return f"{place} {choice[2]!r} is none of {', '.join(allowed)}.{meant}{f' {told}' if told else ''}"
     expected = [re.match(r"Expected an? <class '(?:[\w.]*\.)?(\w+)'>", complaint.text) for complaint in found]
     if all(expected):
         kinds = " or ".join(dict.fromkeys(match[1] for match in expected if match))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -55,6 +55,12 @@ class Calibration:
             data, at one more forward pass per batch. A metric without gradients is KroneckerSVD's side `input`.
     """
 
+    choices_told: ClassVar[Mapping[str, str]] = {
+        "labels": "'observed' are the labels of the data, 'sampled' are drawn from what the model predicts and need "
+        "none there. 'none', no gradients at labels, is a choice of the metric: KroneckerSVD with side 'input'."
+    }
+    """What the command line tells of an argument besides the words that are allowed."""
+
     batch_size: int | None = None
     max_samples: int | None = None
     seed: int = 0
@@ -66,8 +72,8 @@ class Calibration:
     def __post_init__(self) -> None:
         """Raises an error for numbers below 1, and labels that are no choice."""
         if self.labels not in LABELS:
-            hint = " (which needs no labels in the data); for no gradients of outputs, KroneckerSVD with side 'input'"
-            raise RangeError("calibration.labels", self.labels, f"'observed' or 'sampled'{hint}")
+            told = self.choices_told["labels"].rstrip(".")
+            raise RangeError("calibration.labels", self.labels, f"'observed' or 'sampled'. {told}")
         for name in ("batch_size", "max_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:

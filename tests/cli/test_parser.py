@@ -48,6 +48,12 @@ STRATEGY = "--model.init_args.strategy"
             "--model.init_args.strategy.init_args.side 'inputs' is none of input, output, both. Did you mean 'input'?",
         ),
         (
+            ["fit", *KRONECKER, f"{STRATEGY}.init_args.calibration.labels", "none"],
+            "labels 'none' is none of observed, sampled. 'observed' are the labels of the data, 'sampled' are drawn "
+            "from what the model predicts and need none there. 'none', no gradients at labels, is a choice of the "
+            "metric: KroneckerSVD with side 'input'.",
+        ),
+        (
             ["fit", *KRONECKER, f"{STRATEGY}.init_args.allocation.floor", "0.5"],
             "gets an argument before its class is known. Name the class first, one of Global, Uniform,",
         ),
