@@ -18,6 +18,8 @@ from lowrank_pl.nn import forms_in
 from lowrank_pl.surgery import TargetSelector
 from lowrank_pl.surgery.targets import TARGETED
 
+logger = logging.getLogger(__name__)
+
 Scheme = Literal["int8_weight_only", "int8_dynamic"]
 VERSION = 1
 _SCALE = "weight_scale"
@@ -54,6 +56,13 @@ def quantize_(model: nn.Module, scheme: Scheme) -> list[str]:
     if is_quantized(model):
         raise QuantizedModelError(name, "quantize_")
     layers = _layers(model)
+    others = {n: type(m).__name__ for n, m in _dense(model).items() if type(m) is not nn.Linear}
+    if others:
+        first, kind = next(iter(others.items()))
+        told = f"torchao knows nn.Linear, and {len(others)} layers of its blocks are {kind}, such as {first!r}"
+        if not layers:
+            raise QuantizationError(name, f"{told}; the factors of such a layer are nn.Linear, so factorise it first")
+        logger.warning("%s: %s; these stay in float32", name, told)
     if not layers:
         raise QuantizationError(name, "there is no linear layer in its blocks whose weight is its own")
     for layer in layers.values():
@@ -69,14 +78,18 @@ def _layers(model: nn.Module) -> dict[str, nn.Linear]:
         if not form.is_final:
             raise QuantizationError(type(model).__name__, f"its layer {name!r} is still in the form {form.name!r}")
     inside = {f"{name}.{child}": module for name, form in forms.items() for child, module in form.named_modules()}
-    dense = {n: model.get_submodule(n) for n, told in TargetSelector().explain(model).items() if told == TARGETED}
     # A column alone (what follows a rank of 1) takes more with a scale per row than without, and torchao fails on it.
-    found = {n: m for n, m in {**inside, **dense}.items() if type(m) is nn.Linear and m.in_features > 1}
+    found = {n: m for n, m in {**inside, **_dense(model)}.items() if type(m) is nn.Linear and m.in_features > 1}
     owners: dict[int, set[int]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
     return {name: module for name, module in found.items() if len(owners[id(module.weight)]) == 1}
+
+
+def _dense(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of blocks that are not factorised."""
+    return {n: model.get_submodule(n) for n, told in TargetSelector().explain(model).items() if told == TARGETED}
 
 
 def is_int8(tensor: Tensor) -> bool:

@@ -6,11 +6,14 @@ from torch import nn
 
 from lowrank_pl.allocation import Allocation, Measure, Parameters
 from lowrank_pl.allocation.uniform import floor_cost
+from lowrank_pl.checkpoint import is_quantized
 from lowrank_pl.core import LinearShape
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.nn import LinearForm, dense_shape, forms_in
 from lowrank_pl.strategies import CompressionStrategy
 from lowrank_pl.surgery.targets import TARGETED
+
+_IN_INT8 = "in int8, rounded: nothing to factorise"
 
 
 def inspect_model(encoder: nn.Module, strategy: CompressionStrategy) -> str:
@@ -26,6 +29,8 @@ def inspect_model(encoder: nn.Module, strategy: CompressionStrategy) -> str:
         plan's totals.
     """
     reasons = strategy.targets.explain(encoder)
+    if is_quantized(encoder):
+        reasons = {name: _IN_INT8 if reason == TARGETED else reason for name, reason in reasons.items()}
     shapes = {name: _shape(encoder, name) for name in reasons}
     targets = {name: shapes[name] for name, reason in reasons.items() if reason == TARGETED}
     plan = _plan(encoder, strategy)
@@ -48,6 +53,8 @@ def inspect_model(encoder: nn.Module, strategy: CompressionStrategy) -> str:
 
 def _plan(encoder: nn.Module, strategy: CompressionStrategy) -> Allocation | None:
     """The plan; `None` where there is none before training, and where none is possible."""
+    if is_quantized(encoder):
+        return None  # shapes alone would do
     try:
         return strategy.plan(encoder)
     except LowRankError:

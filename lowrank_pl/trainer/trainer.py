@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.allocation.uniform import check_share
-from lowrank_pl.checkpoint import CHECKPOINT_NAME
+from lowrank_pl.checkpoint import CHECKPOINT_NAME, is_quantized
 from lowrank_pl.errors.arguments import MissingArgumentError
+from lowrank_pl.errors.checkpoint import QuantizedModelError
 from lowrank_pl.errors.outputs import OutputNotWritableError
 from lowrank_pl.errors.run import CalibrationError, NothingToCompressError, NothingToScoreError
 from lowrank_pl.files import OutputFolder
@@ -230,6 +231,10 @@ class LowRankTrainer(pl.Trainer):
                 model.build()
             encoder = model.encoder
         print(inspect_model(encoder, model.strategy))
+        if is_quantized(encoder):
+            if not isinstance(model.strategy, NoCompression):
+                raise QuantizedModelError(str(model.init_from), f"a plan of {type(model.strategy).__name__}")
+            return
         model.strategy.plan(encoder)
         tokens = getattr(datamodule, "max_length", None)
         item = {"16-true": 2, "bf16-true": 2, "64-true": 8}.get(str(self.precision), 4)

@@ -24,7 +24,7 @@ from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.export import save_pretrained
 from lowrank_pl.nn import LowRankLinear, SVDLinear
 from lowrank_pl.surgery import TargetSelector, replace_module_
-from tests.support.tiny import tiny_config
+from tests.support.tiny import tiny_config, tiny_decoder
 
 BLOCK = "bert.encoder.layer.0"
 LAYER = f"{BLOCK}.intermediate.dense"
@@ -121,6 +121,18 @@ class TestWithTorchao:
         assert f"{BLOCK}.output.dense.right" in names
         assert f"{BLOCK}.output.dense.left" not in names
         assert bool(torch.isfinite(logits(made)).all())
+
+    def test_what_torchao_does_not_know_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
+        made = tiny_decoder("gpt2")
+        with pytest.raises(QuantizationError, match=r"8 layers .* are Conv1D, such as '.*c_attn'; .*it first"):
+            quantize_(made, "int8_dynamic")
+        name = "transformer.h.0.mlp.c_fc"
+        layer = LowRankLinear.like(made.get_submodule(name), 3)
+        torch.nn.init.normal_(layer.left.weight)
+        torch.nn.init.normal_(layer.right.weight)
+        replace_module_(made, name, layer)
+        assert quantize_(made, "int8_dynamic") == [f"{name}.left", f"{name}.right"]
+        assert "7 layers of its blocks are Conv1D, such as 'transformer.h.0.attn.c_attn'; these stay in" in caplog.text
 
     def test_what_is_quantised_is_not_quantised_again_and_a_form_of_training_not_at_all(self) -> None:
         made = model()

@@ -152,6 +152,18 @@ class TestWithTorchao:
         assert type(caught.value).__name__ == "OutputNotWritableError"
         assert not list(tmp_path.glob("*out*"))
 
+    def test_inspect_shows_it_and_plans_nothing(
+        self, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = str(export(source, str(tmp_path / "out"), quantize="int8_dynamic"))
+        with pytest.raises(QuantizedModelError, match=r"'.*out' is in int8, and a plan of SVD needs the weights"):
+            make_trainer(tmp_path).inspect(make_task(None, SVD(keep_ratio=0.5), init_from=out))
+        make_trainer(tmp_path).inspect(make_task(None, init_from=out))
+        text = capsys.readouterr().out
+        assert text.count("factorised already") == 2 * 5
+        assert text.count("in int8, rounded: nothing to factorise") == 2
+        assert "keep_ratio" not in text
+
 
 def test_torch_is_told_to_keep_its_integers_exact() -> None:
     """What `int8_dynamic` relies on, also where the processor has no instructions for it."""
