@@ -13,6 +13,7 @@ from lowrank_pl.checkpoint.reading import (
     read_saved_model,
     saved_at_budget,
     saved_config,
+    saved_entry,
     saved_layout,
 )
 from lowrank_pl.checkpoint.saved import SavedModel, check_state
@@ -43,5 +44,6 @@ __all__ = [
     "read_saved_model",
     "saved_at_budget",
     "saved_config",
+    "saved_entry",
     "saved_layout",
 ]

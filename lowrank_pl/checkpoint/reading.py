@@ -46,6 +46,15 @@ def saved_layout(path: str) -> ModelLayout:
     return ModelLayout.from_dict(checkpoint[LAYOUT_KEY])
 
 
+def saved_entry(path: str, key: str) -> Any:
+    """What somebody else has put into a checkpoint under a key of its own; `None` without it.
+
+    Raises:
+        NotACheckpointError: see `from_checkpoint`.
+    """
+    return _load(path, Path(path).expanduser(), "--ckpt_path").get(key)
+
+
 def saved_config(path: str) -> PreTrainedConfig | None:
     """The configuration of what `read_saved_model` reads, weights left alone; `None` where it cannot be read."""
     location = Path(path).expanduser()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import lightning.pytorch as pl
@@ -67,6 +68,7 @@ def check_before_data(task: Task, trainer: pl.Trainer, ckpt_path: str | None = N
         VocabularySizeError: the data's tokenizer has tokens that the model does not know.
         MonitorModeError: see `check_monitor_modes`.
         TeacherError: the teacher of a distillation cannot teach this model.
+        ResumeMismatchError: the run that is resumed learned from another.
         LowRankError: weights that are not there or predict something else, and whatever the strategy's plan raises.
     """
     datamodule = getattr(trainer, "datamodule", None)
@@ -90,6 +92,8 @@ def check_before_data(task: Task, trainer: pl.Trainer, ckpt_path: str | None = N
         check_readable(task.init_from)  # fit reads it below
     if isinstance(datamodule, HasTokenizer):
         _check_vocabulary(task, datamodule, ckpt_path)
+    if fitting and ckpt_path is not None and Path(ckpt_path).is_file():  # a remote one Lightning reads later
+        teaching.check_resumed_before_data(task.distillation, task.auto_class, ckpt_path)
     if not fitting or task.is_built:
         return
     if task.distillation is not None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from lowrank_pl.contract import LANGUAGE_MODELLING
 from lowrank_pl.core.distillation import hidden_states_error, softened_divergence
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.errors.run import ResumeMismatchError
 from lowrank_pl.strategies import Calibration, CompressionStrategy
 from lowrank_pl.strategies.calibration import calibration_batches
 from lowrank_pl.surgery import read_layout
@@ -22,9 +21,7 @@ from lowrank_pl.tasks.checkpointed import CheckpointedModule
 from lowrank_pl.tasks.distillation import SELF, Distillation
 from lowrank_pl.tasks.taught_logits import TaughtLogits
 from lowrank_pl.tasks.teacher import Teacher, after_blocks, wanting
-from lowrank_pl.tasks.teaching import check_can_teach_itself, load_teacher
-
-_RESUME_KEY = "lowrank_distillation"
+from lowrank_pl.tasks.teaching import RESUME_KEY, check_can_teach_itself, check_same_lesson, load_teacher
 
 
 class DistilledModule(CheckpointedModule, ABC):
@@ -171,20 +168,16 @@ class DistilledModule(CheckpointedModule, ABC):
         """Adds what was learned from, to know it again."""
         super().on_save_checkpoint(checkpoint)
         if self.is_fitting:
-            checkpoint[_RESUME_KEY] = self._learned_from()
+            checkpoint[RESUME_KEY] = self._learned_from()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises an error for resuming a run that learned from something else; see `CheckpointedModule`.
 
         Raises:
-            ResumeMismatchError: telling the first difference.
+            ResumeMismatchError: see `check_same_lesson`.
         """
         if self.is_fitting:
-            theirs, ours = checkpoint.get(_RESUME_KEY) or {}, self._learned_from()
-            for key in {**theirs, **ours}:
-                if theirs.get(key) != ours.get(key):
-                    told = f"distillation.{key}={theirs.get(key)!r} there, {ours.get(key)!r} here"
-                    raise ResumeMismatchError.of_teacher(told)
+            check_same_lesson(checkpoint.get(RESUME_KEY) or {}, self._learned_from())
         super().on_load_checkpoint(checkpoint)
 
     def _learned_from(self) -> dict[str, Any]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lowrank_pl.checkpoint import SavedModel, build, read_saved_model
+from lowrank_pl.checkpoint import SavedModel, build, read_saved_model, saved_entry
 from lowrank_pl.contract import LANGUAGE_MODELLING, TargetSpec
 from lowrank_pl.errors.pretrained import HubUnreachableError, ModelFolderError, PackageModelError
+from lowrank_pl.errors.run import ResumeMismatchError
 from lowrank_pl.errors.teacher import TeacherError
 from lowrank_pl.hub import load_config, load_tokenizer, longest_input, resolve_pretrained
 from lowrank_pl.surgery import ModelLayout
 from lowrank_pl.tasks.distillation import SELF, Distillation
 from lowrank_pl.tasks.teacher import Teacher
+
+RESUME_KEY = "lowrank_distillation"
+"""Where a checkpoint tells what its run learned from."""
 
 
 def read_teacher(asked: Distillation) -> SavedModel:
@@ -92,6 +97,47 @@ def check_can_teach_itself(source: str, layout: ModelLayout, freshly_initialised
         raise TeacherError.factorised(source)
     if freshly_initialised_head:
         raise TeacherError.unlearned(source)
+
+
+def check_same_lesson(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuses to go on with another teacher, or with other weights of what it says.
+
+    Args:
+        theirs: What the run that is resumed has learned from: the options of its `Distillation`, with a digest of the
+            teacher's weights in the place of its path; empty without a teacher.
+        ours: The same of the run that resumes it.
+
+    Raises:
+        ResumeMismatchError: telling the first difference.
+    """
+    for key in {**theirs, **ours}:
+        if theirs.get(key) != ours.get(key):
+            told = f"distillation.{key}={theirs.get(key)!r} there, {ours.get(key)!r} here"
+            raise ResumeMismatchError.of_teacher(told)
+
+
+def check_resumed_before_data(asked: Distillation | None, made_by: Any, checkpoint: str) -> None:
+    """Refuses what `check_same_lesson` will, as far as it can be told before data are prepared.
+
+    Args:
+        asked: Which teacher, and what of it counts.
+        made_by: The Auto class of the model that learns.
+        checkpoint: What is resumed.
+
+    Raises:
+        ResumeMismatchError: see there.
+        LowRankError: the checkpoint or the teacher cannot be read.
+    """
+    theirs = saved_entry(checkpoint, RESUME_KEY) or {}
+    if asked is None or not asked.needs_teacher:
+        check_same_lesson(theirs, {})
+        return
+    # The options first: nothing has to be read for them. The weights of `self` are those that the run brings.
+    check_same_lesson(theirs, {**asked.options(), "teacher": theirs.get("teacher")})
+    if asked.teacher != SELF:
+        with isolate_rng():
+            teacher = Teacher(build(read_teacher(asked), made_by))
+        check_same_lesson(theirs, {**theirs, "teacher": teacher.digest})
 
 
 def check_before_data(

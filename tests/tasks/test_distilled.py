@@ -188,7 +188,11 @@ def test_resumes_bit_for_bit(tiny_bert: str, dense: str, tmp_path: Path, name: s
     assert same(whole, run("resumed", str(tmp_path / "whole" / "epoch=0.ckpt")))
 
 
-def test_resuming_goes_on_with_the_same_teacher(dense: str, tmp_path: Path) -> None:
+class Unprepared(OrderedData):
+    """Whose preparation a test looks out for."""
+
+
+def test_resuming_goes_on_with_the_same_teacher(dense: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = torch.load(dense, weights_only=True)
     other["state_dict"]["encoder.classifier.bias"] += 1
     torch.save(other, tmp_path / "other.ckpt")
@@ -200,9 +204,10 @@ def test_resuming_goes_on_with_the_same_teacher(dense: str, tmp_path: Path) -> N
         (Distillation(str(tmp_path / "other.ckpt")), "distillation.teacher='.*' there, '.*' here"),
         (None, "there, None here"),
     ]
+    monkeypatch.setattr(Unprepared, "prepare_data", lambda _: pytest.fail("data were prepared before it was refused"))
     for distillation, told in refused:
         with pytest.raises(ResumeMismatchError, match=f"it learned from something else .*{told}"):
-            fit(student(dense, distillation), tmp_path, resume=path, max_epochs=2)
+            fit(student(dense, distillation), tmp_path, Unprepared(), resume=path, max_epochs=2)
     fit(student(dense, Distillation(str(moved))), tmp_path, resume=path, max_epochs=2, limit_train_batches=1)
 
 
