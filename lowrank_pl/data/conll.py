@@ -179,7 +179,7 @@ class CoNLL(TextDataModule):
         return {**encoded, "labels": labels}
 
     def _pieces(self, tokenizer: PreTrainedTokenizerBase, sentences: list[list[str]], truncate: bool) -> BatchEncoding:
-        return tokenizer(
+        encoded: BatchEncoding = tokenizer(
             sentences,
             is_split_into_words=True,
             truncation=truncate,
@@ -187,6 +187,7 @@ class CoNLL(TextDataModule):
             padding=False,
             verbose=False,
         )
+        return encoded
 
     def _with_pieces(self, tokenizer: PreTrainedTokenizerBase, sentences: list[list[str]]) -> list[list[str]]:
         """The sentences with the unknown token in the place of words that a tokenizer leaves nothing of.
