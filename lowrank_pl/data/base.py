@@ -29,6 +29,7 @@ from lowrank_pl.data.tokenise import (
     encode_texts,
     tokenise,
 )
+from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.data import ArgumentRangeError, DataNotReadyError
 from lowrank_pl.errors.data_files import MissingFileError, MissingSplitError
 from lowrank_pl.errors.labels import UnknownTargetError
@@ -145,7 +146,19 @@ class TextDataModule(BatchLoaders):
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
-        """Reads, checks, tokenises and caches the data, unless that has been done before; one process."""
+        """Reads, checks, tokenises and caches the data, unless that has been done before; one process.
+
+        What is wrong with them is found again in `setup`. Of several processes each then ends with the same message;
+        one that ended here would leave the others at a barrier, and their traceback is all that a user sees.
+        """
+        try:
+            self.prepare()
+        except LowRankError:
+            if self._place()[1] == 1:
+                raise
+
+    def prepare(self) -> None:
+        """Does the work of `prepare_data`."""
         tell_truncation(type(self).__name__, self.max_length, self.prepared(self.source_key(), self.read).truncation)
         for split, error in self._left_out.items():
             rank_zero_info(f"{type(self).__name__}: goes on without the {split} split: {error}")

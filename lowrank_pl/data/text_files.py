@@ -163,27 +163,28 @@ class TextFiles(TextDataModule):
     def _predicts_new_texts(self) -> bool:
         return self.to_predict is not None and self.verb == TrainerFn.PREDICTING
 
-    def prepare_data(self) -> None:
-        """Prepares the splits, or only the new texts where they are what `predict` runs on.
-
-        Raises:
-            MissingSplitError: the run trains, and there is no training file.
-        """
+    def prepare(self) -> None:
+        """Prepares the splits, or only the new texts where they are what `predict` runs on."""
         if self._predicts_new_texts:
             self._prepare_new_texts()
-            return
+        else:
+            self._check_splits()
+            super().prepare()
+
+    def _check_splits(self) -> None:
+        """Raises `MissingSplitError` where the run trains and there is no training file, or there is none at all."""
         fits = self.verb == TrainerFn.FITTING
         if not any(self.files.values()) or (fits and self.files["train"] is None):
             given = [split for split, file in self.files.items() if file is not None]
             wanted = "train" if fits else "validation or test"
             raise MissingSplitError(wanted, given, f"Give data.init_args.{wanted.replace(' or ', ' or .')}.")
-        super().prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
         """Loads what `prepare_data` has prepared."""
         if self._predicts_new_texts:
             self._new_texts = self._prepare_new_texts()
         else:
+            self._check_splits()
             super().setup(stage)
 
     def predict_dataloader(self) -> DataLoader[Any]:

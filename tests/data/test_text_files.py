@@ -419,6 +419,20 @@ def test_files_that_a_verb_does_not_read_need_not_be_there(
         running(TextFiles(tiny_bert, **files, max_length=32), verb).prepare_data()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("path", ["train", "predict", None])
+def test_every_process_ends_with_the_same_message(tiny_bert: str, tmp_path: Path, path: str | None) -> None:
+    """One that ended in `prepare_data`, which the others wait for, would leave them with a broken connection."""
+    files: dict[str, Any] = {} if path is None else {path: save(tmp_path / "a.csv", [{"other": "good", "label": 0}])}
+    module = running(TextFiles(tiny_bert, **files), "predict" if path == "predict" else "fit")
+    error = MissingSplitError if path is None else UnknownColumnError
+    with pytest.raises(error):
+        module.prepare_data()
+    module.trainer.distributed_sampler_kwargs = {"rank": 0, "num_replicas": 2}  # type: ignore[union-attr,misc]
+    module.prepare_data()
+    with pytest.raises(error):
+        module.setup()
+
+
 def test_what_test_scores_is_told(tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = save(tmp_path / "train.csv", ROWS)
     for name, warned in (("labelled", False), ("typo", True), (None, False)):
