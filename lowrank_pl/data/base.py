@@ -216,6 +216,11 @@ class TextDataModule(BatchLoaders):
         return "test" in splits and ("labels" in splits["test"].column_names or masked)
 
     @property
+    def place_of_labels(self) -> str:
+        """Where a labelled split has them, to go on a sentence; empty where there is no choice."""
+        return ""
+
+    @property
     def fingerprint(self) -> str:
         """Identifies the tokenised samples of all splits."""
         return digest(self._ready().content)
@@ -244,8 +249,9 @@ class TextDataModule(BatchLoaders):
         if name in self._left_out:
             raise self._left_out[name]
         if name not in splits:
-            remedy = "A test split has to be labelled to be scored." if name != "train" and "test" in splits else ""
-            raise MissingSplitError(name, list(splits), remedy or f"Give data.init_args.{name}.")
+            unlabelled = name == "validation" and "test" in splits and not self.has_labelled_test
+            told = f"To be scored, the test split needs labels{self.place_of_labels}." if unlabelled else ""
+            raise MissingSplitError(name, list(splits), told or f"Give data.init_args.{name}.")
         return splits[name]
 
     def predicted_rows(self) -> Sequence[Mapping[str, Any]] | None:

@@ -101,10 +101,11 @@ class BatchLoaders(ResumableData, ABC):
 
     def test_dataloader(self) -> DataLoader[Any]:
         """The test split if it is labelled, else the validation split: the test files of GLUE carry no labels."""
-        if (split := self.split_to_test()) == "validation":
+        loader = self._eval_loader(split := self.split_to_test())
+        if split == "validation":
             tell = rank_zero_info if self.hides_test_labels or self.split_to_predict() != "test" else rank_zero_warn
             tell(f"{self.data_name}: no test split with labels; what test scores is the validation split.")
-        return self._eval_loader(split)
+        return loader
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test split, labelled or not, else the validation split, in the order of the file."""

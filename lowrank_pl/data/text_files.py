@@ -144,6 +144,11 @@ class TextFiles(TextDataModule):
         path = Path(train).expanduser()
         return path.is_file() and has_column(path, self.label)
 
+    @property
+    def place_of_labels(self) -> str:
+        """The column."""
+        return f" in column {self.label!r}, see data.init_args.label"
+
     def adopt_target(self, target: TargetSpec) -> None:
         """Takes over the kind, the classes and, unless they were given, the metrics of a model.
 

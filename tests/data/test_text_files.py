@@ -449,6 +449,19 @@ def test_what_test_scores_is_told(tiny_bert: str, tmp_path: Path, caplog: pytest
         assert module.describe()["scored"] == ("test" if name == "labelled" else "validation")
         assert sum(len(batch["labels"]) for batch in loader) == 3
     assert "scored" not in running(module, "fit").describe()
+    module = running(ready(tiny_bert, test=save(tmp_path / "typo.csv", [{"text": "good", "lable": "pos"}])), "test")
+    with (
+        warnings.catch_warnings(action="error"),
+        pytest.raises(
+            MissingSplitError, match=r"the test split needs labels in column 'label', see data.init_args.label\."
+        ),
+    ):
+        module.test_dataloader()
+    module = running(
+        ready(tiny_bert, test=save(tmp_path / "ok.csv", ROWS), label_names=["neg", "neutral", "pos"]), "test"
+    )
+    with pytest.raises(MissingSplitError, match=r"have 'test'\. Give data.init_args.validation\."):
+        module.val_dataloader()
 
 
 def test_splits_that_are_not_there(tiny_bert: str, tmp_path: Path) -> None:
