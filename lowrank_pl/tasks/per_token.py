@@ -47,6 +47,10 @@ class PerTokenTask(EncoderTask):
         """Mean cross-entropy over the batch's labelled tokens."""
         return mean_per_token(token_losses(logits, labels), labels)
 
+    def loss_weight(self, labels: Tensor) -> Tensor:
+        """The labelled tokens: the logged loss of an epoch is one per token, however they are divided into batches."""
+        return (labels != IGNORED).sum()
+
     def imitation_loss(self, logits: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
         """Mean softened divergence over the batch's labelled tokens, of logits `[b, t, c]`."""
         labelled = labels != IGNORED

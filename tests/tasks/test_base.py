@@ -19,7 +19,7 @@ from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MonitorModeError, TargetKindError
 from lowrank_pl.strategies import SVD
 from lowrank_pl.surgery import ModelLayout, conform_, read_layout
-from lowrank_pl.tasks import MaskedLM, SequenceClassification
+from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
 from lowrank_pl.tasks.optimization import decay_groups, linear_warmup_decay
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
@@ -40,6 +40,21 @@ def test_head_follows_the_labels(tiny_bert: str) -> None:
     task.build(TargetSpec("height", "regression", (), ("pearson",)))
     assert task.encoder.config.num_labels == 1
     assert task.encoder.training
+
+
+@pytest.mark.parametrize(("kind", "make"), [("token_classification", TokenClassification), ("masked_lm", MaskedLM)])
+def test_the_loss_of_a_validation_does_not_depend_on_its_batches(
+    tiny_bert: str, tmp_path: Path, kind: Any, make: Any
+) -> None:
+    task = make(tiny_bert)
+    losses = []
+    for size in (1, 5, 24):
+        data = SyntheticData(kind, batch_size=size)
+        (found,) = make_trainer(tmp_path).validate(task, data, verbose=False)
+        losses.append(found["val/loss"])
+    batch = next(iter(data.val_dataloader()))
+    expected = task.training_loss(task.eval()(batch), batch["labels"])  # all samples in one
+    assert losses == pytest.approx([float(expected)] * 3, rel=1e-5)
 
 
 def test_init_from_starts_a_new_run_with_the_same_function(tiny_bert: str, tmp_path: Path) -> None:
