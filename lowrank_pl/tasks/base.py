@@ -29,6 +29,7 @@ from lowrank_pl.tasks.compatibility import check_same_architecture, check_same_t
 from lowrank_pl.tasks.distillation import Distillation
 from lowrank_pl.tasks.distilled import DistilledModule
 from lowrank_pl.tasks.encoder_first import EncoderFirst
+from lowrank_pl.tasks.kept_precision import computed_as_before
 from lowrank_pl.tasks.sharding import RESUMED, EvenValidation, shard_
 
 logger = logging.getLogger(__name__)
@@ -219,6 +220,11 @@ class EncoderTask(DistilledModule, ABC):
             return {"num_labels": 1, "problem_type": "regression"}
         names = dict(enumerate(target.label_names))
         return {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moves or converts the module, as everything does that Lightning asks of it; see `computed_as_before`."""
+        with computed_as_before(self):
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     # Steps.
 

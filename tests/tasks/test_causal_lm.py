@@ -72,6 +72,17 @@ def test_the_loss_is_the_one_of_transformers(llama: str) -> None:
         torch.testing.assert_close(task.per_sample_losses(batch)[row], alone)
 
 
+def test_positions_stay_exact_in_a_trainer_of_half_precision(llama: str, tmp_path: Path) -> None:
+    """Rotary frequencies rounded to bfloat16 would turn distant tokens by radians, and no file holds them."""
+    task = CausalLM(llama)
+    make_trainer(tmp_path, precision="bf16-true").fit(task, datamodule=SyntheticData("causal_lm", size=8))
+    frequencies = {n: b for n, b in task.encoder.named_buffers() if n.endswith("inv_freq")}
+    assert task.encoder.dtype == torch.bfloat16
+    assert frequencies
+    exact = dict(built(llama).encoder.named_buffers())
+    assert all(torch.equal(found, exact[name]) for name, found in frequencies.items())
+
+
 def test_what_is_predicted_stands_where_it_is_predicted_for(llama: str) -> None:
     task, batch = built(llama), batch_of()
     logits = task(batch)
