@@ -99,10 +99,16 @@ def _package_folder(address: str) -> Path:
     return folder
 
 
-def load_exactly(auto_class: Any, folder: str, config: Any) -> PreTrainedModel:
+def load_exactly(auto_class: Any, folder: str, config: Any, as_saved: bool = False) -> PreTrainedModel:
     """Loads a dense model from a folder, head included, in train mode: every key and shape must match.
 
     Goes through `from_pretrained`, which knows the names that older files use.
+
+    Args:
+        auto_class: `AutoModelForSequenceClassification` or another Auto class.
+        folder: With config.json and weights.
+        config: Of the model.
+        as_saved: Whether parameters get the dtype that the folder tells, instead of torch's default.
 
     Raises:
         CheckpointMismatchError: a key is missing or unexpected, or a shape differs.
@@ -115,7 +121,7 @@ def load_exactly(auto_class: Any, folder: str, config: Any) -> PreTrainedModel:
             model, info = auto_class.from_pretrained(
                 folder,
                 config=config,
-                dtype=torch.get_default_dtype(),
+                dtype="auto" if as_saved else torch.get_default_dtype(),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )

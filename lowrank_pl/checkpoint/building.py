@@ -33,7 +33,7 @@ def build(saved: SavedModel, made_by: Any = None, as_saved: bool = False) -> Pre
     """
     kind = made_by or auto_class_of(saved)
     if saved.dense_folder is not None:
-        dense: PreTrainedModel = load_exactly(kind, saved.dense_folder, saved.config).eval()
+        dense: PreTrainedModel = load_exactly(kind, saved.dense_folder, saved.config, as_saved).eval()
         return dense
     with uninitialised():
         # Not the configuration's dtype: the trainer's precision, which sets the default, decides.

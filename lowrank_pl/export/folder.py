@@ -68,6 +68,9 @@ def export(
 ) -> Path:
     """Writes a trained model as a folder that Hugging Face tools load.
 
+    Weights are written in the dtype that the checkpoint has them in, which is that of `trainer.precision` where it is
+    `bf16-true`, `16-true` or `64-true`, and float32 else; ONNX files and those in eight bits are made from float32.
+
     Args:
         ckpt_path: A Lightning checkpoint of this package, or the output folder of `compress`.
         output: The folder to write; must be new or empty.
@@ -123,7 +126,8 @@ def export(
     saved.check_float("export")
     if saved.target is None:
         raise NotACheckpointError(saved.source, "it does not tell what it predicts", "export --ckpt_path")
-    encoder = build(saved)
+    # Files for torch have the weights' own dtype, as trained; onnxruntime and what is in eight bits start from float32.
+    encoder = build(saved, as_saved=format != "onnx" and quantize is None)
     told = report_for(saved, encoder, source, report)
     if saved.compression is not None and not saved.compression.at_budget:
         logger.warning("%s is above its budget: %s", ckpt_path, "; ".join(saved.compression.notes))

@@ -197,7 +197,7 @@ def in_onnxruntime(path: Path) -> Run:
 
 def as_written(folder: Path, saved: SavedModel) -> PreTrainedModel:
     """The model of a folder that was just written, read back."""
-    return build(read_saved_model(str(folder)), auto_class_of(saved))
+    return build(read_saved_model(str(folder)), auto_class_of(saved), as_saved=True)
 
 
 def score_lines(scores: Mapping[str, Any]) -> list[str]:

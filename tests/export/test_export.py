@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lowrank_pl.checkpoint import describe
 from lowrank_pl.contract import TargetSpec
@@ -23,13 +23,13 @@ from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.export import export, folder, from_pretrained
 from lowrank_pl.monitoring import ReportWriter
 from lowrank_pl.nn import LowRankLinear, PivotedLinear, dense_weight
-from lowrank_pl.strategies import RankDyna
+from lowrank_pl.strategies import SVD, RankDyna
 from lowrank_pl.surgery import TargetSelector, read_layout, replace_module_
-from lowrank_pl.tasks import MaskedLM, SequenceClassification, TokenClassification
+from lowrank_pl.tasks import CausalLM, MaskedLM, SequenceClassification, TokenClassification
 from tests.support.forks import Forks
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
-from tests.support.tiny import FAMILIES, save_tiny_model, tiny_tokenizer
+from tests.support.tiny import FAMILIES, save_tiny_decoder, save_tiny_model, tiny_tokenizer
 
 CLASSES = TargetSpec("films", "classification", ("bad", "good"), ("accuracy",))
 KINDS: dict[str, tuple[Any, TargetSpec]] = {
@@ -134,6 +134,29 @@ def test_every_task(tiny_bert: str, tmp_path: Path, kind: str) -> None:
     assert torch.equal(logits(from_pretrained(str(where))), logits(task.encoder))
     auto_map = json.loads((where / "config.json").read_text())["auto_map"]
     assert list(auto_map) == [task.auto_class.__name__]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-true", torch.bfloat16), ("16-true", torch.float16), ("64-true", torch.float64)],
+)
+def test_weights_keep_the_dtype_that_they_were_trained_in(precision: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A decoder, whose rotary frequencies stay in float32 beside them."""
+    pretrained = str(save_tiny_decoder("llama", tmp_path / "llama"))
+    optimizer = lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-4)  # noqa: E731, 1e-8 is zero in float16
+    task = CausalLM(pretrained, strategy=SVD(keep_ratio=0.5), optimizer=optimizer)
+    trainer = make_trainer(tmp_path, precision=precision, logger=False)
+    trainer.fit(task, datamodule=SyntheticData("causal_lm", size=8))
+    source, expected = last_checkpoint(trainer), logits(task.encoder)
+    assert expected.dtype == dtype
+    where = export(source, str(tmp_path / "out"))
+    remote = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True)
+    for model in (from_pretrained(str(where)), remote):
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert torch.equal(logits(model), expected)
+    dense = AutoModelForCausalLM.from_pretrained(export(source, str(tmp_path / "dense"), "dense"))
+    assert {parameter.dtype for parameter in dense.parameters()} == {dtype}
+    torch.testing.assert_close(logits(dense), expected, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
 def test_dense_loads_in_a_vanilla_class(tiny_bert: str, tmp_path: Path) -> None:
