@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from lowrank_pl.checkpoint.building import outline
 from lowrank_pl.checkpoint.entries import BASE_KEY, INT8_KEY, LAYOUT_KEY
 from lowrank_pl.checkpoint.int8 import is_quantized, plain_tensors, told_of
 from lowrank_pl.checkpoint.module_file import MODULE, class_name, module_text
-from lowrank_pl.errors.export import NotSavableError
+from lowrank_pl.checkpoint.saved import same_values, tied_names
+from lowrank_pl.errors.checkpoint import CheckpointMismatchError
+from lowrank_pl.errors.export import NotSavableError, UntoldChangeError
+from lowrank_pl.errors.wording import listed
 from lowrank_pl.files.checksums import write_checksums
 from lowrank_pl.files.weight_files import INT8, remove_superseded
-from lowrank_pl.surgery import read_layout
+from lowrank_pl.surgery import conform_, read_layout
 
 
 class _Factorised:
@@ -27,7 +32,11 @@ class _Factorised:
         """As transformers', with the layout in config.json, the module file beside it, and checksums of the weights.
 
         A model in eight bits is written as one file that `from_pretrained` of this package alone reads.
+
+        Raises:
+            UntoldChangeError: its configuration makes another model, into which the weights would not load.
         """
+        _check_configuration(self)
         if is_quantized(self):  # type: ignore[arg-type]
             if kwargs.get("push_to_hub"):
                 raise NotSavableError(type(self).__name__, "in int8 it is not uploaded on the way; upload the folder")
@@ -35,6 +44,8 @@ class _Factorised:
                 _write_int8(self, Path(save_directory))
             return
         self.config.update(config_fields(self))  # type: ignore[attr-defined]
+        # What an architecture could compute anew is written as well: a missing weight is an error for whoever loads.
+        self._keys_to_ignore_on_save = None
         # Names of today, those of the layout: transformers would write some families' weights under names of the past.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
@@ -51,6 +62,28 @@ class _Factorised:
         (folder / f"{MODULE}.py").write_text(module_text(_base_of(self)), encoding="utf-8")
         remove_superseded(folder)
         write_checksums(folder)
+
+
+def _check_configuration(model: Any) -> None:
+    """Raises `UntoldChangeError` for a model that was changed in a way its configuration does not tell."""
+    base = next(kind for kind in type(model).__mro__ if kind.__name__ == _base_of(model))
+    rebuilt = outline(base, copy.deepcopy(model.config))
+    try:
+        conform_(rebuilt, read_layout(model))
+    except CheckpointMismatchError as error:
+        raise UntoldChangeError(base.__name__, "some of its factorised layers have no counterpart there") from error
+    made, own = rebuilt.state_dict(), model.state_dict(keep_vars=True)
+    if lacking := [name for name in made if name not in own]:
+        raise UntoldChangeError(base.__name__, f"it lacks {listed(lacking, 3)}")
+    if more := [name for name in own if name not in made]:
+        raise UntoldChangeError(base.__name__, f"it has {listed(more, 3)} beside what is there")
+    for name, tensor in made.items():
+        if tensor.shape != own[name].shape:
+            problem = f"its {name!r} is {list(own[name].shape)} and not {list(tensor.shape)}"
+            raise UntoldChangeError(base.__name__, problem)
+    for first, *others in tied_names(rebuilt):
+        if parted := [name for name in others if not same_values(own[first], own[name])]:
+            raise UntoldChangeError(base.__name__, f"{first!r} and {parted[0]!r} are two tensors, and one there")
 
 
 def _write_int8(model: Any, folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -82,11 +83,11 @@ class SavedModel:
         """Gives an encoder this model's shapes and values.
 
         Raises:
-            CheckpointMismatchError: any key is missing or unexpected or has another shape; the encoder's values
-                are then untouched.
+            CheckpointMismatchError: any key is missing or unexpected or has another shape, or two differ that are one
+                tensor in the encoder; its values are then untouched.
         """
         conform_(encoder, self.layout, self.source)
-        state = {**self.state, **_tied(encoder, self.state)}
+        state = {**self.state, **_tied(encoder, self.state, self.source)}
         check_state(encoder.state_dict(), state, self.source)
         int8 = {name: tensor for name, tensor in state.items() if is_int8(tensor)}
         for name, tensor in int8.items():  # not copied: that would round the scales of the parameters that are there
@@ -95,17 +96,35 @@ class SavedModel:
         encoder.load_state_dict({name: state[name] for name in state.keys() - int8.keys()}, strict=False)
 
 
-def _tied(encoder: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values for names that a file leaves out because the model ties them to a name that it has."""
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter and buffer that has several in a model's state dict."""
     names: dict[int, list[str]] = {}
-    for name, parameter in encoder.state_dict(keep_vars=True).items():
-        names.setdefault(id(parameter), []).append(name)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tied(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Values for names that a file leaves out because the model ties them to a name that it has.
+
+    Raises:
+        CheckpointMismatchError: the file has several values for what is one tensor in the model.
+    """
     found = {}
-    for group in names.values():
+    for group in tied_names(encoder):
         present = [name for name in group if name in state]
+        for name in present[1:]:
+            if not same_values(state[present[0]], state[name]):
+                problem = f"{present[0]!r} and {name!r} differ there and are one tensor here"
+                raise CheckpointMismatchError(source, problem)
         if present:
             found.update({name: state[present[0]] for name in group if name not in state})
     return found
+
+
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same values; checkpoints have tied ones in one place."""
+    return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
 
 
 def check_state(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:

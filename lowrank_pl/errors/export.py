@@ -18,6 +18,18 @@ class NotSavableError(LowRankError):
         )
 
 
+class UntoldChangeError(LowRankError):
+    """A model that is to be written is another one than its configuration makes."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(
+            f"this {model} was not written, because it would not load again: compared with what its configuration "
+            f"makes, {problem}. Allowed are changes that model.config tells of, such as num_labels, vocab_size and "
+            "tie_word_embeddings: set them there, make the model without further arguments (add_pooling_layer), or "
+            "save the state dict beside lowrank_pl.surgery.read_layout(model).to_dict()."
+        )
+
+
 class NonFiniteWeightsError(LowRankError):
     """A model that is to be exported has NaN or Inf among its weights."""
 

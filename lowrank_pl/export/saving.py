@@ -51,6 +51,7 @@ def save_pretrained(
 
     Raises:
         NotSavableError: it is no class of transformers', or a layer is still in a form of training.
+        UntoldChangeError: its configuration makes another model, with another head for instance.
         OutputExistsError, OutputNotWritableError: see `folder` and `overwrite`.
         CheckpointMismatchError: the tokenizer has tokens that the model has no embedding for.
         NonFiniteWeightsError: a weight is NaN or Inf.

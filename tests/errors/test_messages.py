@@ -45,6 +45,7 @@ from lowrank_pl.errors.export import (
     OnnxExportError,
     OnnxMismatchError,
     QuantizationError,
+    UntoldChangeError,
 )
 from lowrank_pl.errors.labels import LabelsError
 from lowrank_pl.errors.numerics import (
@@ -135,6 +136,7 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (LossShapeError((), 4), ["4 samples", "shape []"], "reduction='none'"),
     (NotCompressibleError("Net", "SVD", "encoder"), ["Net", "SVD", "'encoder'"], "docs/own_module.md"),
     (NotSavableError("Net", "its class is none"), ["Net", "its class is none"], "compact_(model)"),
+    (UntoldChangeError("Net", "it lacks 'x'"), ["Net", "it lacks 'x'"], "model.config"),
     (SeveralDevicesError("Net", ["cpu", "cuda:0"]), ["Net", "cpu, cuda:0"], "model.to("),
     (TeacherError.unlearned("m"), ["'self'", "'m'", "freshly"], "Fine-tune the dense model first"),
     (TeacherError.of_another_task("m", "BertForMaskedLM"), ["'m'", "BertForMaskedLM"], "give its checkpoint or folder"),

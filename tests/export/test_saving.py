@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,26 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     BertForSequenceClassification,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
     ViTConfig,
     ViTForImageClassification,
 )
 
 import lowrank_pl
 from lowrank_pl.errors.checkpoint import CheckpointMismatchError, DamagedWeightsError
-from lowrank_pl.errors.export import NonFiniteWeightsError, NotSavableError
+from lowrank_pl.errors.export import NonFiniteWeightsError, NotSavableError, UntoldChangeError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.files.checksums import CHECKSUMS
-from lowrank_pl.nn import SVDLinear
+from lowrank_pl.nn import LowRankLinear, SVDLinear
 from lowrank_pl.strategies import SVD
 from lowrank_pl.surgery import TargetSelector, densify_, read_layout, replace_module_
 from lowrank_pl.tasks import SequenceClassification
@@ -99,6 +104,21 @@ def test_weights_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_weights_that_an_architecture_could_compute_are_written_too(tmp_path: Path) -> None:
+    """Marian's own method leaves its sinusoids out."""
+    one: Any = {"layers": 1, "ffn_dim": 64, "attention_heads": 2}
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in one.items()}
+    config = MarianConfig(vocab_size=len(VOCAB), d_model=32, pad_token_id=0, max_position_embeddings=32, **sizes)
+    model = MarianMTModel(config).eval()
+    lowrank_pl.compress(model, None, None, SVD(keep_ratio=0.5))
+    lowrank_pl.save_pretrained(model, str(tmp_path / "out"))
+    ours = lowrank_pl.from_pretrained(str(tmp_path / "out"))
+    remote = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        expected, *found = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, ours, remote))
+    assert all(torch.equal(other, expected) for other in found)
+
+
 def test_a_decoder_generates_as_before(tmp_path: Path) -> None:
     model = model_of("gpt2")
     model.generation_config.max_new_tokens = 5
@@ -114,6 +134,65 @@ def test_a_task_starts_from_the_folder(tmp_path: Path) -> None:
     task = SequenceClassification(init_from=str(tmp_path / "out"))
     task.build()
     assert torch.equal(logits(task.encoder.eval()), logits(model))
+
+
+def without_pooler() -> Any:
+    return BertModel(tiny_config("bert"), add_pooling_layer=False)
+
+
+def with_another_head(head: Callable[[], nn.Module]) -> Any:
+    model = model_of("bert")
+    model.classifier = head()
+    return model
+
+
+def untied() -> Any:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(VOCAB), tie_word_embeddings=True, **SIZES))
+    model.lm_head.weight = nn.Parameter(torch.ones(len(VOCAB), 32))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (without_pooler, r"it lacks 'pooler.dense.weight', 'pooler.dense.bias'"),
+        (
+            lambda: with_another_head(lambda: nn.Linear(32, 5)),
+            r"its 'classifier.weight' is \[5, 32\] and not \[2, 32\]",
+        ),
+        (lambda: with_another_head(lambda: nn.Sequential(nn.Linear(32, 2))), r"it lacks 'classifier.weight'"),
+        (lambda: with_another_head(lambda: nn.Sequential(LowRankLinear(32, 2, 1))), "have no counterpart there"),
+        (untied, r"'model.embed_tokens.weight' and 'lm_head.weight' are two tensors, and one there"),
+    ],
+)
+def test_what_its_configuration_does_not_tell_is_refused(make: Callable[[], Any], problem: str, tmp_path: Path) -> None:
+    """Loaded again it would be an error at best, and at worst a model with other weights."""
+    with pytest.raises(UntoldChangeError, match=problem):
+        lowrank_pl.save_pretrained(make(), str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_change_that_the_configuration_tells_is_written(tmp_path: Path) -> None:
+    model = with_another_head(lambda: nn.Linear(32, 5))
+    model.config.num_labels = 5
+    model.resize_token_embeddings(len(VOCAB) + 3)
+    lowrank_pl.save_pretrained(model, str(tmp_path / "out"))
+    assert torch.equal(logits(lowrank_pl.from_pretrained(str(tmp_path / "out"))), logits(model))
+    tied, apart = untied(), str(tmp_path / "untied")
+    tied.config.tie_word_embeddings = False
+    lowrank_pl.save_pretrained(tied, apart)
+    assert torch.equal(logits(lowrank_pl.from_pretrained(apart)), logits(tied.eval()))
+
+
+def test_a_file_with_two_values_for_one_tensor_is_refused(tmp_path: Path) -> None:
+    """Transformers' loader takes both and ties nothing; to tie them would give one of them up."""
+    model = untied()
+    model.config.tie_word_embeddings = False
+    lowrank_pl.save_pretrained(model, str(tmp_path / "out"))
+    place = tmp_path / "out" / "config.json"
+    place.write_text(place.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(CheckpointMismatchError, match="differ there and are one tensor here"):
+        lowrank_pl.from_pretrained(str(tmp_path / "out"))
 
 
 def test_a_dense_model_is_written_too(tmp_path: Path) -> None:
