@@ -19,6 +19,7 @@ from lowrank_pl.errors.export import QuantizationError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingPackagesError
 from lowrank_pl.export import export, from_pretrained, int8_layers
+from lowrank_pl.nn import PivotedLinear, forms_in
 from lowrank_pl.strategies import SVD
 from tests.checkpoint.test_int8 import without_torchao
 from tests.export.test_export import checkpoint, logits
@@ -124,7 +125,9 @@ class TestWithTorchao:
         assert small == weight_bytes(from_pretrained(str(out))) < large
         first, second = (load_model(path) for path in (source, str(out)))
         inputs = inputs_for(first, 2, 4)
-        assert count_flops(first, inputs) == count_flops(second, inputs)
+        # In float a pivoted layer puts its rows in order first, which multiplies r² more for each of the 8 tokens.
+        more = sum(2 * 8 * form.rank**2 for form in forms_in(first).values() if isinstance(form, PivotedLinear))
+        assert count_flops(first, inputs) == count_flops(second, inputs) + more
         with pytest.raises(MissingArgumentError, match=r"float weights of .* for onnxruntime"):
             benchmark([str(out)], str(tmp_path / "others"), **options, engines=["onnxruntime"])
 
@@ -133,7 +136,7 @@ class TestWithTorchao:
     ) -> None:
         def damaged(folder: str) -> Any:
             model = from_pretrained(folder)
-            weight = next(iter(int8.int8_weights(model).values()))
+            *_, weight = int8.int8_weights(model).values()
             weight.qdata[0, 0] += 1
             return model
 
