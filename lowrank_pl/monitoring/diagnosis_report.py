@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_pl.core.diagnosis import SVD, Diagnosis
-from lowrank_pl.monitoring.rank_picture import grid_position
+from lowrank_pl.monitoring.rank_picture import grid_positions
 
 _HEADER = ("layer", "rank", "φ", "φ/mean²", "within input", "rank-1 residual", "SVD", "best", "gain", "recommended")
 _KRONECKER = ("energy lost", "Global rank")
@@ -87,7 +87,8 @@ def diagnosis_figure(found: Mapping[str, Diagnosis]) -> Any:
         below.semilogy(places, [max(value, 1e-3) for value in values], marker=".", label=label)
     below.set_ylabel("indicator")
     _legend_above(below, len(indicators))
-    below.set_xticks(places, [" ".join(grid_position(name)) for name in found], rotation=90, fontsize=7)
+    labels = [" ".join(position) for position in grid_positions(list(found)).values()]
+    below.set_xticks(places, labels, rotation=90, fontsize=7)
     return figure
 
 

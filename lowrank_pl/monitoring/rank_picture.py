@@ -19,6 +19,25 @@ def grid_position(name: str) -> tuple[str, str]:
     return "-", name
 
 
+def grid_positions(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The row and column of every layer.
+
+    A row is a block, as in `grid_position`, and tells the stack that it is of where there are several with the same
+    kinds of layers, such as an encoder and a decoder.
+    """
+    positions = {name: grid_position(name) for name in names}
+    if len(set(positions.values())) == len(positions):
+        return positions
+    return {name: (" ".join([*_stack(name), block]), kind) for name, (block, kind) in positions.items()}
+
+
+def _stack(name: str) -> list[str]:
+    """What stands before the block in a layer's name; nothing where it is in none."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return [".".join(parts[: numbers[0]])] if numbers and numbers[0] else []
+
+
 def rank_heatmap(layers: Sequence[LayerRecord]) -> Any:
     """Draws the share of full rank as colour and the rank as number; a dense layer is marked `dense`.
 
@@ -28,14 +47,15 @@ def rank_heatmap(layers: Sequence[LayerRecord]) -> Any:
     # The object interface leaves pyplot's global state, and a user's own figures, alone.
     from matplotlib.figure import Figure
 
-    rows, columns = ([*dict.fromkeys(grid_position(layer.name)[axis] for layer in layers)] for axis in (0, 1))
+    positions = grid_positions([layer.name for layer in layers])
+    rows, columns = ([*dict.fromkeys(position[axis] for position in positions.values())] for axis in (0, 1))
     # Wide and high enough for the title and the name of the colours, however few layers there are.
     size = max(4.5, 1.6 + 1.15 * len(columns)), max(2.6, 1.6 + 0.42 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     values = [[float("nan")] * len(columns) for _ in rows]
     for layer in layers:
-        block, kind = grid_position(layer.name)
+        block, kind = positions[layer.name]
         row, column = rows.index(block), columns.index(kind)
         share = layer.rank / min(layer.out_features, layer.in_features)
         values[row][column] = share

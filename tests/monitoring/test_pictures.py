@@ -38,6 +38,18 @@ def test_the_ranks(layers: int) -> None:
     assert faults(rank_heatmap(records)) == []
 
 
+def test_the_ranks_of_an_encoder_and_a_decoder_stand_beside_each_other() -> None:
+    """Blocks of both have the same numbers and kinds; drawn on top of each other neither could be read."""
+    stacks = [f"{stack}.block.{block}.layer.0.SelfAttention.q" for stack in ("encoder", "decoder") for block in (0, 1)]
+    records = [LayerRecord(name, 64, 64, 8 + at, "low_rank", 1024) for at, name in enumerate(stacks)]
+    figure = rank_heatmap(records)
+    assert faults(figure) == []
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert rows == ["encoder.block 0", "encoder.block 1", "decoder.block 0", "decoder.block 1"]
+    places = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert places == {str(8 + row): (0, row) for row in range(4)}
+
+
 def test_the_flow_of_ranks() -> None:
     layers = shapes(12)
     full = {name: shape.full_rank for name, shape in layers.items()}
