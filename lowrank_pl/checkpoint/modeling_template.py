@@ -157,6 +157,7 @@ class LowRankModel(Base):
         for name, spec in layout["modules"].items():
             if "tied" in spec:
                 self._tie(name, spec["tied"])
+        self._keys_to_ignore_on_save = None  # saved again, the folder has to be complete
 
     def _tie(self, head: str, vocabulary: str) -> None:
         """Gives a head that puts out tokens the factors of the look-up, and tells transformers."""

@@ -114,8 +114,10 @@ def test_weights_that_an_architecture_could_compute_are_written_too(tmp_path: Pa
     lowrank_pl.save_pretrained(model, str(tmp_path / "out"))
     ours = lowrank_pl.from_pretrained(str(tmp_path / "out"))
     remote = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    remote.save_pretrained(tmp_path / "again")
+    again = lowrank_pl.from_pretrained(str(tmp_path / "again"))
     with torch.no_grad():
-        expected, *found = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, ours, remote))
+        expected, *found = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, ours, remote, again))
     assert all(torch.equal(other, expected) for other in found)
 
 
