@@ -105,6 +105,15 @@ def auto_class_in(fields: Mapping[str, Any]) -> str | None:
 
 def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration that the fields of a config.json tell, `model_type` among them."""
-    rest = dict(fields)
+    rest = {name: _with_all_floats(value) for name, value in fields.items()}
     config: PreTrainedConfig = AutoConfig.for_model(rest.pop("model_type"), **rest)
     return config
+
+
+def _with_all_floats(value: Any) -> Any:
+    """A value of a config.json, with floats that JSON has not: transformers writes `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_all_floats(inner) for key, inner in value.items()}
+    return [_with_all_floats(inner) for inner in value] if isinstance(value, list) else value

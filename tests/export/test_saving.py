@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MarianConfig,
     MarianMTModel,
     ViTConfig,
@@ -119,6 +122,18 @@ def test_weights_that_an_architecture_could_compute_are_written_too(tmp_path: Pa
     with torch.no_grad():
         expected, *found = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, ours, remote, again))
     assert all(torch.equal(other, expected) for other in found)
+
+
+def test_a_configuration_with_infinity_is_read(tmp_path: Path) -> None:
+    """JSON has no such number, and transformers writes it in a way of its own."""
+    config = Mamba2Config(
+        vocab_size=len(VOCAB), hidden_size=32, num_hidden_layers=1, num_heads=8, head_dim=8, state_size=4, n_groups=1
+    )
+    model = Mamba2ForCausalLM(config).eval()
+    lowrank_pl.compress(model, None, None, SVD(keep_ratio=0.5))
+    loaded: Any = lowrank_pl.from_pretrained(str(lowrank_pl.save_pretrained(model, str(tmp_path / "out"))))
+    assert tuple(loaded.config.time_step_limit) == tuple(model.config.time_step_limit) == (0.0, math.inf)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_a_decoder_generates_as_before(tmp_path: Path) -> None:
