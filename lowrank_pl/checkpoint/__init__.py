@@ -1,6 +1,6 @@
 """Models on disk: what is written beside the weights, reading it back, and rebuilding a model from it."""
 
-from lowrank_pl.checkpoint.building import auto_class_making, auto_class_of, build, name_in_transformers, outline
+from lowrank_pl.checkpoint.building import auto_class_of, auto_classes_making, build, name_in_transformers, outline
 from lowrank_pl.checkpoint.entries import LAYOUT_KEY, describe, from_checkpoint
 from lowrank_pl.checkpoint.factorised import factorised_class
 from lowrank_pl.checkpoint.folders import CHECKPOINT_NAME, ONNX_NAME
@@ -24,8 +24,8 @@ __all__ = [
     "ONNX_NAME",
     "SavedModel",
     "Scheme",
-    "auto_class_making",
     "auto_class_of",
+    "auto_classes_making",
     "build",
     "check_loadable",
     "check_readable",

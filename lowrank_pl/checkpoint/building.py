@@ -85,15 +85,16 @@ def name_in_transformers(kind: Any) -> str | None:
     return name if name.startswith("AutoModel") and getattr(transformers, name, None) is kind else None
 
 
-def auto_class_making(kind: type[PreTrainedModel], config_class: type) -> str | None:
-    """Name of the Auto class that makes a class of one architecture from its configuration; `None` without one."""
+def auto_classes_making(kind: type[PreTrainedModel], config_class: type) -> list[str]:
+    """Names of the Auto classes that make a class of one architecture from its configuration, in alphabetical order."""
     from transformers.models.auto import modeling_auto  # what it holds is imported one configuration at a time
 
+    names = []
     for name in sorted(name for name in vars(modeling_auto) if name.startswith("AutoModel")):
         found = getattr(getattr(modeling_auto, name), "_model_mapping", {}).get(config_class, ())
         if kind in (found if isinstance(found, tuple) else (found,)):
-            return name
-    return None
+            names.append(name)
+    return names
 
 
 def _make(kind: Any, config: Any) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from lowrank_pl.checkpoint.building import outline
+from lowrank_pl.checkpoint.building import auto_classes_making, outline
 from lowrank_pl.checkpoint.entries import BASE_KEY, INT8_KEY, LAYOUT_KEY
 from lowrank_pl.checkpoint.int8 import is_quantized, plain_tensors, told_of
 from lowrank_pl.checkpoint.module_file import MODULE, class_name, module_text
@@ -66,7 +66,7 @@ class _Factorised:
 
 def _check_configuration(model: Any) -> None:
     """Raises `UntoldChangeError` for a model that was changed in a way its configuration does not tell."""
-    base = next(kind for kind in type(model).__mro__ if kind.__name__ == _base_of(model))
+    base = _architecture_of(model)
     rebuilt = outline(base, copy.deepcopy(model.config))
     try:
         conform_(rebuilt, read_layout(model))
@@ -101,14 +101,25 @@ def _write_int8(model: Any, folder: Path) -> None:
 def config_fields(model: Any) -> dict[str, Any]:
     """What the config.json of a factorised model needs beyond the architecture's own fields."""
     base = _base_of(model)
-    fields = {BASE_KEY: base, LAYOUT_KEY: read_layout(model).to_dict()}
+    fields: dict[str, Any] = {BASE_KEY: base, LAYOUT_KEY: read_layout(model).to_dict()}
     if is_quantized(model):  # no module file: transformers finds no weights, and takes no random ones
         return {**fields, INT8_KEY: told_of(model)}
-    return fields if model.made_by is None else {**fields, "auto_map": {model.made_by: f"{MODULE}.{class_name(base)}"}}
+    if model.made_by is None:
+        return fields
+    # By every class that would make the architecture: by another than those it would be dense, with random layers.
+    names = dict.fromkeys([model.made_by, *auto_classes_making(_architecture_of(model), type(model.config))])
+    return {**fields, "auto_map": dict.fromkeys(names, f"{MODULE}.{class_name(base)}")}
+
+
+def _architecture_of(model: Any) -> type[PreTrainedModel]:
+    found: type[PreTrainedModel] = next(
+        kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers.models.")
+    )
+    return found
 
 
 def _base_of(model: Any) -> str:
-    return next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.models."))
+    return _architecture_of(model).__name__
 
 
 def factorised_class(base: type[PreTrainedModel], made_by: str | None) -> type[PreTrainedModel]:

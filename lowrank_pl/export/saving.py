@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.checkpoint import auto_class_making, factorised_class
+from lowrank_pl.checkpoint import auto_classes_making, factorised_class
 from lowrank_pl.errors.export import NotSavableError
 from lowrank_pl.export.card import plain_card
 from lowrank_pl.export.folder import check_finite_weights, check_tokenizer, sharding_of
@@ -66,7 +66,7 @@ def save_pretrained(
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         check_tokenizer(tokenizer, model.config, base.__name__)
     written = copy.copy(model)  # shares the weights; class and configuration are to be others
-    written.__class__ = factorised_class(base, auto_class_making(base, type(model.config)))
+    written.__class__ = factorised_class(base, next(iter(auto_classes_making(base, type(model.config))), None))
     written.config = copy.deepcopy(model.config)
     with output.written_whole() as temporary:
         written.save_pretrained(temporary, **sharding)

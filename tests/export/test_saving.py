@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
     BertForSequenceClassification,
     BertModel,
@@ -122,6 +124,14 @@ def test_weights_that_an_architecture_could_compute_are_written_too(tmp_path: Pa
     with torch.no_grad():
         expected, *found = (m(input_ids=IDS, decoder_input_ids=IDS).logits for m in (model, ours, remote, again))
     assert all(torch.equal(other, expected) for other in found)
+
+
+def test_every_auto_class_of_the_architecture_finds_the_factors(tmp_path: Path) -> None:
+    """By one that config.json did not name the model would be transformers' own, with random layers."""
+    model = model_of("gpt2")
+    folder = lowrank_pl.save_pretrained(model, str(tmp_path / "out"))
+    for auto in (AutoModelForCausalLM, AutoModelForPreTraining):
+        assert torch.equal(logits(auto.from_pretrained(folder, trust_remote_code=True)), logits(model))
 
 
 def test_a_configuration_with_infinity_is_read(tmp_path: Path) -> None:
