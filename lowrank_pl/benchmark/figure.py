@@ -8,6 +8,10 @@ from typing import Any
 from lowrank_pl.benchmark.results import Results
 
 
+_WIDEST = 24.0
+"""Inches; panels that would take more together stand below each other."""
+
+
 def benchmark_figure(results: Results) -> Any:
     """Speed-up of every model but the first, and time of layers over their rank.
 
@@ -22,8 +26,9 @@ def benchmark_figure(results: Results) -> Any:
     cells = {(found.batch_size, found.length) for found in results.measurements}
     # A bar is as wide as the number above it.
     width = max(6.5, 1.5 + 0.25 * len(cells) * max(1, len(models) - 1))
-    figure = Figure(figsize=(width * panels, 4.8), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    stacked = width * panels > _WIDEST
+    figure = Figure(figsize=(width, 4.4 * panels) if stacked else (width * panels, 4.8), layout="constrained")
+    axes = figure.subplots(*((panels, 1) if stacked else (1, panels)), squeeze=False).flatten()
     for axis, engine in zip(axes, engines, strict=False):
         _models(axis, [row for row in results.rows() if row["engine"] == engine])
         axis.set_title(engine, fontsize=9)
