@@ -7,7 +7,6 @@ from typing import Any
 
 from lowrank_pl.benchmark.results import Results
 
-
 _WIDEST = 24.0
 """Inches; panels that would take more together stand below each other."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -10,11 +12,23 @@ from lowrank_pl.monitoring.report import layer_records, parameter_counts
 
 
 class RankDashboard(pl.Callback):
-    """Logs `rank/<layer>`, `error/<layer>`, `compression/keep_ratio` and a heat map, once, when the factors stand."""
+    """Logs `rank/<layer>`, `error/<layer>`, `compression/keep_ratio` and a heat map, once per run."""
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs at the first epoch of a run: by then every strategy has written its factors."""
-        if trainer.current_epoch == 0:
+    def __init__(self) -> None:
+        self._logged = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forgets an earlier run."""
+        del trainer, pl_module
+        self._logged = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs before the first step of a run, also of one that is resumed: every strategy has written its factors."""
+        del batch, batch_idx
+        if not self._logged:
+            self._logged = True
             self.log_ranks(trainer, pl_module)
 
     @staticmethod

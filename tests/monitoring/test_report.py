@@ -52,6 +52,18 @@ def test_markdown_twin_has_every_layer(run: Path) -> None:
     assert all(f"| {layer['name']} |" in text for layer in report["layers"])
 
 
+def test_tensorboard_of_a_resumed_run_shows_its_ranks(tiny_bert: str, tmp_path: Path) -> None:
+    def fit(epochs: int, **options: Any) -> Any:
+        task = make_task(tiny_bert, FWSVD("both", keep_ratio=0.5))
+        trainer = make_trainer(tmp_path, callbacks=[RankDashboard()], limit_train_batches=2, max_epochs=epochs)
+        trainer.fit(task, datamodule=SyntheticData(), **options)
+        return trainer
+
+    trainer = fit(2, ckpt_path=last_checkpoint(fit(1)))
+    ranks = EventAccumulator(trainer.log_dir).Reload().Scalars("rank/bert.encoder.layer.0.attention.self.query")
+    assert [(event.step, event.value) for event in ranks] == [(2, 8)]
+
+
 def test_tensorboard_shows_ranks_errors_losses_and_scores(run: Path) -> None:
     events = EventAccumulator(str(run)).Reload()
     scalars, layer = set(events.Tags()["scalars"]), "bert.encoder.layer.0.attention.self.query"
