@@ -42,7 +42,7 @@ def saved_layout(path: str) -> ModelLayout:
     Raises:
         NotACheckpointError, LayoutVersionError: see `from_checkpoint`.
     """
-    checkpoint = _load(path, Path(path).expanduser(), "--ckpt_path")
+    checkpoint = _load(path, Path(path).expanduser(), "--ckpt_path", look=True)
     return ModelLayout.from_dict(checkpoint[LAYOUT_KEY])
 
 
@@ -52,7 +52,7 @@ def saved_entry(path: str, key: str) -> Any:
     Raises:
         NotACheckpointError: see `from_checkpoint`.
     """
-    return _load(path, Path(path).expanduser(), "--ckpt_path").get(key)
+    return _load(path, Path(path).expanduser(), "--ckpt_path", look=True).get(key)
 
 
 def saved_config(path: str) -> PreTrainedConfig | None:
@@ -107,14 +107,15 @@ def check_readable(path: str) -> None:
         _load(path, location / CHECKPOINT_NAME if location.is_dir() else location, "init_from")
 
 
-def _load(path: str, location: Path, argument: str) -> dict[str, Any]:
+def _load(path: str, location: Path, argument: str, look: bool = False) -> dict[str, Any]:
+    """A checkpoint; for a look at something else than tensors these stay on the disk."""
     if not location.is_file():
         problem = "it is a folder" if location.exists() else "no such file or folder"
         if (location / CHECKPOINT_NAME).is_file():
             problem += f"; the checkpoint in it is {str(Path(path) / CHECKPOINT_NAME)!r}"
         raise NotACheckpointError(path, problem, argument)
     try:
-        checkpoint: dict[str, Any] = torch.load(location, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = torch.load(location, map_location="cpu", weights_only=True, mmap=look)
     except Exception as error:  # bytes of any other file are instructions to pickle, which fails in as many ways
         told = (str(error) or type(error).__name__).splitlines()[0]
         raise NotACheckpointError(path, f"not a readable checkpoint ({told})", argument) from error

@@ -17,8 +17,8 @@ from lowrank_pl.contract import CalibrationBatches, TargetSpec, choose
 from lowrank_pl.data.cache import cache_root, digest, tokenizer_digest
 from lowrank_pl.data.calibration import SortedBatches
 from lowrank_pl.data.collate import Collator, PadCollator
-from lowrank_pl.data.files import find_file
 from lowrank_pl.data.loaders import BatchLoaders
+from lowrank_pl.data.needed_files import Files, find_needed
 from lowrank_pl.data.prepared import Prepared, tell_truncation
 from lowrank_pl.data.raw import RawData
 from lowrank_pl.data.tokenise import (
@@ -35,12 +35,6 @@ from lowrank_pl.errors.data_files import MissingFileError, MissingSplitError
 from lowrank_pl.errors.labels import UnknownTargetError
 from lowrank_pl.hub import load_config, load_tokenizer
 
-# Which splits a verb that does not train reads: the first that there is.
-_READ: dict[Any, tuple[str, ...]] = {
-    TrainerFn.VALIDATING: ("validation", "train"),
-    TrainerFn.TESTING: ("test", "validation", "train"),
-    TrainerFn.PREDICTING: ("test", "validation", "train"),
-}
 _FORMAT = 3
 """Goes up when the same input would be prepared differently, so that older caches are left alone."""
 
@@ -109,7 +103,7 @@ class TextDataModule(BatchLoaders):
         self.cache_dir = cache_dir
         self._loaded_tokenizer: PreTrainedTokenizerBase | None = None
         self._prepared: Prepared | None = None
-        self.serves: TrainerFn | None = None
+        self.serves: TrainerFn | None = None  # what for, where there is no trainer to tell
         self._left_out: dict[str, MissingFileError] = {}
 
     # What a subclass says.
@@ -321,38 +315,17 @@ class TextDataModule(BatchLoaders):
         """What these data are read for: the trainer's verb, or what was said where there is no trainer."""
         return self.serves if self.trainer is None else self.trainer.state.fn
 
-    def find_files(
-        self, files: Mapping[str, str | Path | None], argument: str = "data.init_args.{split}"
-    ) -> dict[str, Path]:
-        """Returns the files of the splits that were given.
+    def find_files(self, files: Files, argument: str = "data.init_args.{split}") -> dict[str, Path]:
+        """Returns the files of the splits that were given and are there; see `find_needed`.
 
-        A run that does not train does without those that it need not read: where they are not there, they are left out,
-        and what asks for such a split all the same, as calibration may, gets the error about the file.
-
-        Args:
-            files: By split; `None` where none was given.
-            argument: What names the file, for the error.
+        A run that does not train does without those that it need not read: what asks for such a split all the same, as
+        calibration may, gets the error about the file.
 
         Raises:
             MissingFileError: a file that the run reads is not there.
         """
-        found: dict[str, Path] = {}
-        self._left_out = {}
-        for split, path in files.items():
-            if path is not None:
-                try:
-                    found[split] = find_file(path, argument.format(split=split))
-                except MissingFileError as error:
-                    if not self.can_do_without(split, files):
-                        raise
-                    self._left_out[split] = error
+        found, self._left_out = find_needed(files, self.verb, argument)
         return found
-
-    def can_do_without(self, split: str, files: Mapping[str, str | Path | None]) -> bool:
-        """Whether the verb under way need not read a split; not where nothing tells which verb that is."""
-        read = _READ.get(self.verb, ())
-        first = next((name for name in read if files.get(name) is not None), split)
-        return split != first
 
     # The work.
 

@@ -51,6 +51,8 @@ class GLUE(TextDataModule):
         kwargs: What every datamodule takes, see `TextDataModule`.
     """
 
+    hides_test_labels: ClassVar[bool] = True
+
     def __init__(
         self,
         tokenizer: str,
@@ -70,8 +72,6 @@ class GLUE(TextDataModule):
         self.mnli_validation = mnli_validation
         self.bad_lines = bad_lines
         self.empty_texts = empty_texts
-
-    hides_test_labels: ClassVar[bool] = True
 
     @property
     def expected_target(self) -> TargetSpec:

@@ -30,6 +30,9 @@ class BatchLoaders(ResumableData, ABC):
         seed: Decides the order of training samples.
     """
 
+    hides_test_labels: ClassVar[bool] = False
+    """Whether a test split without labels is as it should be."""
+
     def __init__(
         self, batch_size: int, eval_batch_size: int, num_workers: int, length_grouping: bool, seed: int
     ) -> None:
@@ -51,9 +54,6 @@ class BatchLoaders(ResumableData, ABC):
     @abstractmethod
     def has_labelled_test(self) -> bool:
         """Whether there is a test split with labels."""
-
-    hides_test_labels: ClassVar[bool] = False
-    """Whether a test split without labels is as it should be."""
 
     @abstractmethod
     def split(self, name: str) -> Dataset:

@@ -18,6 +18,7 @@ from lowrank_pl.data.cache import file_digest
 from lowrank_pl.data.files import find_file
 from lowrank_pl.data.formats import has_column, read_columns
 from lowrank_pl.data.labels import class_names, ids_by_class, is_compound, spelled
+from lowrank_pl.data.needed_files import can_do_without
 from lowrank_pl.data.prepared import Prepared
 from lowrank_pl.data.raw import (
     EmptyTexts,
@@ -139,7 +140,7 @@ class TextFiles(TextDataModule):
     def _train_tells(self) -> bool:
         """Whether the training split is there and labelled: where nothing is trained, it need not be."""
         train = self.files["train"]
-        if train is None or not self.can_do_without("train", self.files):
+        if train is None or not can_do_without("train", self.verb, self.files):
             return train is not None
         path = Path(train).expanduser()
         return path.is_file() and has_column(path, self.label)

@@ -27,9 +27,9 @@ from lowrank_pl.strategies.gradient_scale import gradient_scale
 from lowrank_pl.strategies.group_training import GroupTraining
 from lowrank_pl.strategies.metric_groups import MetricGroups
 from lowrank_pl.strategies.processes import gathered
-from lowrank_pl.strategies.rank_account import record_of, told_of, warn_of_worthless
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
+from lowrank_pl.strategies.rankdyna_report import record_of, told_of, warn_of_worthless
 from lowrank_pl.strategies.rewarming import Rewarming
 from lowrank_pl.strategies.singular_groups import SingularGroups
 from lowrank_pl.surgery import (
