@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.checkpoint import saved_at_budget
-from lowrank_pl.monitoring.earlier_run import report_of_step
 from lowrank_pl.monitoring.rank_picture import save_rank_picture
 from lowrank_pl.monitoring.report import build_report, layer_records, write_report
 from lowrank_pl.monitoring.run_folder import run_folder
@@ -28,7 +27,8 @@ class ReportWriter(pl.Callback):
     """Leaves `report.json`, `report.md` and `ranks.png` in the run folder of every `fit` and `test`.
 
     Nothing there is replaced: a second run in the same folder leaves `report-2.json`, `report-2.md` and `ranks-2.png`.
-    A `fit` that SIGTERM or an interrupt stops leaves them as well, with a note that tells the step.
+    A `fit` that SIGTERM or an interrupt stops leaves them as well, with a note that tells the step. Checkpoints hold
+    the last scores, for a run that is resumed where it had come to its end.
 
     Attributes:
         written: The last report, for people; on the first process.
@@ -42,15 +42,23 @@ class ReportWriter(pl.Callback):
         self._scored_at: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Starts the clock."""
+        """Starts the clock, and forgets an earlier run: what a checkpoint brings comes after this."""
         del trainer, pl_module, stage
         self._started = time.monotonic()
+        self._scores, self._scored_at = {}, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores of the last validation, and of which step they are."""
+        return {"scores": dict(self._scores), "scored_at": self._scored_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the scores of the run that wrote a checkpoint."""
+        self._scores, self._scored_at = dict(state_dict["scores"]), state_dict["scored_at"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks for the folder while all processes are there: of a run that is stopped some may be gone."""
         del pl_module
         self._folder = run_folder(trainer)
-        self._scores, self._scored_at = {}, None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remembers the scores, and of which step they are."""
@@ -60,16 +68,8 @@ class ReportWriter(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the last validation and the best checkpoint."""
-        metrics, note = _metrics(trainer), ""
-        step, resumed = trainer.global_step, trainer.ckpt_path
-        earlier = None
-        if self._scored_at is None and resumed is not None:
-            earlier = report_of_step(Path(resumed), step)
-        if earlier is not None:
-            place, scores = earlier
-            metrics |= {f"val/{name}": value for name, value in scores.items()}
-            self._scored_at, note = step, f"no step was left to train: the score is that of {str(place)!r}"
-        elif self._scored_at is None:
+        metrics, note, step = {**self._scores, **_metrics(trainer)}, "", trainer.global_step
+        if self._scored_at is None:
             note = "no validation ran, so there is no score: see trainer.val_check_interval and .limit_val_batches"
         elif self._scored_at != step:
             note = f"the score is that of step {self._scored_at:,}: no validation followed the last, {step:,}"
