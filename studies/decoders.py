@@ -1,4 +1,4 @@
-r"""Perplexity of a decoder, factorised by every method at several keep_ratios, without tuning: one table.
+r"""Perplexity of a decoder, factorised by every method at several keep_ratios, untuned and tuned: one table.
 
     python studies/decoders.py --model smollm2 --train valid.txt --test test.txt --samples 128 \
         --methods "whitening" "whitening, sequential" "KroneckerSVD sequential" --ratios 0.9 0.8 0.6 0.5
@@ -6,9 +6,10 @@ r"""Perplexity of a decoder, factorised by every method at several keep_ratios, 
 Every cell is a run of `python -m lowrank_pl compress` with its own report.json, so a stopped study goes on where it
 was, and a method that works block by block in the middle of its model. Calibration takes --samples windows of --train;
 --windows of --test are scored, 0 for all. With --whole all of them are scored once more, in runs of their own, in the
-precision that it names and at each of --lengths: bf16-mixed takes half the time where a processor has it. The
-checkpoints stay then. `studies/smollm2.py` makes a model small enough for a CPU. Writes decoders.md, decoders.json and
-decoders.png.
+precision that it names and at each of --lengths: bf16-mixed takes half the time where a processor has it. With --steps
+every model, and the dense one, is tuned on so many windows of --train, one at a time, and scored once more. Checkpoints
+stay where another run starts from them. `studies/smollm2.py` makes a model small enough for a CPU. Writes decoders.md,
+decoders.json and decoders.png.
 """
 
 from __future__ import annotations
@@ -36,19 +37,23 @@ class Cell:
     Attributes:
         method: Key of `DECODERS`.
         ratio: As it is asked for.
-        run: The one that factorises.
+        run: The one that factorises; of the dense model, none.
         whole: Those that score the whole text, one per length.
+        tuned: The one that tunes what `run` has made, if it is asked for.
+        tuned_whole: Those that score the whole text after it.
     """
 
     method: str
     ratio: str
-    run: Run
+    run: Run | None
     whole: tuple[Run, ...]
+    tuned: Run | None
+    tuned_whole: tuple[Run, ...]
 
     @property
     def runs(self) -> tuple[Run, ...]:
         """All of them."""
-        return (self.run, *self.whole)
+        return tuple(run for run in (self.run, *self.whole, self.tuned, *self.tuned_whole) if run is not None)
 
 
 def cells(arguments: argparse.Namespace) -> list[Cell]:
@@ -57,17 +62,53 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
     for ratio in arguments.ratios:
         for method in arguments.methods:
             folder = arguments.output / f"{method}-{ratio}".replace(" ", "-").replace(",", "")
-            run = Run(folder, words(arguments, method, ratio, folder), keep=bool(arguments.whole))
-            found.append(Cell(method, ratio, run, whole(arguments, run)))
+            keep = bool(arguments.whole or arguments.steps)
+            run = Run(folder, words(arguments, method, ratio, folder), keep=keep)
+            found.append(cell(arguments, method, ratio, folder.name, run))
     return found
 
 
-def whole(arguments: argparse.Namespace, after: Run | None) -> tuple[Run, ...]:
+def cell(arguments: argparse.Namespace, method: str, ratio: str, name: str, run: Run | None) -> Cell:
+    """A cell with all that follows from its first run; without that, of the dense model."""
+    start = None if run is None else run.folder / "model.ckpt"
+    tuned = tune(arguments, name, start, run) if arguments.steps else None
+    after = None if tuned is None else tuned.folder / "checkpoints" / "last.ckpt"
+    return Cell(
+        method,
+        ratio,
+        run,
+        whole(arguments, name, start, run),
+        tuned,
+        whole(arguments, f"{name}-tuned", after, tuned) if tuned else (),
+    )
+
+
+def tune(arguments: argparse.Namespace, name: str, start: Path | None, after: Run | None) -> Run:
+    """The run that tunes a model on --steps windows, one at a time."""
+    return Run(
+        arguments.output / f"{name}-tuned",
+        (
+            "fit",
+            *common(arguments, arguments.window),
+            "--data.init_args.batch_size=1",
+            f"--data.init_args.eval_batch_size={1 if arguments.windows else arguments.batch_size}",
+            f"--model.init_args.init_from={start or 'null'}",
+            f"{STRATEGY}=NoCompression",
+            f"--model.init_args.optimizer.init_args.lr={arguments.lr}",
+            f"--trainer.limit_train_batches={arguments.steps}",
+            "--trainer.num_sanity_val_steps=0",
+            *scored_part(arguments),
+            *place(arguments, f"{name}-tuned"),
+        ),
+        after,
+        keep=bool(arguments.whole),
+    )
+
+
+def whole(arguments: argparse.Namespace, name: str, start: Path | None, after: Run | None) -> tuple[Run, ...]:
     """Runs that score a checkpoint, or the dense model, on the whole text at every length."""
     if arguments.whole is None:
         return ()
-    name = "dense" if after is None else after.folder.name
-    source = "null" if after is None else after.folder / "model.ckpt"
     return tuple(
         Run(
             arguments.output / f"{name}-whole-{length}",
@@ -76,17 +117,26 @@ def whole(arguments: argparse.Namespace, after: Run | None) -> tuple[Run, ...]:
                 *common(arguments, length),
                 f"--data.init_args.test={arguments.test}",
                 f"--data.init_args.eval_batch_size={arguments.batch_size}",
-                f"--model.init_args.init_from={source}",
+                f"--model.init_args.init_from={start or 'null'}",
                 f"{STRATEGY}=null",
                 f"--trainer.precision={arguments.whole}",
-                f"--trainer.logger.init_args.save_dir={arguments.output}",
-                f"--trainer.logger.init_args.name={name}-whole-{length}",
-                "--trainer.logger.init_args.version=",
+                *place(arguments, f"{name}-whole-{length}"),
             ),
             after,
         )
         for length in arguments.lengths or [arguments.window]
     )
+
+
+def scored_part(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """How much of the text is scored where not all of it is."""
+    return (f"--trainer.limit_val_batches={arguments.windows}",) if arguments.windows else ()
+
+
+def place(arguments: argparse.Namespace, name: str) -> tuple[str, ...]:
+    """Where a run's reports and checkpoints go that has no --output."""
+    options = {"save_dir": arguments.output, "name": name, "version": ""}
+    return tuple(f"--trainer.logger.init_args.{key}={value}" for key, value in options.items())
 
 
 def common(arguments: argparse.Namespace, window: int) -> tuple[str, ...]:
@@ -111,7 +161,7 @@ def words(arguments: argparse.Namespace, method: str, ratio: str, folder: Path) 
         *common(arguments, arguments.window),
         f"--data.init_args.eval_batch_size={1 if arguments.windows else arguments.batch_size}",
         f"--trainer.logger.init_args.save_dir={arguments.output / 'logs'}",
-        *([f"--trainer.limit_val_batches={arguments.windows}"] if arguments.windows else []),
+        *scored_part(arguments),
         *DECODERS[method],
         f"{STRATEGY}.init_args.keep_ratio={ratio}",
         *([f"{calibration}.max_samples={arguments.samples}"] if needs_data else []),
@@ -121,18 +171,25 @@ def words(arguments: argparse.Namespace, method: str, ratio: str, folder: Path) 
     )
 
 
-def table(found: list[tuple[Cell, Report]], dense: tuple[Run, ...], lengths: list[int]) -> list[str]:
-    """A line per method and ratio: perplexity, its multiple of the dense one, parameters kept, minutes; whole texts."""
+def table(found: list[tuple[Cell, Report]], dense: Cell, lengths: list[int]) -> list[str]:
+    """A line per method and ratio: perplexity, its multiple of the dense one, parameters kept, minutes, and the rest.
+
+    That is the perplexity of whole texts, after tuning, and of whole texts after tuning; multiples of the dense model's
+    after the same.
+    """
     columns = [f"whole text, {length}" for length in lengths]
+    columns += [what for what in ("tuned", *(f"tuned, {column}" for column in columns)) if dense.tuned]
     lines = header("keep_ratio", "method", "perplexity", "times dense", "kept", "minutes", *columns)
+    further = [run for run in (*dense.whole, dense.tuned, *dense.tuned_whole) if run]
     if found:
-        cells_of_dense = [number(score(run)) if run.report else "" for run in dense]
+        cells_of_dense = [number(score(run)) if run.report else "" for run in further]
         lines.append(line("", "dense", f"{found[0][1]['score_dense']:.2f}", "1.00", "1.000", "", *cells_of_dense))
     for cell, report in found:
         kept, minutes = f"{report['keep_ratio']:.3f}", f"{report['seconds'] / 60:.0f}"
         times = number(report["score"] / report["score_dense"])
-        of_whole = [relative(run, of) for run, of in zip(cell.whole, dense, strict=True)]
-        lines.append(line(cell.ratio, cell.method, number(report["score"]), times, kept, minutes, *of_whole))
+        own = [run for run in (*cell.whole, cell.tuned, *cell.tuned_whole) if run]
+        rest = [relative(run, of) for run, of in zip(own, further, strict=True)]
+        lines.append(line(cell.ratio, cell.method, number(report["score"]), times, kept, minutes, *rest))
     return lines
 
 
@@ -158,8 +215,14 @@ def figures(found: Iterable[tuple[Cell, Report]]) -> Iterable[dict[str, Any]]:
     """One entry per run."""
     for cell, report in found:
         told = {key: report[key] for key in ("score", "score_dense", "keep_ratio", "seconds", "metrics")}
-        whole_texts = {run.report["metrics"]["window"]: score(run) for run in cell.whole if run.report}
-        yield {"method": cell.method, "ratio": cell.ratio, "whole": whole_texts, **told}
+        further = {"whole": whole_texts(cell.whole), "tuned_whole": whole_texts(cell.tuned_whole)}
+        tuned = score(cell.tuned) if cell.tuned and cell.tuned.report else None
+        yield {"method": cell.method, "ratio": cell.ratio, **told, "tuned": tuned, **further}
+
+
+def whole_texts(runs: tuple[Run, ...]) -> dict[int, float]:
+    """Perplexities by the number of tokens shown at once."""
+    return {run.report["metrics"]["window"]: score(run) for run in runs if run.report}
 
 
 def points(found: list[tuple[Cell, Report]], dense: tuple[Run, ...]) -> tuple[float, list[tuple[str, float, float]]]:
@@ -189,7 +252,8 @@ def draw(found: list[tuple[Cell, Report]], dense: tuple[Run, ...], path: Path) -
 
 def main() -> None:
     """Does the runs that are missing and writes the table of those that are there."""
-    options = parser(__doc__, methods=DECODERS, ratios=["0.9", "0.8", "0.6", "0.5"], output=Path("logs/decoders"))
+    ratios, output = ["0.9", "0.8", "0.6", "0.5"], Path("logs/decoders")
+    options = parser(__doc__, methods=DECODERS, ratios=ratios, lr="1e-4", output=output)
     options.add_argument("--model", required=True, help="folder or hub id of a decoder")
     options.add_argument("--train", required=True, help="text to calibrate on")
     options.add_argument("--test", required=True, help="text to score")
@@ -200,16 +264,18 @@ def main() -> None:
     options.add_argument("--max_memory", type=float, help="GiB that measured moments may take; default: no bound")
     options.add_argument("--whole", metavar="PRECISION", help="score all of --test once more, in this precision")
     options.add_argument("--lengths", type=int, nargs="+", help="tokens shown at once by --whole; default: --window")
+    options.add_argument("--steps", type=int, help="tune for so many steps of one window, at --lr")
+    options.add_argument("--workers", type=int, default=1, help="runs at a time, in processes")
     options.add_argument("--accelerator", default="cpu", help="what Lightning takes: cpu, cuda")
     options.add_argument("--table", action="store_true", help="run nothing, write what is there")
     arguments = read(options)
-    wanted, dense = cells(arguments), whole(arguments, None)
-    runs = [*(run for cell in wanted for run in cell.runs), *dense]
-    failed = [] if arguments.table else run_all(runs, 1, arguments.threads)
-    found = [(cell, report) for cell in wanted if (report := cell.run.report) is not None]
+    wanted, dense = cells(arguments), cell(arguments, "dense", "1", "dense", None)
+    runs = [run for each in (*wanted, dense) for run in each.runs]
+    failed = [] if arguments.table else run_all(runs, arguments.workers, arguments.threads)
+    found = [(each, report) for each in wanted if each.run and (report := each.run.report) is not None]
     lines = table(found, dense, (arguments.lengths or [arguments.window]) if arguments.whole else [])
     write(arguments.output, "decoders", lines, list(figures(found)))
-    draw(found, dense, arguments.output / "decoders.png")
+    draw(found, dense.whole, arguments.output / "decoders.png")
     print("\n".join(lines))
     sys.exit(1 if failed else 0)
 

@@ -182,11 +182,12 @@ def test_a_grid_does_what_is_missing_and_goes_on_after_a_failure(
     assert reports == {"dense", "tuned-SVD-0.5", "untuned-KroneckerSVD-0.5"}
     assert {path.parents[1].name for path in out.rglob("*.ckpt")} == {"dense"}
     times = {path: path.stat().st_mtime_ns for path in out.glob("[tu]*/report.json")}
-    (out / "dense" / "report.json").unlink()  # as if it had been stopped after its epoch
+    score = json.loads((out / "dense" / "report.json").read_text())["score"]
+    (out / "dense" / "report.json").unlink()  # as if it had been killed after its epoch
     everything_loaded.run(command, ROOT, expected=1)
     assert {path: path.stat().st_mtime_ns for path in out.glob("[tu]*/report.json")} == times
     assert "Restored all states" in (out / "dense.log").read_text()
-    assert (out / "dense" / "report.json").exists()
+    assert json.loads((out / "dense" / "report.json").read_text())["score"] == score
 
 
 def test_the_script_for_gpus_says_at_once_that_there_is_none() -> None:
@@ -290,4 +291,15 @@ def test_perplexities_that_are_there_are_put_into_a_table(tmp_path: Path, monkey
         "|  | dense | 24.00 | 1.00 | 1.000 |  | 25.00 | 20.00 |",
         "| 0.8 | SVD | 3.10e+07 | 1.29e+06 | 0.500 | 2 | 50.00 (2.00) |  |",
         "| 0.8 | whitening, sequential | 48.00 | 2.00 | 0.500 | 2 |  |  |",
+    ]
+    for name, score in (("dense-tuned", 12.0), ("SVD-0.8-tuned", 15.0), ("dense-tuned-whole-512", 10.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps({"score": score, "metrics": {"window": 512.0}}))
+    with pytest.raises(SystemExit) as stop:
+        run(path, monkeypatch, *words, "--whole", "bf16-mixed", "--steps", "300")
+    assert stop.value.code == 0
+    assert (tmp_path / "decoders.md").read_text().splitlines()[2:] == [
+        "|  | dense | 24.00 | 1.00 | 1.000 |  | 25.00 | 12.00 | 10.00 |",
+        "| 0.8 | SVD | 3.10e+07 | 1.29e+06 | 0.500 | 2 | 50.00 (2.00) | 15.00 (1.25) |  |",
+        "| 0.8 | whitening, sequential | 48.00 | 2.00 | 0.500 | 2 |  |  |  |",
     ]
