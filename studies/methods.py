@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 STRATEGY = "--model.init_args.strategy"
+_TEACHER, _TEN = "--model.init_args.distillation=Distillation", "--trainer.max_epochs=10"
 
 
 def _strategy(name: str, *options: str, few: bool = True) -> list[str]:
@@ -57,9 +58,16 @@ STATIC: dict[str, list[str]] = {
     "KroneckerSVD all observed": _plain("calibration.max_samples=null"),
     "KroneckerSVD all sampled": _plain("calibration.max_samples=null", "calibration.labels=sampled"),
     "KroneckerSVD 1 epoch": [*_kronecker(), "--trainer.max_epochs=1"],
+    "KroneckerSVD distilled": [*_kronecker(), _TEACHER],
     **{
-        f"KroneckerSVD lr {lr}": [*_kronecker(), f"--model.init_args.optimizer.init_args.lr={lr}"]
+        f"KroneckerSVD lr {lr}{told}": [*_kronecker(), f"--model.init_args.optimizer.init_args.lr={lr}", *more]
         for lr in ("1e-5", "1e-4", "2e-4", "3e-4")
+        for told, more in (
+            ("", []),
+            (" distilled", [_TEACHER]),
+            (" 10 epochs", [_TEN]),
+            (" distilled, 10 epochs", [_TEACHER, _TEN]),
+        )
     },
 }
 
