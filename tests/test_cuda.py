@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from lowrank_pl.benchmark.engines import check_engines, prepare
 from lowrank_pl.benchmark.models import inputs_for, peak_memory, weight_bytes
 from lowrank_pl.checkpoint.loading import load_model
+from lowrank_pl.data import CausalText
 from lowrank_pl.hub import load_pretrained
 from lowrank_pl.importance import SecondMoments
 from lowrank_pl.nn import LowRankLinear
@@ -30,13 +31,16 @@ from lowrank_pl.strategies import (
     StaticStrategy,
 )
 from lowrank_pl.surgery import TargetSelector, read_layout
-from lowrank_pl.tasks import SequenceClassification
+from lowrank_pl.tasks import CausalLM, SequenceClassification
 from lowrank_pl.tasks.random_state import capture, restore
+from lowrank_pl.tasks.sharding import is_sharded
 from tests.export.test_export import checkpoint
 from tests.importance.reference import assert_same, classification_loss
 from tests.importance.test_second_moments import batches, encoder
 from tests.support.runs import last_checkpoint, make_task, make_trainer
+from tests.support.sharded_run import divided, optimizer
 from tests.support.synthetic import SyntheticData
+from tests.support.tiny import save_tiny_decoder
 
 pytestmark = pytest.mark.cuda
 
@@ -143,6 +147,29 @@ def test_one_process_of_ddp(tiny_bert: str, tmp_path: Path) -> None:
             check(task)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_one_process_of_fsdp2(tmp_path: Path) -> None:
+    """Parameters are divided among nobody; what is trained is what a single device trains."""
+    model = save_tiny_decoder("llama", tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(f"the film {index * index % 10}" for index in range(45)))
+    products = []
+    try:
+        for name, parallel in (("one", None), ("other", divided(1))):
+            task = CausalLM(str(model), strategy=SVD(keep_ratio=0.5), optimizer=optimizer)
+            text = str(tmp_path / "text.txt")
+            data = CausalText(str(model), train=text, validation=text, window=8, batch_size=8, eval_batch_size=8)
+            more = {} if parallel is None else {"strategy": parallel, "devices": 1}
+            trainer = make_trainer(tmp_path / name, accelerator=DEVICE, max_epochs=1, gradient_clip_val=1.0, **more)
+            trainer.fit(task, data)
+            assert is_sharded(task.encoder) == (parallel is not None)
+            loaded = load_model(last_checkpoint(trainer))
+            products.append(loaded.state_dict())
+        assert torch.distributed.get_backend() == ("nccl" if DEVICE == "cuda" else "gloo")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    torch.testing.assert_close(products[1], products[0], rtol=0, atol=1e-5)
 
 
 def test_a_compiled_model_computes_the_same(tiny_bert: str, tmp_path: Path) -> None:
