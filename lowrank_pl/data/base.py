@@ -19,7 +19,7 @@ from lowrank_pl.data.calibration import SortedBatches
 from lowrank_pl.data.collate import Collator, PadCollator
 from lowrank_pl.data.loaders import BatchLoaders
 from lowrank_pl.data.needed_files import Files, find_needed
-from lowrank_pl.data.prepared import Prepared, tell_truncation
+from lowrank_pl.data.prepared import Prepared, tell_missing_classes, tell_truncation
 from lowrank_pl.data.raw import RawData
 from lowrank_pl.data.tokenise import (
     Rows,
@@ -153,7 +153,9 @@ class TextDataModule(BatchLoaders):
 
     def prepare(self) -> None:
         """Does the work of `prepare_data`."""
-        tell_truncation(type(self).__name__, self.max_length, self.prepared(self.source_key(), self.read).truncation)
+        prepared = self.prepared(self.source_key(), self.read)
+        tell_truncation(type(self).__name__, self.max_length, prepared.truncation)
+        tell_missing_classes(type(self).__name__, prepared)
         for split, error in self._left_out.items():
             rank_zero_info(f"{type(self).__name__}: goes on without the {split} split: {error}")
 

@@ -95,3 +95,18 @@ def tell_truncation(name: str, max_length: int, truncation: dict[str, Truncation
             rank_zero_warn(f"{message} Raise data.init_args.max_length if the model allows it.")
         else:
             rank_zero_info(message)
+
+
+def tell_missing_classes(name: str, prepared: Prepared) -> None:
+    """Warns of classes that no training sample has, as a small `max_train_samples` leaves them."""
+    target = prepared.target
+    if target is None or target.kind != "classification" or "train" not in prepared.splits:
+        return
+    there = set(prepared.splits["train"]["labels"])
+    missing = [label for id_, label in enumerate(target.label_names) if id_ not in there]
+    if missing:
+        told = ", ".join(map(repr, missing))
+        rank_zero_warn(
+            f"{name}: no training sample is of class {told}, which the model cannot learn. Give more samples, or raise "
+            "data.init_args.max_train_samples."
+        )

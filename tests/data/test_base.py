@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lowrank_pl.contract import CalibrationSource, DescribesData, HasTarget
+from lowrank_pl.contract import CalibrationSource, DescribesData, HasTarget, choose
 from lowrank_pl.data import GLUE, TextDataModule
 from lowrank_pl.errors.data import (
     ArgumentRangeError,
@@ -311,6 +312,18 @@ def test_a_subset_is_random_and_seeded(tiny_bert: str, tmp_path: Path) -> None:
     assert set(chosen[0]) < set(texts)
     assert chosen[0] != texts[:9]
     assert len(ready(tiny_bert, folder, max_train_samples=1000).split("train")) == 37
+
+
+def test_a_class_without_a_training_sample_is_told(tiny_bert: str, tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        rows = [["good", "1"], ["better", "1"], ["bad", "0"]]
+        write_tsv(tmp_path / "few" / f"{name}.tsv", ["sentence", "label"], rows)
+    seed = next(seed for seed in range(9) if sorted(choose(3, 2, seed)) == [0, 1])
+    with pytest.warns(UserWarning, match="GLUE: no training sample is of class 'negative', .*max_train_samples"):
+        ready(tiny_bert, tmp_path / "few", max_train_samples=2, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ready(tiny_bert, tmp_path / "few")
 
 
 def test_truncation_is_counted_and_told(
