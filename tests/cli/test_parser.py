@@ -44,6 +44,10 @@ STRATEGY = "--model.init_args.strategy"
         (["fit", *RECIPE, "--data", "TextFile"], "Did you mean 'TextFiles'?"),
         (["fit", *RECIPE, "--trainer.max_epochs", "three"], "--trainer.max_epochs expects int, not 'three'."),
         (
+            ["fit", *RECIPE, "--data", "TextFiles", "--data.init_args.label_names", "[no, yes]"],
+            "expects str, not '[False, True]'. YAML reads yes, no, on and off as true and false: quote them.",
+        ),
+        (
             ["fit", *RECIPE, STRATEGY, "FWSVD", f"{STRATEGY}.init_args.side", "inputs"],
             "--model.init_args.strategy.init_args.side 'inputs' is none of input, output, both. Did you mean 'input'?",
         ),
