@@ -143,6 +143,15 @@ class HasTokenizer(Protocol):
 
 
 @runtime_checkable
+class KnowsItsLength(Protocol):
+    """A datamodule that knows how long its samples may become before it has read any."""
+
+    def check_positions(self, config: Any) -> None:
+        """Raises `MaxLengthError` where a model of this configuration has no positions for samples so long."""
+        ...
+
+
+@runtime_checkable
 class TellsTexts(Protocol):
     """A datamodule that can show what was predicted on. Known once `setup` has run."""
 

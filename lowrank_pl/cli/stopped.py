@@ -22,6 +22,9 @@ def stopped(trainer: pl.Trainer, model: pl.LightningModule, verb: str, number: i
         number: The signal.
         started: When the run was started, in seconds since 1970: checkpoints that are older are those of other runs.
     """
+    progress = getattr(trainer, "progress", None)
+    if verb == "compress" and progress is not None and progress.is_dir():
+        return RunStoppedError(verb, number, kept=str(progress))
     if verb != "fit" or not trainer.optimizers:
         return RunStoppedError(verb, number)
     record = as_compressible(model).compression

@@ -310,6 +310,10 @@ class TextDataModule(BatchLoaders):
             self._loaded_tokenizer = tokenizer
         return self._loaded_tokenizer
 
+    def check_positions(self, config: Any) -> None:
+        """Raises `MaxLengthError` where a model of this configuration takes no input of `max_length` tokens."""
+        check_length(self.max_length, None, config, self.length_argument, self.pad_to_multiple_of)
+
     # Which splits a run needs.
 
     @property

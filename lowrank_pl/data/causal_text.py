@@ -149,12 +149,14 @@ class CausalText(TextDataModule):
             if named:
                 return {s: datasets.load_dataset(self.dataset, self.subset, split=name) for s, name in named.items()}
             found = datasets.load_dataset(self.dataset, self.subset)
-        except (OSError, TimeoutError, ValueError) as error:
+        # RuntimeError: a data set that is a script, which nothing runs any more.
+        except (OSError, TimeoutError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             remedy = (
                 "Check data.init_args.dataset, .subset and the names of splits, or give files as .train, .validation "
                 "and .test."
             )
-            raise OfflineError(self.dataset, str(error).splitlines()[0], remedy) from error
+            told = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+            raise OfflineError(self.dataset, told[0], remedy) from error
         return {split: found[split] for split in SPLITS if split in found}
 
     # Cutting.

@@ -58,7 +58,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, mask: bool = 
 
 def check_length(
     max_length: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     config: Any | None,
     argument: str = "max_length",
     multiple: int | None = None,
@@ -67,7 +67,7 @@ def check_length(
 
     Args:
         max_length: Tokens per sample, special tokens included.
-        tokenizer: Knows its own limit, or has none.
+        tokenizer: Knows its own limit, or has none; `None` where the model's alone counts.
         config: The configuration of the model if it is at hand; knows the number of positions.
         argument: The argument that set it, for the error.
         multiple: To which samples of that length are padded.
@@ -75,7 +75,7 @@ def check_length(
     Raises:
         MaxLengthError: it is under `LEAST_LENGTH` or above the limit, or padding takes it beyond the positions.
     """
-    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < _NO_LIMIT else []
+    limits = [] if tokenizer is None or tokenizer.model_max_length >= _NO_LIMIT else [tokenizer.model_max_length]
     positions = getattr(config, "max_position_embeddings", None)
     absolute = getattr(config, "position_biased_input", True) or not getattr(config, "relative_attention", False)
     if isinstance(positions, int) and positions > 0 and absolute:

@@ -64,21 +64,21 @@ class NonFiniteError(LowRankError):
 
 
 class NonFiniteScoreError(NonFiniteError):
-    """A model of which no score can be told, because its loss is NaN or Inf.
+    """A model of which no score or prediction can be told, because what it puts out is NaN or Inf.
 
     Args:
-        split: What it was scored on: `"validation"` or `"test"`.
+        what: What is not finite, such as `"the loss of a test batch"`.
         first: Where in the forward pass NaN or Inf first come up, as far as that was found.
+        wider: The option for numbers of a wider range.
     """
 
-    def __init__(self, split: str, first: str = "") -> None:
+    def __init__(self, what: str, first: str = "", wider: str = "--trainer.precision 32-true") -> None:
         origin = f", first seen in {first}" if first else ""
         LowRankError.__init__(
             self,
-            f"the loss of a {split} batch is NaN or Inf{origin}. A score needs finite outputs, and so does everything "
+            f"{what} is NaN or Inf{origin}. A score needs finite outputs, and so does everything "
             "that follows from it. Start from a checkpoint whose training did not diverge; if all weights are finite, "
-            "compute in a wider range of numbers, such as --trainer.precision 32-true, and check the data for targets "
-            "that are not.",
+            f"compute in a wider range of numbers, such as {wider}, and check the data for targets that are not.",
         )
 
 

@@ -82,6 +82,20 @@ class NotADecoderError(LowRankError):
         )
 
 
+class FactorisedFolderError(LowRankError):
+    """An exported folder with factorised layers is given where a dense model is wanted.
+
+    Args:
+        name: The folder.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"{name!r} is an exported folder with factorised layers; model.init_args.pretrained takes a dense model. "
+            "Give it as model.init_args.init_from."
+        )
+
+
 class VocabularySizeError(LowRankError):
     """Data whose tokenizer has tokens that the model does not know."""
 

@@ -174,6 +174,7 @@ class RunStoppedError(LowRankError):
         steps: Optimizer steps that were done, of a training.
         checkpoint: The last one that the training has written or was resumed from; `None` without any.
         notes: What else the model lacks, in short sentences without a full stop.
+        kept: Where what is finished is, if the same command goes on from there.
 
     Attributes:
         code: The exit code, 128 and the signal's number, as a shell reports it.
@@ -186,9 +187,13 @@ class RunStoppedError(LowRankError):
         steps: int | None = None,
         checkpoint: str | None = None,
         notes: Sequence[str] = (),
+        kept: str | None = None,
     ) -> None:
         self.code = 128 + number
         told = f"{verb} was stopped by {signal.Signals(number).name}"
+        if kept is not None:
+            super().__init__(f"{told} before its end. {kept!r} keeps what is finished: the same command goes on there.")
+            return
         if steps is None:
             super().__init__(f"{told} before its end; what it would have written is not there. Start it again.")
             return

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lowrank_pl import __version__
 from lowrank_pl.benchmark.request import check_device, check_names, labels
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.evaluation.models import check_model, load
+from lowrank_pl.evaluation.models import check_model, load, only_finite
 from lowrank_pl.evaluation.results import Results, scores_of
 from lowrank_pl.evaluation.tasks import check_packages, load_tasks
 from lowrank_pl.files import OutputFolder
@@ -63,6 +63,7 @@ def evaluate(
         MissingArgumentError: no model or task, one named twice, a device that is not there, no folder `include_path`,
             or a checkpoint that does not tell its tokenizer.
         NotALanguageModelError: an encoder, or a model without a head for tokens.
+        NonFiniteScoreError: a model puts out NaN.
         UnknownHarnessTaskError, TaskDataError, TaskUnusableError: a task is not known, has no data, or cannot be run.
         NotACheckpointError, ModelFolderError, HubUnreachableError, PackageModelError, CheckpointMismatchError,
             TextStartError: a model or a tokenizer cannot be read or used.
@@ -93,7 +94,9 @@ def evaluate(
     for label, path in labels(models).items():
         model = load(path, _DTYPES[dtype], device)
         results.parameters[label] = model.num_parameters()
-        results.tasks[label] = scores_of(_ask(model, words[label], asked, num_fewshot, limit, batch_size))
+        with only_finite(model, label):
+            found = _ask(model, words[label], asked, num_fewshot, limit, batch_size)
+        results.tasks[label] = scores_of(found)
         results.save(folder.begun())
         del model
         gc.collect()  # two of a size that fills a device do not fit on it

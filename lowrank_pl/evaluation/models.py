@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from lowrank_pl.checkpoint.entries import BASE_KEY
 from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.checkpoint import QuantizedModelError
 from lowrank_pl.errors.evaluation import NotALanguageModelError, TextStartError
+from lowrank_pl.errors.numerics import NonFiniteScoreError
 from lowrank_pl.errors.pretrained import NotADecoderError, UnsupportedModelError
 from lowrank_pl.export.folder import check_tokenizer
 from lowrank_pl.hub import check_supported, load_config, load_tokenizer, require_weights
+from lowrank_pl.importance.finite import first_not_finite
 
 _ARGUMENT = "evaluate --models"
 _FOR_TOKENS = {"AutoModelForCausalLM", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
@@ -91,3 +95,29 @@ def load(path: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
             parameter.data = parameter.data.to(dtype)
     torch.nn.Module.to(model, device=device)
     return model
+
+
+@contextmanager
+def only_finite(model: PreTrainedModel, label: str) -> Iterator[None]:
+    """Ends what a model is asked inside as soon as it puts out NaN, which the harness would count as answers.
+
+    Args:
+        model: Any decoder.
+        label: What it is called.
+
+    Raises:
+        NonFiniteScoreError: a logit at the last place, where no padding comes after the text, is NaN.
+    """
+
+    def check(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not bool(output.logits[:, -1].isnan().any()):
+            return
+        handle.remove()
+        first = first_not_finite(dict(module.named_modules()), lambda: module(*args, **kwargs))
+        raise NonFiniteScoreError(f"what {label!r} puts out", first or "", "--dtype float32")
+
+    handle = model.register_forward_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

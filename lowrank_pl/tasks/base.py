@@ -22,7 +22,7 @@ from lowrank_pl.strategies import CompressionStrategy, NoCompression
 from lowrank_pl.strategies.averaging import averaged_models, copy_buffers_instead_of_averaging_
 from lowrank_pl.strategies.processes import check_parallelism, shards
 from lowrank_pl.surgery import ModelLayout, read_layout
-from lowrank_pl.tasks import optimization
+from lowrank_pl.tasks import finite_scores, optimization
 from lowrank_pl.tasks.before_data import check_before_data, check_kind, tell_target
 from lowrank_pl.tasks.callbacks import check_callbacks
 from lowrank_pl.tasks.compatibility import check_same_architecture, check_same_target
@@ -245,6 +245,7 @@ class EncoderTask(DistilledModule, ABC):
         """Predictions of a batch; its labels, if it has any; logits, unless there is a prediction per token."""
         del batch_idx
         logits = self(batch).float()
+        finite_scores.check_predictions(self, batch, logits)
         result = {"prediction": self.predictions(logits)}
         if result["prediction"].ndim == 1:
             # One row per token and class, kept for all batches, would fill the memory.

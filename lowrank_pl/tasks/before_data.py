@@ -12,11 +12,27 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_pl.checkpoint import SavedModel, check_readable, is_quantized, outline, read_saved_model, saved_config
-from lowrank_pl.contract import LANGUAGE_MODELLING, AdoptsTarget, ForetellsTarget, HasTokenizer, TargetKind, TargetSpec
+from lowrank_pl.checkpoint import (
+    LAYOUT_KEY,
+    SavedModel,
+    check_readable,
+    is_quantized,
+    outline,
+    read_saved_model,
+    saved_config,
+)
+from lowrank_pl.contract import (
+    LANGUAGE_MODELLING,
+    AdoptsTarget,
+    ForetellsTarget,
+    HasTokenizer,
+    KnowsItsLength,
+    TargetKind,
+    TargetSpec,
+)
 from lowrank_pl.errors import LowRankError
 from lowrank_pl.errors.checkpoint import QuantizedModelError
-from lowrank_pl.errors.pretrained import ModelFolderError, VocabularySizeError
+from lowrank_pl.errors.pretrained import FactorisedFolderError, ModelFolderError, VocabularySizeError
 from lowrank_pl.errors.run import TargetKindError
 from lowrank_pl.errors.targets import AlreadyFactorisedError
 from lowrank_pl.hub import check_supported, load_config, require_weights
@@ -65,7 +81,9 @@ def check_before_data(task: Task, trainer: pl.Trainer, ckpt_path: str | None = N
     Raises:
         TargetKindError: the task does not predict what the data ask for.
         UnsupportedModelError, NotADecoderError: nor does the architecture.
+        FactorisedFolderError: an exported folder is given as what the model starts from dense.
         VocabularySizeError: the data's tokenizer has tokens that the model does not know.
+        MaxLengthError: samples may be longer than the model has positions.
         MonitorModeError: see `check_monitor_modes`.
         TeacherError: the teacher of a distillation cannot teach this model.
         ResumeMismatchError: the run that is resumed learned from another.
@@ -86,12 +104,13 @@ def check_before_data(task: Task, trainer: pl.Trainer, ckpt_path: str | None = N
         except ModelFolderError:
             require_weights(task.pretrained)  # what lacks both is told by its weights
             raise
+        if hasattr(config, LAYOUT_KEY):
+            raise FactorisedFolderError(task.pretrained)
         check_supported(task.auto_class, task.pretrained, config)
         require_weights(task.pretrained)
     if not task.is_built and task.init_from is not None and not (fitting or ckpt_path):
         check_readable(task.init_from)  # fit reads it below
-    if isinstance(datamodule, HasTokenizer):
-        _check_vocabulary(task, datamodule, ckpt_path)
+    _check_fits_model(task, datamodule, ckpt_path)
     if fitting and ckpt_path is not None and Path(ckpt_path).is_file():  # a remote one Lightning reads later
         teaching.check_resumed_before_data(task.distillation, task.auto_class, ckpt_path)
     if not fitting or task.is_built:
@@ -101,8 +120,10 @@ def check_before_data(task: Task, trainer: pl.Trainer, ckpt_path: str | None = N
     check_plan(task, task.strategy.plan, expected=expected)
 
 
-def _check_vocabulary(task: Task, datamodule: HasTokenizer, ckpt_path: str | None) -> None:
-    """Raises `VocabularySizeError` for tokens that the model has no embedding for."""
+def _check_fits_model(task: Task, datamodule: Any, ckpt_path: str | None) -> None:
+    """Raises an error for tokens that the model has no embedding for, and for samples beyond its positions."""
+    if not isinstance(datamodule, HasTokenizer | KnowsItsLength):
+        return
     config, source = None, ckpt_path or task.init_from or task.pretrained
     if ckpt_path is None and task.is_built:
         config, source = task.encoder.config, type(task.encoder).__name__
@@ -111,8 +132,12 @@ def _check_vocabulary(task: Task, datamodule: HasTokenizer, ckpt_path: str | Non
     elif task.pretrained is not None:
         config = load_config(task.pretrained)
     size = getattr(config, "vocab_size", None)
-    if isinstance(size, int) and len(words := datamodule.load_tokenizer()) > size:
-        raise VocabularySizeError(words.name_or_path, len(words), str(source), size)
+    if isinstance(datamodule, HasTokenizer) and isinstance(size, int):
+        words = datamodule.load_tokenizer()
+        if len(words) > size:
+            raise VocabularySizeError(words.name_or_path, len(words), str(source), size)
+    if isinstance(datamodule, KnowsItsLength) and config is not None:
+        datamodule.check_positions(config)
 
 
 def check_kind(task: Task, target: TargetSpec) -> None:

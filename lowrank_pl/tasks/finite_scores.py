@@ -1,4 +1,4 @@
-"""Scores of a model that puts out NaN are refused where no work is lost by it."""
+"""Scores and predictions of a model that puts out NaN are refused where no work is lost by it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,23 @@ def refuse_together(pl_module: pl.LightningModule, stage: str, batch: Mapping[st
     own = None if batch is None else _origin(pl_module, batch)
     found = [told for told in gathered(pl_module.trainer, own) if told is not None]
     if found:
-        raise NonFiniteScoreError(_SPLITS[stage], next((told for told in found if told), ""))
+        origin = next((told for told in found if told), "")
+        raise NonFiniteScoreError(f"the loss of a {_SPLITS[stage]} batch", origin)
+
+
+def check_predictions(pl_module: pl.LightningModule, batch: Mapping[str, Tensor], logits: Tensor) -> None:
+    """Raises an error for predictions that are none; each process by itself, since they wait for none.
+
+    Args:
+        pl_module: With the encoder, in eval mode.
+        batch: What was put in.
+        logits: What came out.
+
+    Raises:
+        NonFiniteScoreError: there is a NaN in it.
+    """
+    if bool(logits.isnan().any()):
+        raise NonFiniteScoreError("what the model predicts", _origin(pl_module, batch))
 
 
 def _origin(pl_module: pl.LightningModule, batch: Mapping[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lowrank_pl.allocation.uniform import check_share
 from lowrank_pl.checkpoint import CHECKPOINT_NAME, is_quantized
+from lowrank_pl.contract import KnowsItsLength
 from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.checkpoint import QuantizedModelError
 from lowrank_pl.errors.outputs import OutputNotWritableError
@@ -38,9 +40,14 @@ _DIAGNOSED_RATIO = 0.33
 
 
 class LowRankTrainer(pl.Trainer):
-    """`lightning.pytorch.Trainer` with `compress`, `diagnose` and `inspect`; the arguments are Lightning's."""
+    """`lightning.pytorch.Trainer` with `compress`, `diagnose` and `inspect`; the arguments are Lightning's.
+
+    Attributes:
+        progress: Where a `compress` that goes block by block, and has not come to its end, keeps what is finished.
+    """
 
     callbacks: list[pl.Callback]
+    progress: Path | None = None
 
     def compress(
         self,
@@ -82,7 +89,7 @@ class LowRankTrainer(pl.Trainer):
         started = time.monotonic()
         compressor = Compressor(strategy)
         progress = folder.beside("blocks") if strategy.keeps_progress else None
-        strategy.progress_folder = progress
+        strategy.progress_folder = self.progress = progress
         try:
             dense = self._validate_with(compressor, model, datamodule, ckpt_path)
             compressor.armed = True
@@ -103,6 +110,7 @@ class LowRankTrainer(pl.Trainer):
         self._write_compressed(model, report, folder)
         if progress is not None:
             shutil.rmtree(progress, ignore_errors=True)
+            self.progress = None
         RankDashboard.log_ranks(self, model)
         kept, total = report["parameters"]["total"], report["parameters"]["total_dense"]
         score = (
@@ -223,6 +231,7 @@ class LowRankTrainer(pl.Trainer):
             datamodule: Tells how long samples are, for the memory of methods that know it; no data are read.
 
         Raises:
+            MaxLengthError: the data's samples may be longer than the model has positions.
             LowRankError: the strategy's plan is impossible for this model; the table is printed before.
         """
         encoder = shapes_of(model)
@@ -230,6 +239,8 @@ class LowRankTrainer(pl.Trainer):
             if not model.is_built:
                 model.build()
             encoder = model.encoder
+        if isinstance(datamodule, KnowsItsLength) and (config := getattr(encoder, "config", None)) is not None:
+            datamodule.check_positions(config)
         print(inspect_model(encoder, model.strategy))
         if is_quantized(encoder):
             if not isinstance(model.strategy, NoCompression):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lowrank_pl.cli import console
+from lowrank_pl.strategies.finished_blocks import FinishedBlocks
 from tests.cli.test_entry import RECIPE
 from tests.data.samples import write_sst2
 
@@ -109,3 +110,21 @@ def test_a_compression_ends_before_its_next_batch(
     assert "RunStoppedError: compress was stopped by SIGTERM" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
     assert not (tmp_path / "cache" / "importance").exists()  # nothing was measured to its end
+
+
+def test_a_compression_by_blocks_says_that_it_goes_on(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, saved = FinishedBlocks.save, []
+
+    def stop_after_it(kept: FinishedBlocks, *block: Any) -> None:
+        save(kept, *block)
+        saved.append(block)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(FinishedBlocks, "save", stop_after_it)
+    blocks = [*words, "--output=small", "--model.init_args.strategy.init_args.refit=false"]
+    blocks += ["--model.init_args.strategy.init_args.sequential=true"]
+    assert run("compress", "glue_kronecker", blocks, signal.SIGTERM, monkeypatch) == 143
+    assert "'small.blocks' keeps what is finished: the same command goes on there" in capsys.readouterr().err
+    assert len(list((tmp_path / "small.blocks" / "blocks").iterdir())) == len(saved) > 0

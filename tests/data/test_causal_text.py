@@ -109,6 +109,10 @@ def test_data_sets_of_the_hub(model: str, tmp_path: Path, monkeypatch: pytest.Mo
         asked.append((name, subset, split))
         if name == "nobody/nothing":
             raise ConnectionError("no network")
+        if name == "o/script":
+            raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
+        if name == "o/broken":
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from ValueError("line 3: no JSON")
         rows = Dataset.from_dict({"text": [TEXT, ""]})
         return DatasetDict({"train": rows, "test": rows, "other": rows}) if split is None else rows
 
@@ -119,6 +123,9 @@ def test_data_sets_of_the_hub(model: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert set(asked) == {("o/corpus", "raw", None), ("o/corpus", None, "train[:10]")}
     with pytest.raises(OfflineError, match=r"'nobody/nothing'.*no network.*data.init_args.dataset"):
         ready(model, dataset="nobody/nothing")
+    for broken, told in (("o/script", "scripts are no longer supported"), ("o/broken", "line 3: no JSON")):
+        with pytest.raises(OfflineError, match=rf"'{broken}'.*\(.*{told}.*or give files"):
+            ready(model, dataset=broken)
     with pytest.raises(UnknownColumnError, match="no column 'body' in 'o/corpus"):
         ready(model, dataset="o/corpus", column="body")
 

@@ -84,6 +84,7 @@ from lowrank_pl.errors.parallelism import (
     UnsupportedParallelismError,
 )
 from lowrank_pl.errors.pretrained import (
+    FactorisedFolderError,
     HubUnreachableError,
     ModelFolderError,
     NotADecoderError,
@@ -131,6 +132,8 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (RunStoppedError("fit", 15, 3, "a b.ckpt"), ["SIGTERM", "step 3", "'a b.ckpt'"], "--ckpt_path='a b.ckpt'"),
     (RunStoppedError("fit", 2, 3), ["SIGINT", "No checkpoint"], "start the run again"),
     (RunStoppedError("test", 15), ["test", "SIGTERM"], "Start it again"),
+    (RunStoppedError("compress", 15, kept="small.blocks"), ["compress", "'small.blocks'"], "the same command goes on"),
+    (FactorisedFolderError("small"), ["'small'", "factorised layers"], "model.init_args.init_from"),
     (FormCostError("Latency", "low_rank", "pivoted"), ["'low_rank'", "'pivoted'"], "benchmark --form pivoted"),
     (BatchShapeError("dict", "holds tensors of shapes [2], [3]"), ["dict", "[2], [3]"], "where they are collated"),
     (LossShapeError((), 4), ["4 samples", "shape []"], "reduction='none'"),
@@ -176,7 +179,11 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
         ["2 NaN", "first seen in the input of 'a'"],
         "Start from",
     ),
-    (NonFiniteScoreError("test", "the output of module 'a'"), ["a test batch", "first seen in"], "--trainer.precision"),
+    (
+        NonFiniteScoreError("the loss of a test batch", "the output of module 'a'"),
+        ["a test batch", "first seen in"],
+        "--trainer.precision",
+    ),
     (LabelsError("Pairs", "no labels", "sampled"), ["Pairs", "no labels"], "labels to 'sampled' to draw them"),
     (LabelsError("Pairs", "no labels"), ["Pairs", "no labels"], "Give data that have labels"),
     (ImportanceError("importance", -1.0, (0, 2)), ["importance", "-1.0", "(0, 2)"], "0 upwards"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lowrank_pl.errors.evaluation import (
     TextStartError,
     UnknownHarnessTaskError,
 )
-from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.numerics import NonFiniteScoreError, RangeError
 from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.errors.pretrained import ModelFolderError
 from lowrank_pl.errors.run import MissingPackagesError
@@ -110,6 +111,15 @@ def test_accuracy_is_that_of_log_likelihoods_and_full_rank_changes_nothing(
     printed = capsys.readouterr().out
     assert (output / "report.md").read_text(encoding="utf-8") in printed
     assert f"{p:.4f} ± " in printed
+
+
+def test_a_model_that_puts_out_nan_has_no_score(llama: str, tasks: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 2] = torch.nan
+    shutil.copytree(llama, tmp_path / "spoiled")
+    model.save_pretrained(tmp_path / "spoiled")
+    with pytest.raises(NonFiniteScoreError, match=r"'spoiled' puts out is NaN .*up_proj.*--dtype float32"):
+        evaluate([str(tmp_path / "spoiled")], ["which_ending"], str(tmp_path / "out"), include_path=tasks)
 
 
 def test_models_get_the_same_examples_and_limits_are_told(llama: str, tasks: str, tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ def test_a_run_that_has_kept_nothing_does_not_stand_in_the_way(tmp_path: Path) -
     with pytest.raises(BlocksMismatchError, match="another model"):
         first.begin({"model": "m"})
     second.begin({"model": "other"})
+    (tmp_path / "killed").mkdir()  # as it wrote its first file
+    (tmp_path / "killed" / ".run.safetensors.8f9e").write_text("")
+    killed = FinishedBlocks(tmp_path / "killed")
+    killed.begin({"model": "m"})
+    assert not killed.is_begun
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "moments").mkdir()
     with pytest.raises(BlocksMismatchError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import CausalText
 from lowrank_pl.errors.checkpoint import CheckpointMismatchError
+from lowrank_pl.errors.data import MaxLengthError
 from lowrank_pl.errors.numerics import NonFiniteScoreError
-from lowrank_pl.errors.pretrained import NotADecoderError, UnsupportedModelError
+from lowrank_pl.errors.pretrained import FactorisedFolderError, NotADecoderError, UnsupportedModelError
 from lowrank_pl.errors.run import MonitorModeError, TargetKindError
+from lowrank_pl.export import export
 from lowrank_pl.strategies import SVD
 from lowrank_pl.tasks import CausalLM, MaskedLM
 from lowrank_pl.tasks.causal_lm import LongestWindow, next_tokens
@@ -166,7 +170,7 @@ def test_wrong_models_and_data_are_refused(llama: str, tiny_bert: str, tmp_path:
         make_trainer(tmp_path).fit(CausalLM(init_from=last_checkpoint(trainer)), corpus(tmp_path, tiny_bert))
 
 
-@pytest.mark.parametrize("verb", ["compress", "validate", "test", "fit"])
+@pytest.mark.parametrize("verb", ["compress", "validate", "test", "predict", "fit"])
 def test_a_model_whose_loss_is_not_finite_is_refused_with_the_module(verb: str, llama: str, tmp_path: Path) -> None:
     strategy = SVD(keep_ratio=0.5) if verb == "compress" else None
     task, data = CausalLM(llama, strategy=strategy), corpus(tmp_path, llama)
@@ -176,10 +180,41 @@ def test_a_model_whose_loss_is_not_finite_is_refused_with_the_module(verb: str, 
     options = {"output": str(tmp_path / "out")} if verb == "compress" else {}
     trainer = make_trainer(tmp_path, num_sanity_val_steps=2)
     module = r"module 'model\.layers\.1\.post_attention_layernorm', whose weight is not finite"
-    with pytest.raises(NonFiniteScoreError, match=f"batch is NaN or Inf, first seen in the output of {module}"):
+    what = "what the model predicts" if verb == "predict" else "batch"
+    with pytest.raises(NonFiniteScoreError, match=f"{what} is NaN or Inf, first seen in the output of {module}"):
         getattr(trainer, verb)(task, datamodule=data, **options)
     assert not (tmp_path / "out").exists()
     assert not any(module._forward_hooks for module in task.encoder.modules())
+
+
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_windows_beyond_the_positions_of_a_checkpoint_are_refused(verb: str, tmp_path: Path) -> None:
+    """The tokenizer's folder may be another model's, with more of them."""
+    short = str(save_tiny_decoder("gpt2", tmp_path / "short"))
+    trainer = make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(CausalLM(short), corpus(tmp_path, short))
+    config = AutoConfig.from_pretrained(short)
+    longer = tmp_path / "longer"
+    shutil.copytree(short, longer)
+    config.n_positions = 2 * config.n_positions
+    config.save_pretrained(longer)
+    data = corpus(tmp_path, str(longer), window=config.n_positions)
+    with pytest.raises(MaxLengthError, match=rf"window={config.n_positions}.* 8 to {config.n_positions // 2}"):
+        getattr(make_trainer(tmp_path), verb)(CausalLM(init_from=last_checkpoint(trainer)), datamodule=data)
+
+
+def test_inspect_refuses_windows_beyond_the_positions(tmp_path: Path) -> None:
+    short = str(save_tiny_decoder("gpt2", tmp_path / "short"))
+    with pytest.raises(MaxLengthError, match="window=4096"):
+        make_trainer(tmp_path).inspect(CausalLM(short), CausalText(short, train="none.txt", window=4096))
+
+
+def test_a_factorised_folder_is_no_dense_model(llama: str, tmp_path: Path) -> None:
+    task, data = CausalLM(llama, strategy=SVD(keep_ratio=0.5)), corpus(tmp_path, llama)
+    make_trainer(tmp_path).compress(task, data, output=str(tmp_path / "small"))
+    export(str(tmp_path / "small"), str(tmp_path / "folder"))
+    with pytest.raises(FactorisedFolderError, match=r"factorised layers; .*Give it as model.init_args.init_from"):
+        make_trainer(tmp_path).test(CausalLM(str(tmp_path / "folder")), datamodule=data)
 
 
 def test_a_run_that_has_trained_keeps_what_it_has_although_its_loss_is_not_finite(llama: str, tmp_path: Path) -> None:
