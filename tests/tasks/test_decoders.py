@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lowrank_pl import from_pretrained
+from lowrank_pl.checkpoint import load_model
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.core import LinearShape
 from lowrank_pl.export import export
@@ -116,7 +117,7 @@ def _moments(task: CausalLM, layer: Any, batch: dict[str, Tensor]) -> tuple[Tens
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path, Path]]:
     """By family: the factorised model, its checkpoint and its export."""
     made = {}
-    for family in ("llama", "gpt2", "gpt_neox"):
+    for family in DECODERS:
         where = tmp_path_factory.mktemp(family)
         pretrained = save_tiny_decoder(family, where / "pretrained")
         settings = AutoModelForCausalLM.from_pretrained(pretrained).generation_config
@@ -160,9 +161,19 @@ def test_tied_embeddings_stay_tied_and_no_layers_are_merged(compressed: Any) -> 
     torch.testing.assert_close(logits_of_export(vanilla), logits_of_export(model), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-def test_generating_with_and_without_a_cache_is_the_same(family: str, compressed: Any) -> None:
-    model: Any = from_pretrained(str(compressed[family][2]))
+@pytest.mark.parametrize("source", ["folder", "checkpoint", "dense"])
+@pytest.mark.parametrize("family", list(DECODERS))
+def test_generating_with_and_without_a_cache_is_the_same(
+    family: str, source: str, compressed: Any, tmp_path: Path
+) -> None:
+    _, checkpoint, folder = compressed[family]
+    model: Any
+    if source == "folder":
+        model = from_pretrained(str(folder))
+    elif source == "checkpoint":
+        model = load_model(str(checkpoint))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(export(str(checkpoint), str(tmp_path / "dense"), "dense"))
     assert model.generation_config.max_length == 40
     prompt = windows(2, 5)["input_ids"]
     options = {"do_sample": False, "max_length": 24, "eos_token_id": None, "repetition_penalty": 1.0}
