@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from lowrank_pl import compress
 from lowrank_pl.allocation import LayerOverride, Uniform
+from lowrank_pl.checkpoint import load_model
 from lowrank_pl.core import kronecker_groups
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.outputs import BlocksMismatchError
 from lowrank_pl.strategies import SVD, BlockByBlock, Calibration, KroneckerSVD, layer_factoriser, sequential
 from lowrank_pl.strategies.finished_blocks import FinishedBlocks
 from lowrank_pl.surgery import TargetSelector, read_layout
+from tests.strategies import killed_blocks
 from tests.strategies.test_refit import Routed, cross_entropies, vectors
+from tests.support.forks import Forks
 from tests.support.runs import make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 from tests.support.tiny import save_tiny_model, tiny_decoder
@@ -313,6 +316,20 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(
     assert not measured
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["out"]
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_model(
+    deep: str, tmp_path: Path, everything_loaded: Forks
+) -> None:
+    """By SIGKILL, at a moment when a file is written and has not got its name yet."""
+    outputs = tmp_path / "whole" / "out", tmp_path / "killed" / "out"
+    killed_blocks.compress(deep, outputs[0])
+    everything_loaded.run([killed_blocks.__file__, deep, str(outputs[1])], tmp_path)
+    assert [path.name for path in outputs[1].parent.iterdir()] == ["out"]
+    whole, other = (load_model(str(output)).state_dict() for output in outputs)
+    assert whole.keys() == other.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-5)  # may have another number of threads
 
 
 def test_blocks_of_another_run_are_neither_used_nor_overwritten(deep: str, tmp_path: Path) -> None:
