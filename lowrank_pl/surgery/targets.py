@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -38,6 +39,8 @@ class TargetSelector:
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns the targets in module order; a module with several names appears once, under its first.
 
+        A glob that matches no layer is warned of.
+
         Raises:
             NoTargetError: nothing matches.
             TiedWeightError: a target shares its weight with another module.
@@ -48,6 +51,7 @@ class TargetSelector:
         targets = {name: module for name, module in self._candidates(model) if reasons[name] == TARGETED}
         if not targets:
             raise NoTargetError(type(model).__name__, self.include, self.exclude, list(reasons), len(forms_in(model)))
+        self._tell_unmatched(model, [*reasons, *forms_in(model)])
         self._refuse_tied({name: layer for name, layer in targets.items() if not is_embedding(layer)}, modules)
         for name, layer in targets.items():
             if is_embedding(layer):
@@ -89,6 +93,17 @@ class TargetSelector:
         """The linears in module order, and before them the vocabulary."""
         vocabulary = [find_vocabulary(model)] if self.embeddings else []
         return [*(found for found in vocabulary if is_embedding(found[1])), *_linears(model)]
+
+    def _tell_unmatched(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Warns of globs that match nothing: they are often parts of a name, and globs are of whole ones."""
+        for argument, globs in {"include": self.include or (), "exclude": self.exclude}.items():
+            for glob in globs:
+                if not any(fnmatchcase(name, glob) for name in names):
+                    warnings.warn(
+                        f"targets.{argument} {glob!r} matches no layer of {type(model).__name__}. Globs are of whole "
+                        f"names, such as {names[0]!r}; '*{glob.strip('*')}*' is one for a part of a name.",
+                        stacklevel=2,
+                    )
 
     @staticmethod
     def shapes(targets: Mapping[str, nn.Module]) -> dict[str, LinearShape]:

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -107,6 +109,16 @@ def test_exclude_applies_after_default_and_after_include() -> None:
     assert list(
         TargetSelector(include=["*.layer.1.*"], exclude=["*attention*", "*.layer.1.output.*"]).select(model)
     ) == ["bert.encoder.layer.1.intermediate.dense"]
+
+
+@pytest.mark.parametrize(("include", "exclude"), [(None, ["query"]), (["*.dense", "query"], None)])
+def test_a_glob_that_matches_nothing_is_warned_of(include: list[str] | None, exclude: list[str] | None) -> None:
+    argument = "exclude" if exclude else "include"
+    with pytest.warns(UserWarning, match=rf"targets.{argument} 'query' matches no layer of Bert.*'\*query\*' is one"):
+        TargetSelector(include, exclude).select(tiny_model("bert"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TargetSelector(["*.dense", "classifier"], ["*.intermediate.*"]).select(tiny_model("bert"))
 
 
 def test_globs_are_case_sensitive() -> None:
