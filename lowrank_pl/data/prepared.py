@@ -99,10 +99,10 @@ def tell_truncation(name: str, max_length: int, truncation: dict[str, Truncation
 
 def tell_missing_classes(name: str, prepared: Prepared) -> None:
     """Warns of classes that no training sample has, as a small `max_train_samples` leaves them."""
-    target = prepared.target
-    if target is None or target.kind != "classification" or "train" not in prepared.splits:
+    target, train = prepared.target, prepared.splits.get("train")
+    if target is None or target.kind != "classification" or train is None or "labels" not in train.column_names:
         return
-    there = set(prepared.splits["train"]["labels"])
+    there = set(train["labels"])
     missing = [label for id_, label in enumerate(target.label_names) if id_ not in there]
     if missing:
         told = ", ".join(map(repr, missing))
