@@ -106,7 +106,7 @@ def _told(found: Sequence[_Complaint], message: str) -> str:
     expected = [re.match(r"Expected an? <class '(?:[\w.]*\.)?(\w+)'>", complaint.text) for complaint in found]
     if all(expected):
         kinds = " or ".join(dict.fromkeys(match[1] for match in expected if match))
-        quote = "str" in kinds and given is not None and re.search(r"\b(True|False)\b", given[1])
+        quote = kinds == "str" and given is not None and re.search(r"\b(True|False)\b", given[1])
         hint = " YAML reads yes, no, on and off as true and false: quote them." if quote else ""
         return f"{place} expects {kinds}{f', not {given[1]!r}' if given else ''}.{hint}"
     told = _joined(" ".join(dict.fromkeys(complaint.text for complaint in found)))

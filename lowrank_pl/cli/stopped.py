@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lowrank_pl.errors.run import RunStoppedError
 from lowrank_pl.strategies.base import as_compressible
+from lowrank_pl.strategies.finished_blocks import FinishedBlocks
 
 
 def stopped(trainer: pl.Trainer, model: pl.LightningModule, verb: str, number: int, started: float) -> RunStoppedError:
@@ -23,7 +24,7 @@ def stopped(trainer: pl.Trainer, model: pl.LightningModule, verb: str, number: i
         started: When the run was started, in seconds since 1970: checkpoints that are older are those of other runs.
     """
     progress = getattr(trainer, "progress", None)
-    if verb == "compress" and progress is not None and progress.is_dir():
+    if verb == "compress" and progress is not None and FinishedBlocks(progress).measured() is not None:
         return RunStoppedError(verb, number, kept=str(progress))
     if verb != "fit" or not trainer.optimizers:
         return RunStoppedError(verb, number)

@@ -50,6 +50,10 @@ def check_choice(argument: str, value: str, choices: Any) -> None:
         raise ArgumentRangeError(argument, value, ", ".join(map(repr, words)))
 
 
+_ENDLESS = ("rope_parameters", "rope_theta", "rope_scaling", "alibi")
+"""Fields of configurations whose positions are computed, not looked up."""
+
+
 class TextDataModule(BatchLoaders):
     """Texts and labels, tokenised for an encoder.
 
@@ -155,7 +159,8 @@ class TextDataModule(BatchLoaders):
         """Does the work of `prepare_data`."""
         prepared = self.prepared(self.source_key(), self.read)
         tell_truncation(type(self).__name__, self.max_length, prepared.truncation)
-        tell_missing_classes(type(self).__name__, prepared)
+        if self.verb in (None, TrainerFn.FITTING):
+            tell_missing_classes(type(self).__name__, prepared)
         for split, error in self._left_out.items():
             rank_zero_info(f"{type(self).__name__}: goes on without the {split} split: {error}")
 
@@ -311,7 +316,12 @@ class TextDataModule(BatchLoaders):
         return self._loaded_tokenizer
 
     def check_positions(self, config: Any) -> None:
-        """Raises `MaxLengthError` where a model of this configuration takes no input of `max_length` tokens."""
+        """Raises `MaxLengthError` where a model of this configuration takes no input of `max_length` tokens.
+
+        Angles and slopes go on for ever: those of rotary and ALiBi models end where the tokenizer's folder says.
+        """
+        if any(getattr(config, name, None) for name in _ENDLESS):
+            return
         check_length(self.max_length, None, config, self.length_argument, self.pad_to_multiple_of)
 
     # Which splits a run needs.

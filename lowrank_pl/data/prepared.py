@@ -102,7 +102,7 @@ def tell_missing_classes(name: str, prepared: Prepared) -> None:
     target, train = prepared.target, prepared.splits.get("train")
     if target is None or target.kind != "classification" or train is None or "labels" not in train.column_names:
         return
-    there = set(train["labels"])
+    there = set(train.unique("labels"))
     missing = [label for id_, label in enumerate(target.label_names) if id_ not in there]
     if missing:
         told = ", ".join(map(repr, missing))

@@ -106,11 +106,15 @@ def only_finite(model: PreTrainedModel, label: str) -> Iterator[None]:
         label: What it is called.
 
     Raises:
-        NonFiniteScoreError: a logit at the last place, where no padding comes after the text, is NaN.
+        NonFiniteScoreError: a logit is NaN, of a place that is not padding as far as a mask tells.
     """
 
     def check(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not bool(output.logits[:, -1].isnan().any()):
+        spoiled = output.logits.isnan().any(-1)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:  # of all tokens so far, where logits are of the new ones
+            spoiled = spoiled & mask[:, -spoiled.shape[1] :].bool()
+        if not bool(spoiled.any()):
             return
         handle.remove()
         first = first_not_finite(dict(module.named_modules()), lambda: module(*args, **kwargs))

@@ -40,12 +40,13 @@ class ReportWriter(pl.Callback):
         self._folder: Path | None = None
         self._scores: dict[str, float] = {}
         self._scored_at: int | None = None
+        self._scored_before = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Starts the clock, and forgets an earlier run: what a checkpoint brings comes after this."""
         del trainer, pl_module, stage
         self._started = time.monotonic()
-        self._scores, self._scored_at = {}, None
+        self._scores, self._scored_at, self._scored_before = {}, None, False
 
     def state_dict(self) -> dict[str, Any]:
         """The scores of the last validation, and of which step they are."""
@@ -54,6 +55,7 @@ class ReportWriter(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the scores of the run that wrote a checkpoint."""
         self._scores, self._scored_at = dict(state_dict["scores"]), state_dict["scored_at"]
+        self._scored_before = self._scored_at is not None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks for the folder while all processes are there: of a run that is stopped some may be gone."""
@@ -64,13 +66,17 @@ class ReportWriter(pl.Callback):
         """Remembers the scores, and of which step they are."""
         del pl_module
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._scores, self._scored_at = _metrics(trainer), trainer.global_step
+            self._scores, self._scored_at, self._scored_before = _metrics(trainer), trainer.global_step, False
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the last validation and the best checkpoint."""
         metrics, note, step = {**self._scores, **_metrics(trainer)}, "", trainer.global_step
         if self._scored_at is None:
             note = "no validation ran, so there is no score: see trainer.val_check_interval and .limit_val_batches"
+            if trainer.ckpt_path is not None:
+                note += f", or run validate with --ckpt_path={trainer.ckpt_path}"
+        elif self._scored_before and self._scored_at == step:
+            note = f"no step was left to train: the score is that of the run that wrote {str(trainer.ckpt_path)!r}"
         elif self._scored_at != step:
             note = f"the score is that of step {self._scored_at:,}: no validation followed the last, {step:,}"
         extra = self._of_training(trainer, pl_module)

@@ -81,8 +81,8 @@ class FinishedBlocks:
         """Whether a run has left anything in the folder that would be of use to it, or somebody has something else."""
         if self._folder is None or not self._folder.exists():
             return False
-        # What begins with a dot a run has left that was killed as it wrote: it is nobody's.
-        names = {path.name for path in self._folder.iterdir() if not path.name.startswith(".")}
+        # A run that was killed as it wrote its first file has left that under another name.
+        names = {path.name for path in self._folder.iterdir() if not path.name.startswith(f".{_RUN}.")}
         return bool(names) and not (_RUN in names and names <= {_RUN, _MOMENTS})
 
     # Moments of output gradients, which are many and large: each is needed once.

@@ -39,7 +39,7 @@ class TargetSelector:
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns the targets in module order; a module with several names appears once, under its first.
 
-        A glob that matches no layer is warned of.
+        A glob that matches no module is warned of.
 
         Raises:
             NoTargetError: nothing matches.
@@ -51,7 +51,7 @@ class TargetSelector:
         targets = {name: module for name, module in self._candidates(model) if reasons[name] == TARGETED}
         if not targets:
             raise NoTargetError(type(model).__name__, self.include, self.exclude, list(reasons), len(forms_in(model)))
-        self._tell_unmatched(model, [*reasons, *forms_in(model)])
+        self._tell_unmatched(type(model).__name__, list(modules))
         self._refuse_tied({name: layer for name, layer in targets.items() if not is_embedding(layer)}, modules)
         for name, layer in targets.items():
             if is_embedding(layer):
@@ -94,16 +94,19 @@ class TargetSelector:
         vocabulary = [find_vocabulary(model)] if self.embeddings else []
         return [*(found for found in vocabulary if is_embedding(found[1])), *_linears(model)]
 
-    def _tell_unmatched(self, model: nn.Module, names: Sequence[str]) -> None:
-        """Warns of globs that match nothing: they are often parts of a name, and globs are of whole ones."""
+    def _tell_unmatched(self, model: str, names: Sequence[str]) -> None:
+        """Warns of globs that match no module: they are often parts of a name, and globs are of whole ones."""
         for argument, globs in {"include": self.include or (), "exclude": self.exclude}.items():
             for glob in globs:
-                if not any(fnmatchcase(name, glob) for name in names):
-                    warnings.warn(
-                        f"targets.{argument} {glob!r} matches no layer of {type(model).__name__}. Globs are of whole "
-                        f"names, such as {names[0]!r}; '*{glob.strip('*')}*' is one for a part of a name.",
-                        stacklevel=2,
-                    )
+                if any(fnmatchcase(name, glob) for name in names):
+                    continue
+                wider = f"*{glob.strip('*')}*"
+                meant = f" Is {wider!r} meant?" if any(fnmatchcase(name, wider) for name in names) else ""
+                warnings.warn(
+                    f"targets.{argument} {glob!r} matches nothing in {model}: globs are of whole names, and capitals "
+                    f"count.{meant}",
+                    stacklevel=2,
+                )
 
     @staticmethod
     def shapes(targets: Mapping[str, nn.Module]) -> dict[str, LinearShape]:

@@ -104,8 +104,7 @@ def check_before_data(task: Task, trainer: pl.Trainer, ckpt_path: str | None = N
         except ModelFolderError:
             require_weights(task.pretrained)  # what lacks both is told by its weights
             raise
-        if hasattr(config, LAYOUT_KEY):
-            raise FactorisedFolderError(task.pretrained)
+        _check_not_exported(task.pretrained, config)
         check_supported(task.auto_class, task.pretrained, config)
         require_weights(task.pretrained)
     if not task.is_built and task.init_from is not None and not (fitting or ckpt_path):
@@ -118,6 +117,12 @@ def check_before_data(task: Task, trainer: pl.Trainer, ckpt_path: str | None = N
     if task.distillation is not None:
         teaching.check_before_data(task.distillation, task.auto_class, task.pretrained, task.init_from, expected)
     check_plan(task, task.strategy.plan, expected=expected)
+
+
+def _check_not_exported(name: str, config: Any) -> None:
+    """Raises `FactorisedFolderError` for the configuration of a folder that `export` has written with factors."""
+    if hasattr(config, LAYOUT_KEY):
+        raise FactorisedFolderError(name)
 
 
 def _check_fits_model(task: Task, datamodule: Any, ckpt_path: str | None) -> None:
@@ -195,11 +200,16 @@ def _try(plan: Callable[[nn.Module], object], encoder: nn.Module, record: Compre
 
 
 def shapes_of(task: Task) -> nn.Module | None:
-    """The encoder without values, of a task that starts from a folder without weights; `None` for any other."""
+    """The encoder without values, of a task that starts from a folder without weights; `None` for any other.
+
+    Raises:
+        FactorisedFolderError: it starts from an exported folder as if that were a dense model.
+    """
     if task.is_built or task.init_from is not None or task.pretrained is None:
         return None
     try:
         require_weights(task.pretrained)
+        _check_not_exported(task.pretrained, load_config(task.pretrained))
     except ModelFolderError:
         config = load_config(task.pretrained)
         check_supported(task.auto_class, task.pretrained, config)

@@ -108,9 +108,9 @@ class LowRankTrainer(pl.Trainer):
         extra = {"score_dense": dense.get("val/score"), "metrics_dense": dense, "checkpoint": CHECKPOINT_NAME}
         report = build_report(model, "compress", "val", scores, time.monotonic() - started, **extra)
         self._write_compressed(model, report, folder)
+        self.progress = None
         if progress is not None:
             shutil.rmtree(progress, ignore_errors=True)
-            self.progress = None
         RankDashboard.log_ranks(self, model)
         kept, total = report["parameters"]["total"], report["parameters"]["total_dense"]
         score = (
@@ -232,16 +232,16 @@ class LowRankTrainer(pl.Trainer):
 
         Raises:
             MaxLengthError: the data's samples may be longer than the model has positions.
-            LowRankError: the strategy's plan is impossible for this model; the table is printed before.
+            LowRankError: the strategy's plan is impossible for this model. The table is printed before all of them.
         """
         encoder = shapes_of(model)
         if encoder is None:
             if not model.is_built:
                 model.build()
             encoder = model.encoder
+        print(inspect_model(encoder, model.strategy))
         if isinstance(datamodule, KnowsItsLength) and (config := getattr(encoder, "config", None)) is not None:
             datamodule.check_positions(config)
-        print(inspect_model(encoder, model.strategy))
         if is_quantized(encoder):
             if not isinstance(model.strategy, NoCompression):
                 raise QuantizedModelError(str(model.init_from), f"a plan of {type(model.strategy).__name__}")

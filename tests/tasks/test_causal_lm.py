@@ -215,6 +215,8 @@ def test_a_factorised_folder_is_no_dense_model(llama: str, tmp_path: Path) -> No
     export(str(tmp_path / "small"), str(tmp_path / "folder"))
     with pytest.raises(FactorisedFolderError, match=r"factorised layers; .*Give it as model.init_args.init_from"):
         make_trainer(tmp_path).test(CausalLM(str(tmp_path / "folder")), datamodule=data)
+    with pytest.raises(FactorisedFolderError):
+        make_trainer(tmp_path).inspect(CausalLM(str(tmp_path / "folder")))
 
 
 def test_a_run_that_has_trained_keeps_what_it_has_although_its_loss_is_not_finite(llama: str, tmp_path: Path) -> None:
