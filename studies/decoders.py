@@ -71,7 +71,8 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
 def cell(arguments: argparse.Namespace, method: str, ratio: str, name: str, run: Run | None) -> Cell:
     """A cell with all that follows from its first run; without that, of the dense model."""
     start = None if run is None else run.folder / "model.ckpt"
-    tuned = tune(arguments, name, start, run) if arguments.steps else None
+    tuned_name = f"{name}-tuned-{arguments.steps}-{arguments.lr}"
+    tuned = tune(arguments, tuned_name, start, run) if arguments.steps else None
     after = None if tuned is None else tuned.folder / "checkpoints" / "last.ckpt"
     return Cell(
         method,
@@ -79,14 +80,14 @@ def cell(arguments: argparse.Namespace, method: str, ratio: str, name: str, run:
         run,
         whole(arguments, name, start, run),
         tuned,
-        whole(arguments, f"{name}-tuned", after, tuned) if tuned else (),
+        whole(arguments, tuned_name, after, tuned) if tuned else (),
     )
 
 
 def tune(arguments: argparse.Namespace, name: str, start: Path | None, after: Run | None) -> Run:
     """The run that tunes a model on --steps windows, one at a time."""
     return Run(
-        arguments.output / f"{name}-tuned",
+        arguments.output / name,
         (
             "fit",
             *common(arguments, arguments.window),
@@ -98,7 +99,7 @@ def tune(arguments: argparse.Namespace, name: str, start: Path | None, after: Ru
             f"--trainer.limit_train_batches={arguments.steps}",
             "--trainer.num_sanity_val_steps=0",
             *scored_part(arguments),
-            *place(arguments, f"{name}-tuned"),
+            *place(arguments, name),
         ),
         after,
         keep=bool(arguments.whole),
@@ -275,7 +276,7 @@ def main() -> None:
     found = [(each, report) for each in wanted if each.run and (report := each.run.report) is not None]
     lines = table(found, dense, (arguments.lengths or [arguments.window]) if arguments.whole else [])
     write(arguments.output, "decoders", lines, list(figures(found)))
-    draw(found, dense.whole, arguments.output / "decoders.png")
+    draw(found, dense.whole if arguments.windows else (), arguments.output / "decoders.png")
     print("\n".join(lines))
     sys.exit(1 if failed else 0)
 

@@ -292,9 +292,10 @@ def test_perplexities_that_are_there_are_put_into_a_table(tmp_path: Path, monkey
         "| 0.8 | SVD | 3.10e+07 | 1.29e+06 | 0.500 | 2 | 50.00 (2.00) |  |",
         "| 0.8 | whitening, sequential | 48.00 | 2.00 | 0.500 | 2 |  |  |",
     ]
-    for name, score in (("dense-tuned", 12.0), ("SVD-0.8-tuned", 15.0), ("dense-tuned-whole-512", 10.0)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "report.json").write_text(json.dumps({"score": score, "metrics": {"window": 512.0}}))
+    for name, score in (("dense", 12.0), ("SVD-0.8", 15.0), ("dense whole", 10.0)):
+        folder = tmp_path / f"{name.split()[0]}-tuned-300-1e-4{'-whole-512' if 'whole' in name else ''}"
+        folder.mkdir()
+        (folder / "report.json").write_text(json.dumps({"score": score, "metrics": {"window": 512.0}}))
     with pytest.raises(SystemExit) as stop:
         run(path, monkeypatch, *words, "--whole", "bf16-mixed", "--steps", "300")
     assert stop.value.code == 0

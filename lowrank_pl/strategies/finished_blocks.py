@@ -81,8 +81,9 @@ class FinishedBlocks:
         """Whether a run has left anything in the folder that would be of use to it, or somebody has something else."""
         if self._folder is None or not self._folder.exists():
             return False
-        # A run that was killed as it wrote its first file has left that under another name.
-        names = {path.name for path in self._folder.iterdir() if not path.name.startswith(f".{_RUN}.")}
+        # A run that was killed as it wrote one of these files has left that under another name.
+        written = tuple(f".{name}." for name in (_RUN, _MEASURED))
+        names = {path.name for path in self._folder.iterdir() if not path.name.startswith(written)}
         return bool(names) and not (_RUN in names and names <= {_RUN, _MOMENTS})
 
     # Moments of output gradients, which are many and large: each is needed once.
