@@ -146,8 +146,8 @@ class HasTokenizer(Protocol):
 class KnowsItsLength(Protocol):
     """A datamodule that knows how long its samples may become before it has read any."""
 
-    def check_positions(self, config: Any) -> None:
-        """Raises `MaxLengthError` where a model of this configuration has no positions for samples so long."""
+    def check_positions(self, config: Any, source: str | None) -> None:
+        """Raises `MaxLengthError` where a model of this configuration, from there, has no positions for its samples."""
         ...
 
 

@@ -315,12 +315,15 @@ class TextDataModule(BatchLoaders):
             self._loaded_tokenizer = tokenizer
         return self._loaded_tokenizer
 
-    def check_positions(self, config: Any) -> None:
+    def check_positions(self, config: Any, source: str | None) -> None:
         """Raises `MaxLengthError` where a model of this configuration takes no input of `max_length` tokens.
 
-        Angles and slopes go on for ever: those of rotary and ALiBi models end where the tokenizer's folder says.
+        Args:
+            config: Of the model.
+            source: Where it is from. Positions that are computed go on for ever: rotary and ALiBi models from elsewhere
+                than the tokenizer take what that allows.
         """
-        if any(getattr(config, name, None) for name in _ENDLESS):
+        if source != self.tokenizer and any(getattr(config, name, None) for name in _ENDLESS):
             return
         check_length(self.max_length, None, config, self.length_argument, self.pad_to_multiple_of)
 

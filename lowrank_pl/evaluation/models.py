@@ -1,4 +1,4 @@
-"""Decoders for the harness: looked at before weights are read, and loaded one at a time."""
+"""Decoders for the harness: looked at before weights are read, loaded one at a time, and watched while asked."""
 
 from __future__ import annotations
 

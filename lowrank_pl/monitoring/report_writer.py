@@ -73,8 +73,6 @@ class ReportWriter(pl.Callback):
         metrics, note, step = {**self._scores, **_metrics(trainer)}, "", trainer.global_step
         if self._scored_at is None:
             note = "no validation ran, so there is no score: see trainer.val_check_interval and .limit_val_batches"
-            if trainer.ckpt_path is not None:
-                note += f", or run validate with --ckpt_path={trainer.ckpt_path}"
         elif self._scored_before and self._scored_at == step:
             note = f"no step was left to train: the score is that of the run that wrote {str(trainer.ckpt_path)!r}"
         elif self._scored_at != step:

@@ -142,7 +142,7 @@ def _check_fits_model(task: Task, datamodule: Any, ckpt_path: str | None) -> Non
         if len(words) > size:
             raise VocabularySizeError(words.name_or_path, len(words), str(source), size)
     if isinstance(datamodule, KnowsItsLength) and config is not None:
-        datamodule.check_positions(config)
+        datamodule.check_positions(config, source)
 
 
 def check_kind(task: Task, target: TargetSpec) -> None:

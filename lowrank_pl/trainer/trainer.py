@@ -241,7 +241,7 @@ class LowRankTrainer(pl.Trainer):
             encoder = model.encoder
         print(inspect_model(encoder, model.strategy))
         if isinstance(datamodule, KnowsItsLength) and (config := getattr(encoder, "config", None)) is not None:
-            datamodule.check_positions(config)
+            datamodule.check_positions(config, model.init_from or model.pretrained)
         if is_quantized(encoder):
             if not isinstance(model.strategy, NoCompression):
                 raise QuantizedModelError(str(model.init_from), f"a plan of {type(model.strategy).__name__}")

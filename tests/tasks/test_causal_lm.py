@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import CausalText
@@ -203,8 +203,25 @@ def test_windows_beyond_the_positions_of_a_checkpoint_are_refused(verb: str, tmp
         getattr(make_trainer(tmp_path), verb)(CausalLM(init_from=last_checkpoint(trainer)), datamodule=data)
 
 
-def test_inspect_refuses_windows_beyond_the_positions(tmp_path: Path) -> None:
-    short = str(save_tiny_decoder("gpt2", tmp_path / "short"))
+def test_a_rotary_model_from_elsewhere_takes_what_the_tokenizers_folder_allows(llama: str, tmp_path: Path) -> None:
+    """Its positions are computed, and those that a raised limit allows are no mistake."""
+    trainer = make_trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(CausalLM(llama), corpus(tmp_path, llama))
+    config = AutoConfig.from_pretrained(llama)
+    shutil.copytree(llama, tmp_path / "longer")
+    window = config.max_position_embeddings + 8
+    config.max_position_embeddings = window
+    config.save_pretrained(tmp_path / "longer")
+    tokenizer = AutoTokenizer.from_pretrained(llama, model_max_length=window)
+    tokenizer.save_pretrained(tmp_path / "longer")
+    data = CausalText(str(tmp_path / "longer"), test=text(tmp_path, 3 * window, 2), window=window)
+    (scores,) = make_trainer(tmp_path).test(CausalLM(init_from=last_checkpoint(trainer)), datamodule=data)
+    assert scores["test/window"] == window
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_inspect_refuses_windows_beyond_the_positions(family: str, tmp_path: Path) -> None:
+    short = str(save_tiny_decoder(family, tmp_path / "short"))
     with pytest.raises(MaxLengthError, match="window=4096"):
         make_trainer(tmp_path).inspect(CausalLM(short), CausalText(short, train="none.txt", window=4096))
 
