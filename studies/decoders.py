@@ -64,11 +64,11 @@ def cells(arguments: argparse.Namespace) -> list[Cell]:
             folder = arguments.output / f"{method}-{ratio}".replace(" ", "-").replace(",", "")
             keep = bool(arguments.whole or arguments.steps)
             run = Run(folder, words(arguments, method, ratio, folder), keep=keep)
-            found.append(cell(arguments, method, ratio, folder.name, run))
+            found.append(follow(arguments, method, ratio, folder.name, run))
     return found
 
 
-def cell(arguments: argparse.Namespace, method: str, ratio: str, name: str, run: Run | None) -> Cell:
+def follow(arguments: argparse.Namespace, method: str, ratio: str, name: str, run: Run | None) -> Cell:
     """A cell with all that follows from its first run; without that, of the dense model."""
     start = None if run is None else run.folder / "model.ckpt"
     tuned_name = f"{name}-tuned-{arguments.steps}-{arguments.lr}"
@@ -194,6 +194,13 @@ def table(found: list[tuple[Cell, Report]], dense: Cell, lengths: list[int]) -> 
     return lines
 
 
+def short_of_steps(found: list[Cell], steps: int | None) -> list[str]:
+    """A line on tuning that ended before all the steps that were asked for: every window is taken once."""
+    tuned = [cell.tuned for cell in found if cell.tuned and cell.tuned.report]
+    taken = {run.report["steps"] for run in tuned if run.report} - {steps}
+    return [f"\nTuned for {', '.join(map(str, sorted(taken)))} steps: --train has no more windows."] if taken else []
+
+
 def score(run: Run) -> float:
     """The perplexity that a finished run has found."""
     assert run.report is not None
@@ -265,16 +272,17 @@ def main() -> None:
     options.add_argument("--max_memory", type=float, help="GiB that measured moments may take; default: no bound")
     options.add_argument("--whole", metavar="PRECISION", help="score all of --test once more, in this precision")
     options.add_argument("--lengths", type=int, nargs="+", help="tokens shown at once by --whole; default: --window")
-    options.add_argument("--steps", type=int, help="tune for so many steps of one window, at --lr")
+    options.add_argument("--steps", type=int, help="tune for so many steps of one window, at --lr; at most all")
     options.add_argument("--workers", type=int, default=1, help="runs at a time, in processes")
     options.add_argument("--accelerator", default="cpu", help="what Lightning takes: cpu, cuda")
     options.add_argument("--table", action="store_true", help="run nothing, write what is there")
     arguments = read(options)
-    wanted, dense = cells(arguments), cell(arguments, "dense", "1", "dense", None)
+    wanted, dense = cells(arguments), follow(arguments, "dense", "1", "dense", None)
     runs = [run for each in (*wanted, dense) for run in each.runs]
     failed = [] if arguments.table else run_all(runs, arguments.workers, arguments.threads)
     found = [(each, report) for each in wanted if each.run and (report := each.run.report) is not None]
     lines = table(found, dense, (arguments.lengths or [arguments.window]) if arguments.whole else [])
+    lines += short_of_steps([*wanted, dense], arguments.steps)
     write(arguments.output, "decoders", lines, list(figures(found)))
     draw(found, dense.whole if arguments.windows else (), arguments.output / "decoders.png")
     print("\n".join(lines))

@@ -39,6 +39,11 @@ class Run:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether another run can start from what it has left."""
+        return any(self.folder.rglob("*.ckpt"))
+
+    @property
     def log(self) -> Path:
         """What it printed."""
         return self.folder.with_name(f"{self.folder.name}.log")
@@ -47,17 +52,21 @@ class Run:
 def run_all(runs: list[Run], workers: int, threads: int | None) -> list[Run]:
     """Does what is not done yet, earlier ones of the list first, so many at a time. Returns those that failed.
 
-    A run that others wait for is done even if it is not in the list. What waits for one that failed has failed, too.
+    A run that others wait for is done even if it is not in the list, and once more if its checkpoint is gone. What
+    waits for one that failed has failed, too.
     """
-    waiting = [run for run in _with_needs(runs) if run.report is None]
+    waiting = _missing(runs)
     total, failed, began = len(waiting), set[Run](), time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(threads,)) as pool:
         active: dict[Future[int], Run] = {}
         while waiting or active:
-            failed.update(run for run in waiting if run.after in failed)
+            for run in waiting:  # earlier ones are none that wait for later ones
+                if run.after in failed:
+                    failed.add(run)
             waiting = [run for run in waiting if run not in failed]
-            ready = [run for run in waiting if run.after is None or run.after.report is not None]
+            busy = {*waiting, *active.values()}
+            ready = [run for run in waiting if run.after not in busy]
             for run in ready[: workers - len(active)]:
                 waiting.remove(run)
                 active[pool.submit(_execute, run)] = run
@@ -77,9 +86,19 @@ def _with_needs(runs: list[Run]) -> list[Run]:
     found: dict[Run, None] = {}
     for run in runs:
         if run.after is not None:
-            found.setdefault(run.after)
+            found.update(dict.fromkeys(_with_needs([run.after])))
         found.setdefault(run)
     return list(found)
+
+
+def _missing(runs: list[Run]) -> list[Run]:
+    """What has no report, and what has one but no checkpoint, from which another of them starts."""
+    found: list[Run] = []
+    for run in reversed(_with_needs(runs)):
+        starts = any(other.after == run for other in found)
+        if run.report is None or (starts and not run.has_checkpoint):
+            found.insert(0, run)
+    return found
 
 
 def _code(future: Future[int]) -> int:

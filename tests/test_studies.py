@@ -190,6 +190,25 @@ def test_a_grid_does_what_is_missing_and_goes_on_after_a_failure(
     assert json.loads((out / "dense" / "report.json").read_text())["score"] == score
 
 
+def test_a_run_whose_checkpoint_is_gone_is_done_again_only_for_one_that_starts_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    program = runpy.run_path(str(ROOT / "studies" / "runs.py"))
+    first = program["Run"](tmp_path / "first", ())
+    second = program["Run"](tmp_path / "second", (), first)
+    third = program["Run"](tmp_path / "third", (), second)
+    assert program["_missing"]([third]) == [first, second, third]
+    write_report(first.folder, 0.9)
+    write_report(third.folder, 0.9)
+    assert program["_missing"]([third]) == [first, second]
+    (first.folder / "model.ckpt").touch()
+    assert program["_missing"]([third, second]) == [second]
+    write_report(second.folder, 0.9)
+    (first.folder / "model.ckpt").unlink()
+    assert program["_missing"]([third]) == []
+
+
 def test_the_script_for_gpus_says_at_once_that_there_is_none() -> None:
     command = ["bash", str(ROOT / "benchmarks" / "gpu.sh")]
     environment = {**os.environ, "PYTHON": "false"}  # an interpreter that finds no device, without loading torch
@@ -295,7 +314,9 @@ def test_perplexities_that_are_there_are_put_into_a_table(tmp_path: Path, monkey
     for name, score in (("dense", 12.0), ("SVD-0.8", 15.0), ("dense whole", 10.0)):
         folder = tmp_path / f"{name.split()[0]}-tuned-300-1e-4{'-whole-512' if 'whole' in name else ''}"
         folder.mkdir()
-        (folder / "report.json").write_text(json.dumps({"score": score, "metrics": {"window": 512.0}}))
+        steps = 280 if name == "dense" else 300
+        told = {"score": score, "metrics": {"window": 512.0}, "steps": steps}
+        (folder / "report.json").write_text(json.dumps(told))
     with pytest.raises(SystemExit) as stop:
         run(path, monkeypatch, *words, "--whole", "bf16-mixed", "--steps", "300")
     assert stop.value.code == 0
@@ -303,4 +324,6 @@ def test_perplexities_that_are_there_are_put_into_a_table(tmp_path: Path, monkey
         "|  | dense | 24.00 | 1.00 | 1.000 |  | 25.00 | 12.00 | 10.00 |",
         "| 0.8 | SVD | 3.10e+07 | 1.29e+06 | 0.500 | 2 | 50.00 (2.00) | 15.00 (1.25) |  |",
         "| 0.8 | whitening, sequential | 48.00 | 2.00 | 0.500 | 2 |  |  |  |",
+        "",
+        "Tuned for 280 steps: --train has no more windows.",
     ]
