@@ -253,12 +253,14 @@ def check_supported(auto_class: Any, name: str, config: Any) -> None:
     """Raises an error for an architecture without a head of this kind, such as one for pictures.
 
     Raises:
-        UnsupportedModelError: it has none.
+        UnsupportedModelError: it has none, or an encoder beside the decoder that predicts the tokens.
         NotADecoderError: it is an encoder, and the head would predict tokens that it sees.
     """
     mapping = getattr(auto_class, "_model_mapping", None)  # a class of one architecture has none
     if mapping is not None and type(config) not in mapping:
         raise UnsupportedModelError(name, config.model_type, auto_class.__name__, _is_of_text(config))
+    if auto_class is AutoModelForCausalLM and getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(name, config.model_type, auto_class.__name__, reads_text=True, translates=True)
     if auto_class is AutoModelForCausalLM and _sees_what_follows(config):
         raise NotADecoderError(name, config.model_type)
 
@@ -266,7 +268,7 @@ def check_supported(auto_class: Any, name: str, config: Any) -> None:
 def _sees_what_follows(config: Any) -> bool:
     """Whether it is an encoder: transformers builds those for next tokens too, and leaves them to see both sides."""
     fills_gaps = type(config) in getattr(AutoModelForMaskedLM, "_model_mapping")  # noqa: B009, set without a type
-    return fills_gaps and not (getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False))
+    return fills_gaps and not getattr(config, "is_decoder", False)
 
 
 def _verify(folder: Path) -> None:

@@ -59,10 +59,20 @@ _DECODERS = "decoders such as Llama, Qwen, Mistral, Gemma, GPT-2, OPT and Pythia
 
 
 class UnsupportedModelError(LowRankError):
-    """A pre-trained model of an architecture that the task cannot use."""
+    """A pre-trained model of an architecture that the task cannot use.
 
-    def __init__(self, name: str, kind: str, head: str | None, reads_text: bool) -> None:
+    Args:
+        name: As it was given.
+        kind: The architecture.
+        head: The class that the task takes; `None` where it is not known.
+        reads_text: Whether a tokenizer belongs to the architecture.
+        translates: Whether an encoder stands beside the decoder that the task wants.
+    """
+
+    def __init__(self, name: str, kind: str, head: str | None, reads_text: bool, translates: bool = False) -> None:
         what = f"has no {head}" if reads_text else "does not read text"
+        if translates:
+            what = "has an encoder beside its decoder (is_encoder_decoder in its config.json)"
         allowed = _DECODERS if head == "AutoModelForCausalLM" else _ENCODERS
         super().__init__(
             f"{name!r} is a model of the architecture {kind!r}, which {what}. Allowed are {allowed}. Check "

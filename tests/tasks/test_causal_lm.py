@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BartConfig
 
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.data import CausalText
@@ -22,6 +22,7 @@ from lowrank_pl.errors.numerics import NonFiniteScoreError
 from lowrank_pl.errors.pretrained import FactorisedFolderError, NotADecoderError, UnsupportedModelError
 from lowrank_pl.errors.run import MonitorModeError, TargetKindError
 from lowrank_pl.export import export
+from lowrank_pl.hub import check_supported
 from lowrank_pl.strategies import SVD
 from lowrank_pl.tasks import CausalLM, MaskedLM
 from lowrank_pl.tasks.causal_lm import LongestWindow, next_tokens
@@ -160,6 +161,9 @@ def test_lower_is_better(llama: str, tmp_path: Path) -> None:
 def test_wrong_models_and_data_are_refused(llama: str, tiny_bert: str, tmp_path: Path) -> None:
     with pytest.raises(NotADecoderError, match="'bert', an encoder: each of its tokens sees those that follow"):
         make_trainer(tmp_path).fit(CausalLM(tiny_bert), corpus(tmp_path, tiny_bert))
+    both = BartConfig(d_model=8, vocab_size=len(VOCAB), encoder_layers=1, decoder_layers=1)
+    with pytest.raises(UnsupportedModelError, match="'bart', which has an encoder beside its decoder"):
+        check_supported(AutoModelForCausalLM, "facebook/bart-base", both)
     with pytest.raises(UnsupportedModelError, match="has no AutoModelForMaskedLM"):
         make_trainer(tmp_path).fit(MaskedLM(llama), SyntheticData("masked_lm"))
     with pytest.raises(TargetKindError, match="CausalLM handles causal_lm"):
