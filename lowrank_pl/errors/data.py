@@ -72,19 +72,19 @@ class TooFewSamplesError(DataError):
 
 
 class OfflineError(DataError):
-    """A data set of the hub that cannot be reached.
+    """A data set that the hub's client cannot load: one of the hub, or a folder of this machine.
 
     Args:
-        dataset: Its id.
-        cause: What the hub client said.
+        dataset: Its id, or the folder.
+        cause: What the client said.
         remedy: How to get the data otherwise.
     """
 
     def __init__(self, dataset: str, cause: object, remedy: str) -> None:
-        super().__init__(
-            f"cannot load {dataset!r} from the Hugging Face hub ({cause}). {remedy} "
-            "If HF_HUB_OFFLINE is set and this machine has a network, unset it."
-        )
+        here = Path(dataset).exists()
+        place = "" if here else " from the Hugging Face hub"
+        network = "" if here else " If HF_HUB_OFFLINE is set and this machine has a network, unset it."
+        super().__init__(f"cannot load {dataset!r}{place} ({cause}). {remedy}{network}")
 
 
 class MissingTokenError(DataError):

@@ -111,7 +111,7 @@ def test_data_sets_of_the_hub(model: str, tmp_path: Path, monkeypatch: pytest.Mo
             raise ConnectionError("no network")
         if name == "o/script":
             raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
-        if name == "o/broken":
+        if name in ("o/broken", str(tmp_path)):
             raise datasets.exceptions.DatasetGenerationError("An error occurred") from ValueError("line 3: no JSON")
         rows = Dataset.from_dict({"text": [TEXT, ""]})
         return DatasetDict({"train": rows, "test": rows, "other": rows}) if split is None else rows
@@ -126,6 +126,9 @@ def test_data_sets_of_the_hub(model: str, tmp_path: Path, monkeypatch: pytest.Mo
     for broken, told in (("o/script", "scripts are no longer supported"), ("o/broken", "line 3: no JSON")):
         with pytest.raises(OfflineError, match=rf"'{broken}'.*\(.*{told}.*or give files"):
             ready(model, dataset=broken)
+    with pytest.raises(OfflineError, match=r"cannot load '.*' \(line 3: no JSON\)") as here:
+        ready(model, dataset=str(tmp_path))
+    assert "HF_HUB_OFFLINE" not in str(here.value)
     with pytest.raises(UnknownColumnError, match="no column 'body' in 'o/corpus"):
         ready(model, dataset="o/corpus", column="body")
 
