@@ -128,7 +128,9 @@ class Passes:
                 if not bool(torch.isfinite(losses.detach()).all()):
                     count = int((~torch.isfinite(losses)).sum())
                     raise NonFiniteError("the loss of a calibration batch", count, first=self._first_seen(batch))
-                losses.sum().backward()
+                total = losses.sum()
+                if total.requires_grad:  # not where no loss depends on any of the layers
+                    total.backward()
             self._tape.finish()
         except SampleMixingError:
             return _Failure.MIXING

@@ -418,6 +418,8 @@ def test_a_layer_that_no_loss_depends_on_has_zero_information(kind: FisherKind) 
 
     fisher = empirical_fisher(model, model.layers(), [batch], losses, kind)
     assert not bool(fisher.layers["first"].output_sums.any())
+    alone = empirical_fisher(model, {"first": model.first}, [batch], losses, kind)
+    assert not bool(alone.layers["first"].output_sums.any())
     torch.testing.assert_close(fisher.layers["second"].input_sums, (batch["x"] ** 2).mean(0))
 
 

@@ -193,7 +193,10 @@ def test_two_halves_reduced_are_the_whole() -> None:
 def test_a_layer_that_no_loss_depends_on_is_zero() -> None:
     model = encoder()
     layers = {**TargetSelector().select(model), "unused": nn.Linear(4, 3)}
-    moments = SecondMoments().measure(model, layers, batches(), classification_loss(model)).layers["unused"]
+    loss = classification_loss(model)
+    alone = SecondMoments().measure(model, {"unused": layers["unused"]}, batches(), loss)
+    assert alone.layers["unused"].is_zero
+    moments = SecondMoments().measure(model, layers, batches(), loss).layers["unused"]
     assert moments.is_zero
     assert moments.inputs is not None
     assert moments.inputs.shape == (4, 4)
