@@ -10,10 +10,12 @@ from torch import nn
 
 from lowrank_pl.core.shapes import EmbeddingShape, LinearShape
 from lowrank_pl.errors.targets import AlreadyFactorisedError, NoTargetError, TiedWeightError
-from lowrank_pl.nn import dense_shape, forms_in, is_dense_linear, is_embedding, outside_forms, shape_of
+from lowrank_pl.nn import LayerForm, dense_shape, forms_in, is_dense_linear, is_embedding, outside_forms, shape_of
 from lowrank_pl.surgery.vocabulary import find_vocabulary, heads_tied_to, tied_heads
 
 TARGETED = "targeted"
+_MUCH = 0.2
+"""Share of the weights inside the blocks that is worth a word when no target holds it."""
 
 
 class TargetSelector:
@@ -39,7 +41,8 @@ class TargetSelector:
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns the targets in module order; a module with several names appears once, under its first.
 
-        A glob that matches no module is warned of.
+        A glob that matches no module is warned of, and so are blocks much of whose weights are in no linear layer, such
+        as experts that are one parameter of three dimensions.
 
         Raises:
             NoTargetError: nothing matches.
@@ -52,6 +55,8 @@ class TargetSelector:
         if not targets:
             raise NoTargetError(type(model).__name__, self.include, self.exclude, list(reasons), len(forms_in(model)))
         self._tell_unmatched(type(model).__name__, list(modules))
+        if self.include is None:
+            _tell_left_dense(model, targets)
         self._refuse_tied({name: layer for name, layer in targets.items() if not is_embedding(layer)}, modules)
         for name, layer in targets.items():
             if is_embedding(layer):
@@ -105,7 +110,7 @@ class TargetSelector:
                 warnings.warn(
                     f"targets.{argument} {glob!r} matches nothing in {model}: globs are of whole names, and capitals "
                     f"count.{meant}",
-                    stacklevel=2,
+                    stacklevel=1,  # one place, whoever selects: told once
                 )
 
     @staticmethod
@@ -121,6 +126,29 @@ class TargetSelector:
                 owner = owners.get(id(parameter))
                 if owner is not None and owner != name:
                     raise TiedWeightError(owner, name)
+
+
+def _tell_left_dense(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Warns of matrices inside the blocks that are in modules of other kinds, if they are a good part of the blocks."""
+    blocks = tuple(_block_prefixes(model))
+    others = {
+        f"{name}.{own}": parameter
+        for name, module in outside_forms(model)
+        if name.startswith(blocks) and not is_dense_linear(module) and not isinstance(module, (nn.Embedding, LayerForm))
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1
+    }
+    dense = sum(parameter.numel() for parameter in others.values())
+    targeted = sum(dense_shape(layer).dense_params for layer in targets.values())
+    if dense <= _MUCH * (dense + targeted):
+        return
+    name, largest = max(others.items(), key=lambda item: item[1].numel())
+    warnings.warn(
+        f"{type(model).__name__} has {dense:,} weights inside its blocks that are in no plain nn.Linear, beside "
+        f"{targeted:,} in the targets: they stay dense, and keep_ratio is a share of the targets alone. The largest is "
+        f"{name!r} {list(largest.shape)}.",
+        stacklevel=1,  # one place, whoever selects: told once
+    )
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:

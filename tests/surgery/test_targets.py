@@ -1,9 +1,10 @@
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForSequenceClassification, BertConfig, MixtralConfig, MixtralForCausalLM
 
 from lowrank_pl.allocation import uniform_ranks
 from lowrank_pl.core import truncated_svd
@@ -119,6 +120,18 @@ def test_a_glob_that_matches_nothing_is_warned_of(include: list[str] | None, exc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TargetSelector(["*.dense", "classifier"], ["*.intermediate.*", "*embed*"]).select(tiny_model("bert"))
+
+
+def test_experts_that_are_one_parameter_are_told_of() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    told = r"784 weights inside its blocks that are in no plain nn.Linear, beside 192 .*'.*gate_up_proj' \[2, 32, 8\]"
+    with pytest.warns(UserWarning, match=told):
+        TargetSelector().select(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TargetSelector(["*.self_attn.*"]).select(model)
 
 
 def test_globs_are_case_sensitive() -> None:
