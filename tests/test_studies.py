@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lowrank_pl.importance import LayerMoments
 from tests.support.forks import Forks
+from tests.support.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(
@@ -268,6 +270,36 @@ def test_a_task_of_word_order_exchanges_words_and_changes_none(
     for text, label in (line.split(",") for line in lines):
         assert (text in given) == (label == "ok")
         assert any(sorted(text.split()) == sorted(other.split()) for other in given)
+
+
+def test_static_embeddings_learn_which_word_is_there(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "packages" / "wordllama"
+    for folder in ("weights", "tokenizers"):
+        (package / folder).mkdir(parents=True)
+    tokenizer = tiny_tokenizer()
+    table = torch.randn(len(tokenizer), 256, generator=torch.Generator().manual_seed(0))
+    save_file({"table": table}, package / "weights" / "l2_supercat_256.safetensors")
+    tokenizer.backend_tokenizer.save(str(package / "tokenizers" / "l2_supercat_tokenizer_config.json"))
+    words = ("good", "bad")
+    rows = "text,label\n" + "".join(f"the film {'is' if i % 3 else 'was'} {words[i % 2]},{i % 2}\n" for i in range(32))
+    (tmp_path / "rows.csv").write_text(rows)
+    data = {"train": str(tmp_path / "rows.csv"), "validation": str(tmp_path / "rows.csv")}
+    task = tmp_path / "words.yaml"
+    task.write_text(json.dumps({"data": {"class_path": "TextFiles", "init_args": data}}))
+    given = ["--glue", "nowhere", "--tasks", str(task), "--packages", str(package.parent), "--pretrained", tiny_bert]
+    path = ROOT / "studies" / "static_embeddings.py"
+    run(path, monkeypatch, *given, "--rates", "1e-3", "5e-3", "--output", str(tmp_path / "out"))
+    found = json.loads((tmp_path / "out" / "static_embeddings.json").read_text())
+    assert [(row["width"], row["tuned"]) for row in found] == [
+        (256, "head"),
+        (256, "table and head"),
+        (64, "head"),
+        (64, "table and head"),
+    ]
+    assert all(row["score"] == row["score_int8"] == 1 for row in found)
+    assert found[0]["megabytes"] == (2 * table.numel() + 4 * (2 * 256 + 2)) / 1e6
 
 
 def test_perplexities_that_are_there_are_put_into_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
