@@ -41,7 +41,7 @@ def load_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int 
         Objects that `lm_eval.simple_evaluate` takes as `tasks`, once per model.
 
     Raises:
-        MissingArgumentError: `include_path` is no folder.
+        MissingArgumentError: `include_path` is no folder, or a name is that of a file.
         UnknownHarnessTaskError, TaskDataError, TaskUnusableError: a task is not known, has no data, or cannot be run.
         RangeError: a task has too few examples.
     """
@@ -66,6 +66,10 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
     """The harness's index: of the user's own files alone if they have all names, as that of all others takes long."""
     from lm_eval.tasks import TaskManager
 
+    for name in names:
+        if Path(name).is_file():
+            remedy = f"Give --include_path {str(Path(name).parent)!r}, and to --tasks what its key 'task' says."
+            raise MissingArgumentError(f"the name of the task in the file {name!r}", remedy)
     folder = None if include_path is None else Path(include_path).expanduser()
     if folder is not None and not folder.is_dir():
         raise MissingArgumentError(f"the folder {include_path!r} of --include_path", "Name one with task files.")
