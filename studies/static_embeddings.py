@@ -23,7 +23,7 @@ import torch
 import yaml
 from options import glue, parser, read
 from safetensors.torch import load_file
-from tables import header, line, write
+from tables import describe, header, line, write
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,12 +99,13 @@ def train(model: StaticModel, texts: Texts, rate: float, epochs: int, table: boo
 
 
 @torch.no_grad()
-def scored(model: StaticModel, texts: Texts, target: TargetSpec) -> float:
-    """The task's score on a split."""
+def scored(model: StaticModel, texts: Texts, target: TargetSpec) -> dict[str, float]:
+    """The task's metrics on a split, and its score."""
     metrics = build_metrics(target)
     for sides, labels in texts.batches(256):
         metrics.update(model(sides), labels)
-    return float(score(target, metrics.compute()))
+    found = metrics.compute()
+    return {name: float(value) for name, value in found.items()} | {"score": float(score(target, found))}
 
 
 @torch.no_grad()
@@ -117,14 +118,14 @@ def in_eight_bits(model: StaticModel) -> None:
 
 @dataclass(frozen=True)
 class Found:
-    """Scores of one model on one task, as delivered and in eight bits, and the size of its files in MB."""
+    """Metrics of one model on one task, as delivered and in eight bits, and the size of its files in MB."""
 
     task: str
     width: int
     tuned: str
     rate: float
-    score: float
-    score_int8: float
+    metrics: dict[str, float]
+    metrics_int8: dict[str, float]
     megabytes: float
     megabytes_int8: float
 
@@ -164,7 +165,7 @@ def study(task: str, table: Tensor, tokenizer: Tokenizer, arguments: argparse.Na
                 found = Found(
                     Path(task).stem, width, tuned, rate, own, scored(model, development, target), sizes[0], sizes[1]
                 )
-                best = found if best is None or found.score > best.score else best
+                best = found if best is None or found.metrics["score"] > best.metrics["score"] else best
             assert best is not None
             print(best, flush=True)
             yield best
@@ -189,16 +190,16 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(package / "tokenizers" / "l2_supercat_tokenizer_config.json"))
     tokenizer.no_padding()
     found = [each for task in arguments.tasks for each in study(task, table, tokenizer, arguments)]
-    lines = header("task", "width", "tuned", "rate", "score", "MB", "score, int8", "MB, int8")
+    lines = header("task", "width", "tuned", "rate", "float16", "MB", "int8", "MB")
     lines += [
         line(
             each.task,
             each.width,
             each.tuned,
             each.rate,
-            f"{each.score:.3f}",
+            describe({"metrics": each.metrics}),
             f"{each.megabytes:.1f}",
-            f"{each.score_int8:.3f}",
+            describe({"metrics": each.metrics_int8}),
             f"{each.megabytes_int8:.1f}",
         )
         for each in found

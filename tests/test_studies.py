@@ -298,7 +298,7 @@ def test_static_embeddings_learn_which_word_is_there(
         (64, "head"),
         (64, "table and head"),
     ]
-    assert all(row["score"] == row["score_int8"] == 1 for row in found)
+    assert all(row["metrics"]["score"] == row["metrics_int8"]["score"] == 1 for row in found)
     assert found[0]["megabytes"] == (2 * table.numel() + 4 * (2 * 256 + 2)) / 1e6
 
 
