@@ -196,9 +196,9 @@ def table(found: list[tuple[Cell, Report]], dense: Cell, lengths: list[int]) -> 
 
 def short_of_steps(found: list[Cell], steps: int | None) -> list[str]:
     """A line on tuning that ended before all the steps that were asked for: every window is taken once."""
-    tuned = [cell.tuned for cell in found if cell.tuned and cell.tuned.report]
-    taken = {run.report["steps"] for run in tuned if run.report} - {steps}
-    return [f"\nTuned for {', '.join(map(str, sorted(taken)))} steps: --train has no more windows."] if taken else []
+    taken = {cell: cell.tuned.report["steps"] for cell in found if cell.tuned and cell.tuned.report}
+    fewer = [f"{cell.method} {cell.ratio} for {count}" for cell, count in taken.items() if count != steps]
+    return [f"\nTuned for fewer steps, as --train has no more windows: {', '.join(fewer)}."] if fewer else []
 
 
 def score(run: Run) -> float:

@@ -52,16 +52,19 @@ class Run:
 def run_all(runs: list[Run], workers: int, threads: int | None) -> list[Run]:
     """Does what is not done yet, earlier ones of the list first, so many at a time. Returns those that failed.
 
-    A run that others wait for is done even if it is not in the list, and once more if its checkpoint is gone. What
-    waits for one that failed has failed, too.
+    A run that others wait for is done even if it is not in the list. What waits for one that failed has failed, too.
+
+    Raises:
+        SystemExit: something starts from a checkpoint that is gone, of a run whose report is there.
     """
-    waiting = _missing(runs)
+    waiting = [run for run in _with_needs(runs) if run.report is None]
+    _check_checkpoints(waiting)
     total, failed, began = len(waiting), set[Run](), time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(threads,)) as pool:
         active: dict[Future[int], Run] = {}
         while waiting or active:
-            for run in waiting:  # earlier ones are none that wait for later ones
+            for run in waiting:  # every run stands behind the one that it waits for
                 if run.after in failed:
                     failed.add(run)
             waiting = [run for run in waiting if run not in failed]
@@ -91,14 +94,14 @@ def _with_needs(runs: list[Run]) -> list[Run]:
     return list(found)
 
 
-def _missing(runs: list[Run]) -> list[Run]:
-    """What has no report, and what has one but no checkpoint, from which another of them starts."""
-    found: list[Run] = []
-    for run in reversed(_with_needs(runs)):
-        starts = any(other.after == run for other in found)
-        if run.report is None or (starts and not run.has_checkpoint):
-            found.insert(0, run)
-    return found
+def _check_checkpoints(runs: list[Run]) -> None:
+    """Ends the study where a run starts from a finished one whose checkpoint is gone: no report is overwritten."""
+    needed = {run.after for run in runs if run.after is not None and run.after.report is not None}
+    if gone := sorted(str(run.folder) for run in needed if not run.has_checkpoint):
+        raise SystemExit(
+            f"{len(gone)} finished runs have a report and no checkpoint, from which others start: remove their "
+            f"folders, and they are done again: {' '.join(gone)}"
+        )
 
 
 def _code(future: Future[int]) -> int:

@@ -5,9 +5,10 @@ r"""Scores what may stand in for an encoder: a table of token embeddings, their 
         configs/data/docstrings.yaml
 
 The table is that of the package wordllama (MIT): 32,000 tokens, 256 numbers each, of which the first 64 are a model as
-well. Of a pair of texts the head gets both means, their absolute difference and their product. Tuned is the head alone,
-or the table with it, at each of --rates; the rate with the best score on the development set is shown, which favours
-it. Files: the table in float16 as it is delivered, or with eight bits and a scale per token, and the head in float32.
+well. Means are scaled to length 1. Of a pair of texts the head gets both means, their absolute difference and their
+product. Tuned is the head alone, or the table with it, at each of --rates; the rate with the best score on the
+development set is shown, which favours it. Files: the table in float16 as it is delivered, or with eight bits and a
+scale per token, and the head in float32.
 Writes static_embeddings.md and static_embeddings.json.
 """
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowrank_pl.data
-from lowrank_pl.contract import TargetSpec
+from lowrank_pl.contract import TargetSpec, choose
 from lowrank_pl.data import TextDataModule
 from lowrank_pl.tasks.metrics import build_metrics, score
 
@@ -41,7 +42,9 @@ class Texts:
 
     def __init__(self, rows: Any, tokenizer: Tokenizer) -> None:
         columns = [name for name in ("text", "text_pair") if name in rows.column_names]
-        self.sides = [[torch.tensor(e.ids) for e in tokenizer.encode_batch(list(rows[name]))] for name in columns]
+        # Without the token that begins a text: it says nothing, and its embedding is twice as long as others.
+        encoded = [tokenizer.encode_batch(list(rows[name]), add_special_tokens=False) for name in columns]
+        self.sides = [[torch.tensor(text.ids, dtype=torch.long) for text in side] for side in encoded]
         self.labels = torch.tensor(rows["labels"])
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[list[tuple[Tensor, Tensor]], Tensor]]:
@@ -57,7 +60,7 @@ def _joined(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class StaticModel(nn.Module):
-    """Means of token embeddings and a linear head.
+    """Means of token embeddings, of length 1, and a linear head.
 
     Args:
         table: Embeddings `[v, d]`.
@@ -81,7 +84,6 @@ class StaticModel(nn.Module):
 
 def train(model: StaticModel, texts: Texts, rate: float, epochs: int, table: bool) -> None:
     """AdamW at a falling rate, of the head ten times that of the table; with or without the table."""
-    torch.manual_seed(0)
     model.table.weight.requires_grad_(table)
     groups: list[dict[str, Any]] = [{"params": model.head.parameters(), "lr": 10 * rate}]
     groups += [{"params": [model.table.weight], "lr": rate}] if table else []
@@ -135,7 +137,8 @@ def data_of(task: str, arguments: argparse.Namespace) -> TextDataModule:
     if not task.endswith(".yaml"):
         return glue(task, arguments)
     told = yaml.safe_load(Path(task).read_text(encoding="utf-8"))["data"]
-    made: TextDataModule = getattr(lowrank_pl.data, told["class_path"])(arguments.pretrained, **told["init_args"])
+    kind = getattr(lowrank_pl.data, told["class_path"].rpartition(".")[2])
+    made: TextDataModule = kind(arguments.pretrained, **told["init_args"])
     return made
 
 
@@ -147,15 +150,15 @@ def study(task: str, table: Tensor, tokenizer: Tokenizer, arguments: argparse.Na
     target = data.target
     raw = data.read()
     train_rows = raw.splits["train"]
-    limit = data.max_train_samples
-    if limit is not None and limit < len(train_rows):
-        train_rows = train_rows.shuffle(seed=0).select(range(limit))
+    # Those that encoders are tuned on.
+    train_rows = train_rows.select(choose(len(train_rows), data.max_train_samples, data.seed))
     texts, development = Texts(train_rows, tokenizer), Texts(raw.splits["validation"], tokenizer)
     outputs = max(1, len(target.label_names))
     for width in WIDTHS:
         for tuned in ("head", "table and head"):
             best: Found | None = None
             for rate in arguments.rates:
+                torch.manual_seed(0)
                 model = StaticModel(table[:, :width].float(), len(texts.sides), outputs)
                 train(model, texts, rate, int(arguments.epochs), tuned != "head")
                 own = scored(model, development, target)

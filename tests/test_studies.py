@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -192,23 +193,39 @@ def test_a_grid_does_what_is_missing_and_goes_on_after_a_failure(
     assert json.loads((out / "dense" / "report.json").read_text())["score"] == score
 
 
-def test_a_run_whose_checkpoint_is_gone_is_done_again_only_for_one_that_starts_from_it(
+def test_a_run_whose_checkpoint_is_gone_is_named_where_another_starts_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "studies"))
     program = runpy.run_path(str(ROOT / "studies" / "runs.py"))
     first = program["Run"](tmp_path / "first", ())
     second = program["Run"](tmp_path / "second", (), first)
-    third = program["Run"](tmp_path / "third", (), second)
-    assert program["_missing"]([third]) == [first, second, third]
     write_report(first.folder, 0.9)
-    write_report(third.folder, 0.9)
-    assert program["_missing"]([third]) == [first, second]
-    (first.folder / "model.ckpt").touch()
-    assert program["_missing"]([third, second]) == [second]
+    with pytest.raises(SystemExit, match=rf"remove their folders, and they are done again: {first.folder}$"):
+        program["run_all"]([second], 1, None)
+    assert first.report is not None
     write_report(second.folder, 0.9)
-    (first.folder / "model.ckpt").unlink()
-    assert program["_missing"]([third]) == []
+    assert program["run_all"]([first, second], 1, None) == []
+
+
+def test_what_waits_for_a_run_that_failed_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "studies"))
+    program = runpy.run_path(str(ROOT / "studies" / "runs.py"))
+    scope = program["run_all"].__globals__
+    monkeypatch.setitem(scope, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    done = []
+
+    def execute(run: Any) -> int:
+        done.append(run.folder.name)
+        return int(run.folder.name == "first")
+
+    monkeypatch.setitem(scope, "_execute", execute)
+    first = program["Run"](tmp_path / "first", ())
+    second = program["Run"](tmp_path / "second", (), first)
+    third = program["Run"](tmp_path / "third", (), second)
+    other = program["Run"](tmp_path / "other", ())
+    assert program["run_all"]([third, other], 1, None) == [first, second, third]
+    assert done == ["first", "other"]
 
 
 def test_the_script_for_gpus_says_at_once_that_there_is_none() -> None:
@@ -357,5 +374,5 @@ def test_perplexities_that_are_there_are_put_into_a_table(tmp_path: Path, monkey
         "| 0.8 | SVD | 3.10e+07 | 1.29e+06 | 0.500 | 2 | 50.00 (2.00) | 15.00 (1.25) |  |",
         "| 0.8 | whitening, sequential | 48.00 | 2.00 | 0.500 | 2 |  |  |  |",
         "",
-        "Tuned for 280 steps: --train has no more windows.",
+        "Tuned for fewer steps, as --train has no more windows: dense 1 for 280.",
     ]

@@ -41,7 +41,7 @@ def load_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int 
         Objects that `lm_eval.simple_evaluate` takes as `tasks`, once per model.
 
     Raises:
-        MissingArgumentError: `include_path` is no folder, or a name is that of a file.
+        MissingArgumentError: `include_path` is no folder, or a name is that of a YAML file.
         UnknownHarnessTaskError, TaskDataError, TaskUnusableError: a task is not known, has no data, or cannot be run.
         RangeError: a task has too few examples.
     """
@@ -67,9 +67,9 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     for name in names:
-        if Path(name).is_file():
-            remedy = f"Give --include_path {str(Path(name).parent)!r}, and to --tasks what its key 'task' says."
-            raise MissingArgumentError(f"the name of the task in the file {name!r}", remedy)
+        if Path(name).suffix in (".yaml", ".yml"):
+            remedy = f"Give --include_path {str(Path(name).parent)!r}, and to --tasks what the key 'task' in it says."
+            raise MissingArgumentError(f"the task's name (what --tasks got, {name!r}, is a file's)", remedy)
     folder = None if include_path is None else Path(include_path).expanduser()
     if folder is not None and not folder.is_dir():
         raise MissingArgumentError(f"the folder {include_path!r} of --include_path", "Name one with task files.")

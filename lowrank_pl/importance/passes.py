@@ -71,6 +71,7 @@ class Passes:
         self._limit: int | None = None
         self._done: set[str] = set()
         self._untold = False
+        self._told_unreached = False
         self._tape = LinearTape(layers, self._consume)
 
     def __enter__(self) -> Passes:
@@ -129,8 +130,10 @@ class Passes:
                     count = int((~torch.isfinite(losses)).sum())
                     raise NonFiniteError("the loss of a calibration batch", count, first=self._first_seen(batch))
                 total = losses.sum()
-                if total.requires_grad:  # not where no loss depends on any of the layers
+                if total.requires_grad:
                     total.backward()
+                else:
+                    self._tell_unreached()
             self._tape.finish()
         except SampleMixingError:
             return _Failure.MIXING
@@ -148,6 +151,17 @@ class Passes:
             self._untold = False
             self._tell_time(time.perf_counter() - began)
         return None
+
+    def _tell_unreached(self) -> None:
+        """Warns once that the loss depends on none of several layers; of one that nothing uses others speak."""
+        if len(self._layers) > 1 and not self._told_unreached:
+            self._told_unreached = True
+            logger.warning(
+                "the loss depends on none of %d layers, e.g. %r: if it should, look for detach() or no_grad() in what "
+                "computes it",
+                len(self._layers),
+                next(iter(self._layers)),
+            )
 
     def _loss(self, batch: Batch) -> Tensor:
         """Losses `[b]`: a mean over samples would pass for a loss, and give another quantity."""

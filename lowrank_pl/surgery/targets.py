@@ -56,7 +56,7 @@ class TargetSelector:
             raise NoTargetError(type(model).__name__, self.include, self.exclude, list(reasons), len(forms_in(model)))
         self._tell_unmatched(type(model).__name__, list(modules))
         if self.include is None:
-            _tell_left_dense(model, targets)
+            _tell_left_dense(model)
         self._refuse_tied({name: layer for name, layer in targets.items() if not is_embedding(layer)}, modules)
         for name, layer in targets.items():
             if is_embedding(layer):
@@ -110,7 +110,7 @@ class TargetSelector:
                 warnings.warn(
                     f"targets.{argument} {glob!r} matches nothing in {model}: globs are of whole names, and capitals "
                     f"count.{meant}",
-                    stacklevel=1,  # one place, whoever selects: told once
+                    stacklevel=2,
                 )
 
     @staticmethod
@@ -128,26 +128,27 @@ class TargetSelector:
                     raise TiedWeightError(owner, name)
 
 
-def _tell_left_dense(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+def _tell_left_dense(model: nn.Module) -> None:
     """Warns of matrices inside the blocks that are in modules of other kinds, if they are a good part of the blocks."""
     blocks = tuple(_block_prefixes(model))
+    inside = [(name, module) for name, module in outside_forms(model) if name.startswith(blocks)]
+    linear = {name: shape_of(m).dense_params for name, m in inside if is_dense_linear(m) or isinstance(m, LayerForm)}
     others = {
         f"{name}.{own}": parameter
-        for name, module in outside_forms(model)
-        if name.startswith(blocks) and not is_dense_linear(module) and not isinstance(module, (nn.Embedding, LayerForm))
+        for name, module in inside
+        if name not in linear and not isinstance(module, nn.Embedding)
         for own, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 1
     }
-    dense = sum(parameter.numel() for parameter in others.values())
-    targeted = sum(dense_shape(layer).dense_params for layer in targets.values())
-    if dense <= _MUCH * (dense + targeted):
+    dense, counted = sum(parameter.numel() for parameter in others.values()), sum(linear.values())
+    if dense <= _MUCH * (dense + counted):
         return
     name, largest = max(others.items(), key=lambda item: item[1].numel())
     warnings.warn(
         f"{type(model).__name__} has {dense:,} weights inside its blocks that are in no plain nn.Linear, beside "
-        f"{targeted:,} in the targets: they stay dense, and keep_ratio is a share of the targets alone. The largest is "
-        f"{name!r} {list(largest.shape)}.",
-        stacklevel=1,  # one place, whoever selects: told once
+        f"{counted:,} that are: they stay dense, and keep_ratio is not a share of them. The largest is {name!r} "
+        f"{list(largest.shape)}.",
+        stacklevel=2,
     )
 
 

@@ -152,7 +152,7 @@ def test_tasks_that_cannot_be_run_are_named_before_weights_are_read(
     ):
         with pytest.raises(error, match=word):
             evaluate([llama], [name], str(tmp_path / "out"), tasks)
-    with pytest.raises(MissingArgumentError, match=r"in the file .*which_ending.yaml' is missing. Give --include_path"):
+    with pytest.raises(MissingArgumentError, match=r"task's name .*which_ending.yaml', is a file's\) is missing"):
         evaluate([llama], [str(folder / "which_ending.yaml")], str(tmp_path / "out"))
     with pytest.raises(RangeError, match="0 … 9, the examples of task 'which_ending'"):
         evaluate([llama], ["which_ending"], str(tmp_path / "out"), tasks, num_fewshot=10)

@@ -190,6 +190,16 @@ def test_two_halves_reduced_are_the_whole() -> None:
             assert_same(both.layers[name].tensors()[part], tensor, 1e-6)
 
 
+def test_a_loss_that_depends_on_no_layer_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = encoder()
+    layers, loss = TargetSelector().select(model), classification_loss(model)
+    found = SecondMoments().measure(model, layers, batches(), lambda batch: loss(batch).detach())
+    assert all(moments.is_zero for moments in found.layers.values())
+    told = [record.getMessage() for record in caplog.records if "depends on none" in record.getMessage()]
+    assert len(told) == 1
+    assert f"none of {len(layers)} layers, e.g. {next(iter(layers))!r}" in told[0]
+
+
 def test_a_layer_that_no_loss_depends_on_is_zero() -> None:
     model = encoder()
     layers = {**TargetSelector().select(model), "unused": nn.Linear(4, 3)}

@@ -127,11 +127,32 @@ def test_experts_that_are_one_parameter_are_told_of() -> None:
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
     model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
     told = r"784 weights inside its blocks that are in no plain nn.Linear, beside 192 .*'.*gate_up_proj' \[2, 32, 8\]"
-    with pytest.warns(UserWarning, match=told):
-        TargetSelector().select(model)
+    for selector in (TargetSelector(), TargetSelector(exclude=["*.q_proj"]), TargetSelector(embeddings=True)):
+        with pytest.warns(UserWarning, match=told):
+            selector.select(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         TargetSelector(["*.self_attn.*"]).select(model)
+
+
+def test_what_is_factorised_or_excluded_counts_among_the_linear_layers() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+            self.mixing = nn.Parameter(torch.zeros(8, 4))
+
+    block = Block()
+    model, layers = nn.Sequential(nn.ModuleList([block])), block.layers
+    for place in range(3):
+        layers[place] = LowRankLinear(8, 8, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(TargetSelector().select(model)) == ["0.0.layers.3"]
+    layers[2] = nn.Linear(8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TargetSelector(exclude=["*.2"]).select(model)
 
 
 def test_globs_are_case_sensitive() -> None:
