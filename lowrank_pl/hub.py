@@ -260,7 +260,7 @@ def check_supported(auto_class: Any, name: str, config: Any) -> None:
     if mapping is not None and type(config) not in mapping:
         raise UnsupportedModelError(name, config.model_type, auto_class.__name__, _is_of_text(config))
     if auto_class is AutoModelForCausalLM and getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(name, config.model_type, auto_class.__name__, reads_text=True, translates=True)
+        raise UnsupportedModelError(name, config.model_type, auto_class.__name__, reads_text=True, with_encoder=True)
     if auto_class is AutoModelForCausalLM and _sees_what_follows(config):
         raise NotADecoderError(name, config.model_type)
 

@@ -66,12 +66,12 @@ class UnsupportedModelError(LowRankError):
         kind: The architecture.
         head: The class that the task takes; `None` where it is not known.
         reads_text: Whether a tokenizer belongs to the architecture.
-        translates: Whether an encoder stands beside the decoder that the task wants.
+        with_encoder: Whether an encoder stands beside the decoder that the task wants.
     """
 
-    def __init__(self, name: str, kind: str, head: str | None, reads_text: bool, translates: bool = False) -> None:
+    def __init__(self, name: str, kind: str, head: str | None, reads_text: bool, with_encoder: bool = False) -> None:
         what = f"has no {head}" if reads_text else "does not read text"
-        if translates:
+        if with_encoder:
             what = "has an encoder beside its decoder (is_encoder_decoder in its config.json)"
         allowed = _DECODERS if head == "AutoModelForCausalLM" else _ENCODERS
         super().__init__(
