@@ -145,11 +145,9 @@ def data_of(task: str, arguments: argparse.Namespace) -> TextDataModule:
 def study(task: str, table: Tensor, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Iterator[Found]:
     """All models of one task."""
     data = data_of(task, arguments)
-    data.prepare_data()
-    data.setup()
-    target = data.target
     raw = data.read()
-    train_rows = raw.splits["train"]
+    target, train_rows = raw.target, raw.splits["train"]
+    assert target is not None  # of a labelled training split
     # Those that encoders are tuned on.
     train_rows = train_rows.select(choose(len(train_rows), data.max_train_samples, data.seed))
     texts, development = Texts(train_rows, tokenizer), Texts(raw.splits["validation"], tokenizer)
