@@ -46,9 +46,12 @@ class KroneckerSensitivity(Sensitivity):
         damping: float = DEFAULT_DAMPING,
         diagonal: bool = False,
         block_size: int | None = None,
+        max_tokens: int | None = 512,
     ) -> None:
         if steps < 1:
             raise RangeError("sensitivity.steps", steps, "a whole number from 1")
+        if max_tokens is not None and max_tokens < 1:
+            raise RangeError("sensitivity.max_tokens", max_tokens, "a whole number from 1, or null for all")
         if not (math.isfinite(beta) and 0 <= beta <= 1):
             raise RangeError("sensitivity.beta", beta, "0 <= beta <= 1, what is left of the sums after a step")
         if not (math.isfinite(damping) and damping >= 0):
@@ -60,6 +63,7 @@ class KroneckerSensitivity(Sensitivity):
         self.damping = damping
         self.diagonal = diagonal
         self.block_size = block_size
+        self.max_tokens = max_tokens
         self._sums: dict[str, _Sums] = {}
         self._steps = 0
         self._counted = False  # whether the present step is one of them
@@ -106,10 +110,15 @@ class KroneckerSensitivity(Sensitivity):
             self._steps += 1
         kept = reached(g)
         x, g = (part.reshape(-1, part.shape[-1]) if bool(kept.all()) else part[kept] for part in (x, g))
+        tokens = len(x)
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            rows = spread(tokens, self.max_tokens, self._steps, x.device)
+            x, g = x[rows], g[rows]
         if name not in self._sums:
             self._sums[name] = _Sums(x.shape[-1], g.shape[-1], x.device, self.diagonal, self.block_size)
         # In float16 what is divided by the loss's scale would become zero again.
-        self._sums[name].add(x, g if scale == 1.0 else g.to(torch.promote_types(g.dtype, torch.float32)) / scale)
+        g = g if scale == 1.0 else g.to(torch.promote_types(g.dtype, torch.float32)) / scale
+        self._sums[name].add(x, g, tokens)
         return True
 
     def moments(self, name: str, shape: LinearShape, device: torch.device) -> list[Tensor]:
@@ -156,6 +165,19 @@ class KroneckerSensitivity(Sensitivity):
         self._steps, self._sums = 0, {}
 
 
+def spread(count: int, wanted: int, turn: int, device: torch.device) -> Tensor:
+    """Which of `count` rows stand for all: `wanted` of them, evenly spread, others from turn to turn. No random numbers.
+
+    Args:
+        count: Rows there are, more than `wanted`.
+        wanted: How many of them are to be told.
+        turn: Shifts the choice, so that rows at regular distances (one position of texts of one length) take turns.
+        device: Of the rows.
+    """
+    rows = torch.arange(wanted, device=device) * count // wanted
+    return (rows + turn) % count
+
+
 class _Sums:
     """`Σ x xᵀ`, `Σ g gᵀ` and the number of tokens of one layer."""
 
@@ -169,13 +191,18 @@ class _Sums:
         self.outputs.total *= beta
         self.tokens *= beta
 
-    def add(self, x: Tensor, g: Tensor) -> None:
+    def add(self, x: Tensor, g: Tensor, tokens: int) -> None:
+        """Adds rows `[t, n]` and `[t, m]` that stand for so many tokens."""
         if self.inputs.total.device != x.device:  # of a checkpoint
             self.inputs.total = self.inputs.total.to(x.device)
             self.outputs.total = self.outputs.total.to(x.device)
+        if tokens != len(x):
+            x, g = (
+                rows.to(torch.promote_types(rows.dtype, torch.float32)) * (tokens / len(x)) ** 0.5 for rows in (x, g)
+            )
         self.inputs.add(x)
         self.outputs.add(g)
-        self.tokens += len(x)
+        self.tokens += tokens
 
     def state_dict(self) -> dict[str, Any]:
         return {
