@@ -112,7 +112,7 @@ class KroneckerSensitivity(Sensitivity):
         x, g = (part.reshape(-1, part.shape[-1]) if bool(kept.all()) else part[kept] for part in (x, g))
         tokens = len(x)
         if self.max_tokens is not None and tokens > self.max_tokens:
-            rows = spread(tokens, self.max_tokens, self._steps, x.device)
+            rows = _evenly(tokens, self.max_tokens, self._steps, x.device)
             x, g = x[rows], g[rows]
         if name not in self._sums:
             self._sums[name] = _Sums(x.shape[-1], g.shape[-1], x.device, self.diagonal, self.block_size)
@@ -165,8 +165,10 @@ class KroneckerSensitivity(Sensitivity):
         self._steps, self._sums = 0, {}
 
 
-def spread(count: int, wanted: int, turn: int, device: torch.device) -> Tensor:
-    """Which of `count` rows stand for all: `wanted` of them, evenly spread, others from turn to turn. No random numbers.
+def _evenly(count: int, wanted: int, turn: int, device: torch.device) -> Tensor:
+    """Which of `count` rows stand for all of them: so many, evenly spread, and others from turn to turn.
+
+    No random numbers are drawn, so a run is the same with and without it in everything else.
 
     Args:
         count: Rows there are, more than `wanted`.

@@ -52,6 +52,43 @@ def test_tokens_without_gradient_count_for_neither() -> None:
     assert float(tokens) == 2
 
 
+def test_the_mean_over_all_choices_of_few_tokens_is_what_all_of_them_give() -> None:
+    x, g = random_matrix(4, 3, 5, seed=0), random_matrix(4, 3, 4, seed=1)
+    every, few = KroneckerSensitivity(beta=1.0, max_tokens=None), KroneckerSensitivity(beta=1.0, max_tokens=4)
+    chosen = []
+    for _ in range(3):  # 4 of 12 tokens at a time
+        for sensitivity in (every, few):
+            sensitivity.begin_step()
+            sensitivity.add("a", x, g, scale=0.5)
+        chosen.append(few.moments("a", SHAPE, CPU)[0])
+    assert not torch.allclose(chosen[0], chosen[1] - chosen[0])
+    for whole, part in zip(every.moments("a", SHAPE, CPU), few.moments("a", SHAPE, CPU), strict=True):
+        torch.testing.assert_close(part, whole)
+
+
+def test_no_token_is_left_out_where_there_are_not_more() -> None:
+    every, few = KroneckerSensitivity(max_tokens=None), KroneckerSensitivity(max_tokens=2)
+    x, g = rows(5, 0), rows(4, 1)
+    g[:, 1:] = 0  # one token of three that a gradient comes back to: two in all
+    for sensitivity in (every, few):
+        sensitivity.begin_step()
+        sensitivity.add("a", x, g)
+    pairs = zip(every.moments("a", SHAPE, CPU), few.moments("a", SHAPE, CPU), strict=True)
+    assert all(torch.equal(whole, part) for whole, part in pairs)
+
+
+@pytest.mark.parametrize("length", [1, 4, 64])
+def test_tokens_at_every_position_take_turns(length: int) -> None:
+    sensitivity = KroneckerSensitivity(beta=1.0, max_tokens=16)
+    x = torch.eye(length).repeat(128 // length, 1, 1)  # the input tells its position
+    for _ in range(8):
+        sensitivity.begin_step()
+        sensitivity.add("a", x, torch.ones(*x.shape[:2], 4))
+    inputs, _, tokens = sensitivity.moments("a", LinearShape(4, length), CPU)
+    torch.testing.assert_close(inputs, torch.eye(length) * 8 * 128 / length)
+    assert float(tokens) == 8 * 128
+
+
 def test_the_diagonal_alone_and_the_scale_of_the_loss() -> None:
     full, diagonal = KroneckerSensitivity(), KroneckerSensitivity(diagonal=True)
     for sensitivity, scale in ((full, 1.0), (diagonal, 1024.0)):
@@ -156,7 +193,8 @@ def test_moments_are_where_the_layer_is_also_right_after_a_checkpoint_was_read()
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("steps", 0), ("beta", 1.5), ("beta", -0.1), ("beta", math.nan), ("damping", -1.0)]
+    ("name", "value"),
+    [("steps", 0), ("beta", 1.5), ("beta", -0.1), ("beta", math.nan), ("damping", -1.0), ("max_tokens", 0)],
 )
 def test_impossible_settings_are_refused(name: str, value: float) -> None:
     with pytest.raises(RangeError, match=f"sensitivity.{name}"):
@@ -172,4 +210,5 @@ def test_options_name_the_class_and_every_setting() -> None:
         "damping": 1e-3,
         "diagonal": False,
         "block_size": None,
+        "max_tokens": 512,
     }
