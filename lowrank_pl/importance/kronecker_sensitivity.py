@@ -108,11 +108,12 @@ class KroneckerSensitivity(Sensitivity):
         if not self._counted:
             self._counted = True
             self._steps += 1
-        kept = reached(g)
-        x, g = (part.reshape(-1, part.shape[-1]) if bool(kept.all()) else part[kept] for part in (x, g))
-        tokens = len(x)
-        if self.max_tokens is not None and tokens > self.max_tokens:
-            rows = _evenly(tokens, self.max_tokens, self._steps, x.device)
+        kept = reached(g).reshape(-1)
+        x, g = (part.reshape(-1, part.shape[-1]) for part in (x, g))
+        tokens = int(kept.sum())
+        wanted = min(tokens, self.max_tokens or tokens)
+        if wanted < len(kept):  # otherwise all of them: no copy
+            rows = kept.nonzero().squeeze(1)[_evenly(tokens, wanted, self._steps, kept.device)]
             x, g = x[rows], g[rows]
         if name not in self._sums:
             self._sums[name] = _Sums(x.shape[-1], g.shape[-1], x.device, self.diagonal, self.block_size)
@@ -171,13 +172,13 @@ def _evenly(count: int, wanted: int, turn: int, device: torch.device) -> Tensor:
     No random numbers are drawn, so a run is the same with and without it in everything else.
 
     Args:
-        count: Rows there are, more than `wanted`.
-        wanted: How many of them are to be told.
+        count: Rows there are.
+        wanted: How many of them are to be told, at most `count`.
         turn: Shifts the choice, so that rows at regular distances (one position of texts of one length) take turns.
         device: Of the rows.
     """
-    rows = torch.arange(wanted, device=device) * count // wanted
-    return (rows + turn) % count
+    rows = torch.arange(wanted, device=device)
+    return rows if wanted == count else (rows * count // wanted + turn) % count
 
 
 class _Sums:

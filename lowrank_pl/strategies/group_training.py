@@ -38,6 +38,11 @@ class GroupTraining(ABC):
         del plan
         return 0
 
+    def reallocation_bytes(self, plan: RankPlan) -> int:
+        """Memory that a reallocation takes on top of that, in one process."""
+        del plan
+        return 0
+
     def reset(self) -> None:
         """Forgets an earlier run."""
         self.sensitivity.reset()

@@ -17,6 +17,7 @@ from lowrank_pl.nn import ElasticLinear, LinearForm, forms_in_training
 from lowrank_pl.strategies.averaging import averaged_models
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.group_training import GroupTraining
+from lowrank_pl.strategies.memory_bound import decomposing_bytes
 from lowrank_pl.strategies.processes import Agreement, assign, gathered, send_, sum_
 from lowrank_pl.strategies.rank_plan import RankPlan, room_of
 from lowrank_pl.surgery import follow_, reform_
@@ -66,6 +67,12 @@ class MetricGroups(GroupTraining):
     def bytes(self, plan: RankPlan) -> int:
         """The sums of moments, of all layers."""
         return sum(self.sensitivity.bytes(shape) for shape in plan.shapes.values())
+
+    def reallocation_bytes(self, plan: RankPlan) -> int:
+        """Factors of all layers before ranks are known, and what the largest layer takes to be decomposed."""
+        factors = sum(4 * shape.dense_params for shape in plan.shapes.values())
+        largest = (decomposing_bytes(shape) + self.sensitivity.bytes(shape) for shape in plan.shapes.values())
+        return factors + max(largest, default=0)
 
     def form_of(self, linear: nn.Module, capacity: int) -> ElasticLinear:
         """The dense layer, with the capacity to become two factors in place."""

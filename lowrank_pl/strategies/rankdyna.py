@@ -184,7 +184,8 @@ class RankDyna(CompressionStrategy):
         return self._told(self._plan_for(encoder), self.schedule.over(1000), 1000)
 
     def _told(self, plan: RankPlan, curve: CubicCurve, steps: int) -> list[str]:
-        return told_of(type(self).__name__, plan, curve, steps, self._training.bytes(plan))
+        sizes = (self._training.bytes(plan), self._training.reallocation_bytes(plan))
+        return told_of(type(self).__name__, plan, curve, steps, *sizes)
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replaces every target by a layer whose rank can shrink.

@@ -14,7 +14,7 @@ from lowrank_pl.surgery import CompressionRecord, CostRecord
 logger = logging.getLogger(__name__)
 
 
-def told_of(method: str, plan: RankPlan, curve: CubicCurve, steps: int, observed: int) -> list[str]:
+def told_of(method: str, plan: RankPlan, curve: CubicCurve, steps: int, observed: int, reallocating: int) -> list[str]:
     """What a run of some length will do and take.
 
     Args:
@@ -23,6 +23,7 @@ def told_of(method: str, plan: RankPlan, curve: CubicCurve, steps: int, observed
         curve: Its schedule.
         steps: Optimizer steps.
         observed: Bytes of what is observed.
+        reallocating: Bytes that a reallocation takes on top of that.
     """
     share = plan.budget / plan.dense_cost
     spent = f"{plan.budget:,} of {plan.dense_cost:,} {plan.cost.measure.unit} of {len(plan.shapes)} layers"
@@ -32,7 +33,8 @@ def told_of(method: str, plan: RankPlan, curve: CubicCurve, steps: int, observed
         f"ranks are reallocated after steps {actions} of {steps:,}; the last one reaches the budget",
     ]
     if observed:
-        told.append(f"until then, what is observed takes up to {observed / 2**20:,.1f} MiB")
+        more = f", and a reallocation {reallocating / 2**20:,.1f} MiB more" if reallocating else ""
+        told.append(f"until then, what is observed takes up to {observed / 2**20:,.1f} MiB{more}")
     return told
 
 
