@@ -200,6 +200,8 @@ def main() -> None:
             "seconds": median(found["seconds"] for found, _ in pairs),
             "over_dense": median(found["seconds"] / dense["seconds"] for found, dense in pairs),
             "peak_mib": median(found["peak_mib"] for found, _ in pairs),
+            # Start, validation, checkpoints, reports, pictures.
+            "rest": median(f["seconds"] - sum(f["steps"]) - sum(f["reallocations"]) for f, _ in pairs),
         }
         if pairs[0][0]["phases"]:
             whole = [composed(*pair, arguments.compose) for pair in pairs]
