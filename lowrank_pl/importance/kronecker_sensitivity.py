@@ -26,13 +26,15 @@ class KroneckerSensitivity(Sensitivity):
     that the loss tells apart, and their energies compare across layers.
 
     Args:
-        steps: Optimizer steps that are observed before each reallocation, `>= 1`. An observed step costs up to twice
-            the time.
+        steps: Optimizer steps that are observed before each reallocation, `>= 1`. An observed step takes longer, the
+            more the shorter the texts: `docs/rankdyna.md`.
         beta: How much of the sums is left after each observed step, `0 <= beta <= 1`.
         damping: Added to the diagonals of both moments, relative to their means, `>= 0`.
         diagonal: Collect only the diagonals of the moments: two vectors per layer instead of two matrices.
         block_size: Collect only blocks of so many features along the diagonals, between the two: `4 s (m + n)` bytes
             per layer for blocks of width `s`, which divides the features of every targeted layer.
+        max_tokens: Tokens of a batch that moments are taken of, per layer and call, `>= 1`, or null for all: so many,
+            evenly spread over those that a gradient comes back to, stand for all of these.
 
     References:
         Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML 2015 (the
