@@ -55,10 +55,11 @@ def kronecker_groups(
 
     With `C` and `G` the second moments of a layer's inputs and output gradients, the squared norm is, up to a factor,
     the second-order rise of the loss if the Fisher information is taken as `G ⊗ C` (K-FAC). Any root will do for the
-    norm: this uses Cholesky factors `C = R Rᵀ`, `G = L Lᵀ`. With `U` the left singular vectors of `Lᵀ W R` the factors
-    are `A = L^{-ᵀ} U_r`, `B = U_rᵀ Lᵀ W`: nothing is divided by `C`, so directions that no input ever took cost no
-    accuracy. All in float64. Plain SVD is the case `G = C = I`, whitening by inputs `G = I`, and FWSVD with both
-    sides the case of two diagonals.
+    norm: this uses the Cholesky factor `G = L Lᵀ`. With `U` the eigenvectors of `Lᵀ W C Wᵀ L`, which are the left
+    singular vectors of `Lᵀ W C^½`, the factors are `A = L^{-ᵀ} U_r`, `B = U_rᵀ Lᵀ W`. With more outputs than inputs it
+    is the same of `Wᵀ`, with `C` and `G` in each other's place: only the moment of the narrower side needs a root.
+    All in float64. Plain SVD is the case `G = C = I`, whitening by inputs `G = I`, and FWSVD with both sides the case
+    of two diagonals.
 
     Args:
         weight: `[m, n]`, finite, any floating dtype.
@@ -84,15 +85,23 @@ def kronecker_groups(
     shape = check_weight(weight)
     if not (math.isfinite(damping) and damping >= 0):
         raise RangeError("damping", damping, "0 <= damping, relative to the mean of the diagonal")
-    right = _root("input_moment", input_moment, shape.in_features, damping)
-    left = _root("output_moment", output_moment, shape.out_features, damping)
+    of_inputs = _Moment.of("input_moment", input_moment, shape.in_features, damping)
+    of_outputs = _Moment.of("output_moment", output_moment, shape.out_features, damping)
     w = double(weight)
-    weighed = left.transposed_times(w)
-    metric = right.times_from_right(weighed)
-    energies, vectors = _left_groups(metric)
-    groups = KroneckerGroups(left.inverse_transposed_times(vectors), vectors.mT @ weighed, energies)
-    scale = left.scale * right.scale
-    return KroneckerGroups(groups.left.to(weight), groups.right.to(weight), energies * scale)
+    if shape.out_features <= shape.in_features:
+        left, right, energies = _groups(w, of_inputs, of_outputs.root())
+    else:
+        right, left, energies = (
+            part.mT if part.ndim == 2 else part for part in _groups(w.mT, of_outputs, of_inputs.root())
+        )
+    return KroneckerGroups(left.to(weight), right.to(weight), energies * (of_inputs.scale * of_outputs.scale))
+
+
+def _groups(w: Tensor, wide: _Moment, narrow: _Root) -> tuple[Tensor, Tensor, Tensor]:
+    """Both factors `[k, k]` and `[k, l]` of a weight `[k, l]`, `k <= l`, and its energies `[k]`."""
+    weighed = narrow.transposed_times(w)
+    energies, vectors = _eigen(wide.times_from_right(weighed) @ weighed.mT)
+    return narrow.inverse_transposed_times(vectors), vectors.mT @ weighed, energies
 
 
 def kronecker_regroup(
@@ -104,8 +113,8 @@ def kronecker_regroup(
 ) -> KroneckerGroups:
     """`kronecker_groups` of a product `left [m, r] @ right [r, n]`, for what a decomposition of `[r, r]` costs.
 
-    With `Y = B R` and the QR decomposition `Yᵀ = Q F`, `Lᵀ A B R = Lᵀ A Fᵀ Qᵀ` has the singular values and left
-    vectors of `Lᵀ A Fᵀ [m, r]`.
+    With the QR decomposition `Lᵀ A = Q F`, the left singular vectors of `Lᵀ A B C^½` are `Q` times the eigenvectors of
+    `F (B C Bᵀ) Fᵀ`; again with `C` and `G` in each other's place where there are more outputs than inputs.
 
     Args:
         left: `[m, r]`, finite, `r <= min(m, n)`.
@@ -123,16 +132,22 @@ def kronecker_regroup(
     m, n = check_weight(left).out_features, check_weight(right).in_features
     if left.shape[1] != right.shape[0]:
         raise ShapeError("right", tuple(right.shape), f"[{left.shape[1]}, n], as many rows as left has columns")
-    of_inputs = _root("input_moment", input_moment, n, damping)
-    of_outputs = _root("output_moment", output_moment, m, damping)
+    of_inputs = _Moment.of("input_moment", input_moment, n, damping)
+    of_outputs = _Moment.of("output_moment", output_moment, m, damping)
     a, b = double(left), double(right)
-    weighed = of_outputs.transposed_times(a)
-    triangle = torch.linalg.qr(of_inputs.times_from_right(b).mT)[1]
-    energies, vectors = _left_groups(weighed @ triangle.mT)
-    new_left = of_outputs.inverse_transposed_times(vectors)
-    new_right = (vectors.mT @ weighed) @ b
-    scale = of_outputs.scale * of_inputs.scale
-    return KroneckerGroups(new_left.to(left), new_right.to(left), energies * scale)
+    if m <= n:
+        new_left, new_right, energies = _regrouped(a, b, of_inputs, of_outputs.root())
+    else:
+        found = _regrouped(b.mT, a.mT, of_outputs, of_inputs.root())
+        new_right, new_left, energies = (part.mT if part.ndim == 2 else part for part in found)
+    return KroneckerGroups(new_left.to(left), new_right.to(left), energies * (of_inputs.scale * of_outputs.scale))
+
+
+def _regrouped(a: Tensor, b: Tensor, wide: _Moment, narrow: _Root) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors `[k, r]` and `[r, l]` of a product `a [k, r] @ b [r, l]`, `k <= l`, in groups; and its energies `[r]`."""
+    basis, triangle = torch.linalg.qr(narrow.transposed_times(a))
+    energies, vectors = _eigen(triangle @ (wide.times_from_right(b) @ b.mT) @ triangle.mT)
+    return narrow.inverse_transposed_times(basis @ vectors), (vectors.mT @ triangle) @ b, energies
 
 
 def kronecker_svd(
@@ -182,23 +197,67 @@ def nearest_kronecker(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor
 
 
 @dataclass(frozen=True)
+class _Moment:
+    """A moment over its scale, the mean of its diagonal: a matrix, a diagonal as a vector, or `None` for the identity.
+
+    Attributes:
+        damping: Still to be added to the diagonal.
+    """
+
+    matrix: Tensor | None
+    scale: float = 1.0
+    damping: float = 0.0
+
+    @classmethod
+    def of(cls, what: str, moment: Tensor | None, size: int, damping: float) -> _Moment:
+        """One that was given; all-zero ones count as the identity, with a scale of zero."""
+        if moment is None:
+            return cls(None)
+        moment = _checked(what, moment, size)
+        diagonal = moment if moment.ndim == 1 else moment.diagonal()
+        scale = float(double(diagonal).mean())
+        if scale == 0:
+            return cls(None, 0.0)
+        exact = double(moment)
+        relative = exact / scale if exact is moment else exact.div_(scale)  # one matrix in memory, not two
+        # A diagonal of exactly zero would be divided by; one part in 10¹² of the mean is as good.
+        return cls(relative, scale, max(damping, 1e-12))
+
+    def times_from_right(self, matrix: Tensor) -> Tensor:
+        """`X M`, damped."""
+        if self.matrix is None:
+            return matrix
+        product = matrix * self.matrix if self.matrix.ndim == 1 else matrix @ self.matrix
+        return product.add_(matrix, alpha=self.damping)
+
+    def root(self) -> _Root:
+        """`L` with `L Lᵀ` the damped moment."""
+        if self.matrix is None:
+            return _Root(None)
+        if self.matrix.ndim == 1:
+            return _Root((self.matrix + self.damping).sqrt())
+        matrix = self.matrix.clone()
+        matrix.diagonal().add_(self.damping)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if bool(failed):
+            # Rounding has made the smallest eigenvalues of a singular moment negative: lift them to the damping.
+            values, vectors = torch.linalg.eigh(matrix)
+            root = vectors * values.clamp(min=self.damping).sqrt()
+            factor = torch.linalg.qr(root.mT)[1].mT
+        return _Root(factor)
+
+
+@dataclass(frozen=True)
 class _Root:
-    """`L` with `scale · L Lᵀ` the damped moment: triangular, a diagonal as a vector, or `None` for the identity."""
+    """`L`: triangular, a diagonal as a vector, or `None` for the identity."""
 
     factor: Tensor | None
-    scale: float = 1.0
 
     def transposed_times(self, matrix: Tensor) -> Tensor:
         """`Lᵀ X`."""
         if self.factor is None:
             return matrix
         return self.factor[:, None] * matrix if self.factor.ndim == 1 else self.factor.mT @ matrix
-
-    def times_from_right(self, matrix: Tensor) -> Tensor:
-        """`X L`."""
-        if self.factor is None:
-            return matrix
-        return matrix * self.factor if self.factor.ndim == 1 else matrix @ self.factor
 
     def inverse_transposed_times(self, matrix: Tensor) -> Tensor:
         """`L^{-ᵀ} X`."""
@@ -208,29 +267,6 @@ class _Root:
             return matrix / self.factor[:, None]
         solved: Tensor = torch.linalg.solve_triangular(self.factor.mT, matrix, upper=True)
         return solved
-
-
-def _root(what: str, moment: Tensor | None, size: int, damping: float) -> _Root:
-    if moment is None:
-        return _Root(None)
-    moment = double(_checked(what, moment, size))
-    diagonal = moment if moment.ndim == 1 else moment.diagonal()
-    scale = float(diagonal.mean())
-    if scale == 0:
-        return _Root(None, 0.0)
-    # A diagonal of exactly zero would be divided by; one part in 10¹² of the mean is as good.
-    damped = max(damping, 1e-12)
-    if moment.ndim == 1:
-        return _Root((moment / scale + damped).sqrt(), scale)
-    matrix = moment / scale
-    matrix.diagonal().add_(damped)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if bool(failed):
-        # Rounding has made the smallest eigenvalues of a singular moment negative: lift them to the damping.
-        values, vectors = torch.linalg.eigh(matrix)
-        root = vectors * values.clamp(min=damped).sqrt()
-        factor = torch.linalg.qr(root.mT)[1].mT
-    return _Root(factor, scale)
 
 
 def _checked(what: str, moment: Tensor, size: int) -> Tensor:
@@ -247,16 +283,11 @@ def _checked(what: str, moment: Tensor, size: int) -> Tensor:
     return moment
 
 
-def _left_groups(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values `[k]` and left singular vectors `[m, k]`, from the smaller Gram matrix.
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[k]`, non-increasing, and eigenvectors `[k, k]` of `Lᵀ W C Wᵀ L`: energies and what they belong to.
 
-    Its eigenvalues are the energies to float64's accuracy relative to the largest. Vectors of groups with less than
-    10⁻¹⁶ of that are any basis of what is left, which changes no product by more than rounding.
+    Energies are exact to float64's accuracy relative to the largest. Vectors of groups with less than 10⁻¹⁶ of that are
+    any basis of what is left, which changes no product by more than rounding.
     """
-    m, n = matrix.shape
-    gram = matrix @ matrix.mT if m <= n else matrix.mT @ matrix
     values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    if m > n:
-        vectors = torch.linalg.qr(matrix @ vectors)[0]
-    return values, vectors
+    return values.flip(0).clamp(min=0), vectors.flip(1)

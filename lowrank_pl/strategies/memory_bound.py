@@ -77,12 +77,12 @@ def fitting_bytes(shape: LinearShape) -> int:
 
 
 def decomposing_bytes(shape: LinearShape) -> int:
-    """What `kronecker_groups` takes of one layer, in float64: the root of either moment, or the decomposition itself.
+    """What `kronecker_groups` takes of one layer, in float64.
 
-    A root takes four matrices at a time; the second is made beside the first.
+    The moment of the wider side, four matrices for the root of the other, the weight in six forms.
     """
-    m, n, k = shape.out_features, shape.in_features, shape.full_rank
-    return 8 * max(4 * n * n, n * n + 4 * m * m, n * n + m * m + 3 * m * n + 4 * k * k)
+    k, wide = shape.full_rank, max(shape.out_features, shape.in_features)
+    return 8 * (wide * wide + 4 * k * k + 6 * k * wide)
 
 
 def memory_bound(

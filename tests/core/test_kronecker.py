@@ -48,6 +48,16 @@ def test_full_rank_gives_the_weight_back(m: int, n: int, samples: int | None) ->
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("samples", [None, 3])
+def test_the_transposed_weight_has_the_transposed_groups(m: int, n: int, samples: int | None) -> None:
+    weight, c, g = random_matrix(m, n, dtype=torch.float64), moment(n, 1, samples), moment(m, 2, samples)
+    found, other = kronecker_groups(weight, c, g), kronecker_groups(weight.mT, g, c)
+    torch.testing.assert_close(found.energies, other.energies)
+    for rank in range(1, min(m, n, samples or m)):
+        torch.testing.assert_close(found.factors(rank).product(), other.factors(rank).product().mT)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_identities_give_plain_svd(m: int, n: int, rank: int) -> None:
     weight = random_matrix(m, n, dtype=torch.float64)
