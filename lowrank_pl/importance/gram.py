@@ -53,7 +53,11 @@ class GramSum:
             self.total += blocks.mT @ blocks
             return
         for start, stop in zip(self._edges, self._edges[1:], strict=False):
-            self.total[start:stop, start:] += rows[:, start:stop].mT @ rows[:, start:]
+            block, left, right = self.total[start:stop, start:], rows[:, start:stop].mT, rows[:, start:]
+            if block.dtype == rows.dtype:
+                block.addmm_(left, right)  # which needs no place for the product
+            else:
+                block += left @ right
 
     def clone(self) -> GramSum:
         """The same sum, from here on apart."""
