@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,21 +148,28 @@ def phases_of(found: dict[str, Any], dense: dict[str, Any]) -> dict[str, float]:
     return {phase: statistics.median(each) / dense["step"] for phase, each in steps.items()}
 
 
-def composed(found: dict[str, Any], dense: dict[str, Any], steps: int) -> float | None:
-    """What a run of so many steps takes over a dense one, without validation; `None` where a phase is missing."""
-    phase = phases_of(found, dense)
-    if not {"dense", "dense, observed", "factors, observed", "budget"} <= set(phase):
+PHASES = ("dense", "dense, observed", "factors, observed", "budget")
+
+
+def composed(phase: Mapping[str, float], reallocations: float, steps: int) -> float | None:
+    """What the steps of a run of so many take over dense ones; `None` where a phase is missing.
+
+    Args:
+        phase: A step of each of `PHASES`, in dense steps.
+        reallocations: All of them together, in dense steps.
+        steps: Of the run.
+    """
+    if not set(PHASES) <= set(phase):
         return None
-    curve = TimedRankDyna(keep_ratio=0.5).schedule.over(steps)
-    actions = curve.actions()
+    actions = RankDyna(keep_ratio=0.5).schedule.over(steps).actions()
     observed = KroneckerSensitivity().observed_steps
     # A step in factors that is not observed is one that is, without what observing costs a dense one.
     factors = phase["factors, observed"] - phase["dense, observed"] + phase["dense"]
     first, last = actions[0], actions[-1]
     many = sum(min(observed, after - before) for before, after in pairwise(actions))
-    seconds = phase["dense"] * (first - min(observed, first)) + phase["dense, observed"] * min(observed, first)
-    seconds += phase["factors, observed"] * many + factors * (last - first - many) + phase["budget"] * (steps - last)
-    return float(seconds + sum(found["reallocations"]) / dense["step"]) / steps
+    total = phase["dense"] * (first - min(observed, first)) + phase["dense, observed"] * min(observed, first)
+    total += phase["factors, observed"] * many + factors * (last - first - many) + phase["budget"] * (steps - last)
+    return (total + reallocations) / steps
 
 
 def main() -> None:
@@ -204,8 +212,10 @@ def main() -> None:
             "rest": median(f["seconds"] - sum(f["steps"]) - sum(f["reallocations"]) for f, _ in pairs),
         }
         if pairs[0][0]["phases"]:
-            whole = [composed(*pair, arguments.compose) for pair in pairs]
+            taken = [sum(found["reallocations"]) / dense["step"] for found, dense in pairs]
+            whole = [composed(phases_of(*p), t, arguments.compose) for p, t in zip(pairs, taken, strict=True)]
             told["composed"] = None if None in whole else median(whole)
+            told["reallocations_in_steps"] = median(taken)
             told["phases"] = {key: median(phases_of(*pair)[key] for pair in pairs) for key in phases_of(*pairs[0])}
             told["reallocations"] = [median(each) for each in zip(*(f["reallocations"] for f, _ in pairs), strict=True)]
             told["reallocations_share"] = median(sum(f["reallocations"]) / f["seconds"] for f, _ in pairs)
