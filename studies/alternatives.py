@@ -119,8 +119,8 @@ class Task:
     def halve(self) -> None:
         """Writes the first half of the dense model's layers as a folder, unless it is there."""
         folder = self.folder / "half"
-        if (folder / "config.json").exists() or self.dense.report is None:
-            return
+        if (folder / "config.json").exists() or not self.dense.has_checkpoint:
+            return  # what starts from it says so, before anything runs
         model = load_model(str(self.dense.folder / "checkpoints" / "last.ckpt"))
         lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
         blocks = max(lists, key=len)
