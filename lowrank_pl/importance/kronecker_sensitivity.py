@@ -169,18 +169,24 @@ class KroneckerSensitivity(Sensitivity):
 
 
 def _evenly(count: int, wanted: int, turn: int, device: torch.device) -> Tensor:
-    """Which of `count` rows stand for all of them: so many, evenly spread, and others from turn to turn.
+    """Which of `count` rows stand for all of them: one of each of so many stretches, and others from turn to turn.
 
-    No random numbers are drawn, so a run is the same with and without it in everything else.
+    Where in its stretch it is differs from one to the next: rows at one distance would be the same position of all
+    texts where these have one length. No random numbers are drawn, so a run is the same with and without it in
+    everything else.
 
     Args:
         count: Rows there are.
         wanted: How many of them are to be told, at most `count`.
-        turn: Shifts the choice, so that rows at regular distances (one position of texts of one length) take turns.
+        turn: Shifts the choice; over `count` turns all rows are told equally often.
         device: Of the rows.
     """
-    rows = torch.arange(wanted, device=device)
-    return rows if wanted == count else (rows * count // wanted + turn) % count
+    stretches = torch.arange(wanted, device=device)
+    if wanted == count:
+        return stretches
+    # Multiples of the golden ratio, 40503 / 65536 past the point, lie evenly in their unit however many there are.
+    within = stretches * 40503 % 65536 * (count // wanted) // 65536
+    return (stretches * count // wanted + within + turn) % count
 
 
 class _Sums:

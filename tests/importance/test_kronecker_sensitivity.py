@@ -56,7 +56,7 @@ def test_the_mean_over_all_choices_of_few_tokens_is_what_all_of_them_give() -> N
     x, g = random_matrix(4, 3, 5, seed=0), random_matrix(4, 3, 4, seed=1)
     every, few = KroneckerSensitivity(beta=1.0, max_tokens=None), KroneckerSensitivity(beta=1.0, max_tokens=4)
     chosen = []
-    for _ in range(3):  # 4 of 12 tokens at a time
+    for _ in range(12):  # 4 of 12 tokens at a time
         for sensitivity in (every, few):
             sensitivity.begin_step()
             sensitivity.add("a", x, g, scale=0.5)
@@ -81,12 +81,12 @@ def test_no_token_is_left_out_where_there_are_not_more() -> None:
 def test_tokens_at_every_position_take_turns(length: int) -> None:
     sensitivity = KroneckerSensitivity(beta=1.0, max_tokens=16)
     x = torch.eye(length).repeat(128 // length, 1, 1)  # the input tells its position
-    for _ in range(8):
+    for _ in range(128):
         sensitivity.begin_step()
         sensitivity.add("a", x, torch.ones(*x.shape[:2], 4))
     inputs, _, tokens = sensitivity.moments("a", LinearShape(4, length), CPU)
-    torch.testing.assert_close(inputs, torch.eye(length) * 8 * 128 / length)
-    assert float(tokens) == 8 * 128
+    torch.testing.assert_close(inputs, torch.eye(length) * 128 * 128 / length)
+    assert float(tokens) == 128 * 128
 
 
 def test_the_diagonal_alone_and_the_scale_of_the_loss() -> None:
@@ -190,6 +190,17 @@ def test_moments_are_where_the_layer_is_also_right_after_a_checkpoint_was_read()
     sensitivity.add("a", rows(5, 0), rows(4, 1))
     sensitivity.load_state_dict(sensitivity.state_dict())
     assert {part.device.type for part in sensitivity.moments("a", SHAPE, torch.device("meta"))} == {"meta"}
+
+
+@pytest.mark.parametrize(("samples", "length"), [(16, 64), (64, 64), (24, 50)])
+def test_few_steps_see_every_part_of_texts_of_one_length(samples: int, length: int) -> None:
+    sensitivity = KroneckerSensitivity(beta=1.0, max_tokens=16)
+    parts = torch.eye(4)[torch.arange(length) * 4 // length]  # the input tells in which quarter of its text it is
+    for _ in range(16):
+        sensitivity.begin_step()
+        sensitivity.add("a", parts.repeat(samples, 1, 1), torch.ones(samples, length, 4))
+    inputs, _, tokens = sensitivity.moments("a", LinearShape(4, 4), CPU)
+    torch.testing.assert_close(inputs.diagonal() / tokens, torch.full((4,), 0.25), rtol=0.3, atol=0)
 
 
 @pytest.mark.parametrize(
