@@ -5,10 +5,10 @@ r"""Scores encoders with fewer heads and narrower feed-forward layers, tuned aga
 
 A dense model is tuned, loses whole attention heads and neurons of feed-forward layers until the linears of its blocks
 have --ratios of their weights, and is tuned for as long again. What goes is chosen by first-order Taylor scores of
-groups, from 512 training samples; the same share of every layer (`uniform`), or the lowest scores of all layers, nine
-tenths of one at most (`global`). The models are no longer of their architecture, so what is scored besides is an ONNX
-file, in float32 and in eight bits. BERT and its like only. A finished cell is not run again.
-Writes pruning.md and pruning.json.
+groups, from 512 training samples; the same share of every layer (`uniform`), or the lowest of all layers, each score
+over the mean of its layer (`global`), where every layer keeps a head and as large a share of its neurons at least. The
+models are no longer of their architecture, so what is scored besides is an ONNX file, in float32 and in eight bits.
+BERT and its like only. A finished cell is not run again. Writes pruning.md and pruning.json.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.tasks import SequenceClassification
 from lowrank_pl.trainer import LowRankTrainer
 
-BATCHES, MOST = 16, 0.9
+BATCHES = 16
 
 
 def prunable(model: nn.Module) -> int:
@@ -51,12 +52,15 @@ def prunable(model: nn.Module) -> int:
     return sum(linear.weight.numel() for b in blocks for linear in b.modules() if isinstance(linear, nn.Linear))
 
 
-def prune_(model: PreTrainedModel, share: float, everywhere: bool, example: dict[str, torch.Tensor]) -> None:
+def prune_(
+    model: PreTrainedModel, share: float, of_heads: float, everywhere: bool, example: dict[str, torch.Tensor]
+) -> None:
     """Takes heads and neurons out, by the gradients that are there.
 
     Args:
         model: With gradients.
-        share: Of heads and of neurons, to be taken out.
+        share: Of neurons, to be taken out.
+        of_heads: The same of heads.
         everywhere: Rank those of all layers together, instead of taking the same share of each.
         example: Inputs, by which dependencies are found.
     """
@@ -70,14 +74,26 @@ def prune_(model: PreTrainedModel, share: float, everywhere: bool, example: dict
     }
     narrower = {*heads, *(block.intermediate.dense for block in blocks)}
     kinds = (nn.Linear, nn.Embedding, nn.LayerNorm)
+    taylor = torch_pruning.importance.GroupTaylorImportance()
+    most = max(heads.values())  # heads of a layer
+
+    def bounded(group: Any) -> Any:
+        found = taylor(group)
+        count = next((heads[dep.target.module] for dep, _ in group if dep.target.module in heads), len(found))
+        # Torch-Pruning has no such bound per layer, and leaves one whole that should lose everything.
+        each = found.view(count, -1)
+        each[each.mean(1).topk(math.ceil(count / most)).indices] *= 1e6
+        return found
+
+    if everywhere:
+        share, of_heads = (min(each, 1 - 1 / most - 1e-9) for each in (share, of_heads))  # what the bounds leave
     pruner = torch_pruning.pruner.BasePruner(
         model,
         example,
-        torch_pruning.importance.GroupTaylorImportance(),
+        bounded if everywhere else taylor,
         global_pruning=everywhere,
         pruning_ratio=share,
-        head_pruning_ratio=share,
-        max_pruning_ratio=MOST if everywhere else 1.0,
+        head_pruning_ratio=of_heads,
         # The residual stream keeps its width.
         ignored_layers=[part for part in model.modules() if isinstance(part, kinds) and part not in narrower],
         num_heads=heads,
@@ -88,8 +104,8 @@ def prune_(model: PreTrainedModel, share: float, everywhere: bool, example: dict
     pruner.step()
     for block in blocks:
         attention = block.attention.self
-        attention.num_attention_heads = pruner.num_heads[attention.query]
         attention.all_head_size = attention.query.out_features
+        attention.num_attention_heads = attention.all_head_size // attention.attention_head_size
 
 
 class Pruning(CompressionStrategy):
@@ -111,12 +127,15 @@ class Pruning(CompressionStrategy):
         example = {name: tensor[:2] for name, tensor in batch.items() if name != "labels"}
         wanted = self.keep_ratio * prunable(model)
         low, high = 0.0, 1.0
-        for _ in range(12 if self.everywhere else 1):
-            share = (low + high) / 2 if self.everywhere else 1 - self.keep_ratio
+        # Few heads do not come in every share: neurons make up for it.
+        heads = int(model.config.num_attention_heads)
+        of_heads = min(round((1 - self.keep_ratio) * heads), heads - 1) / heads - 1e-9  # a share that is rounded up
+        for _ in range(12):
+            share = (low + high) / 2
             made = copy.deepcopy(model)
             for own, other in zip(made.parameters(), model.parameters(), strict=True):
                 own.grad = None if other.grad is None else other.grad.clone()
-            prune_(made, share, self.everywhere, example)
+            prune_(made, share, share if self.everywhere else of_heads, self.everywhere, example)
             low, high = (share, high) if prunable(made) > wanted else (low, share)
         made.zero_grad()
         module.encoder = made.train()
