@@ -128,7 +128,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         strategy = TimedRankDyna(keep_ratio=float(ratio)) if mode == "rankdyna" else None
         seconds, watch, checkpoint = fit(arguments, folder, strategy, None)
         if mode == "two rounds":
-            seconds += fit(arguments, folder, FWSVD("both", keep_ratio=float(ratio)), checkpoint)[0]
+            more, second, _ = fit(arguments, folder, FWSVD("both", keep_ratio=float(ratio)), checkpoint)
+            seconds += more
+            watch.steps += second.steps
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return {
         "seconds": seconds,
