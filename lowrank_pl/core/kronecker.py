@@ -21,8 +21,9 @@ class KroneckerGroups:
     """A weight in singular groups of the metric `G ⊗ C`: what each is worth, and the factors at any rank.
 
     Attributes:
-        left: `G^{-½} U`, `[m, k]`.
-        right: `Uᵀ G^½ W`, `[k, n]`; `left @ right` is the weight, or its first `k` groups.
+        left: `G^{-½} U`, `[m, k]`; with more outputs than inputs `W C^½ V`, the same columns times the roots of their
+            energies.
+        right: `Uᵀ G^½ W`, `[k, n]`, or `Vᵀ C^{-½}`; `left @ right` is the weight, or its first `k` groups.
         energies: `S²`, `[min(m, n)]`, float64, non-increasing: by how much the objective rises without the group.
     """
 
