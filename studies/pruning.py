@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,7 @@ def cell(arguments: argparse.Namespace, cells: Cells, name: str, ratio: float, e
         return found
     start = str(cells.dense.folder / "checkpoints" / "last.ckpt")
     pl.seed_everything(0, verbose=False)
-    optimizer = lambda parameters: torch.optim.AdamW(  # noqa: E731
-        parameters, lr=float(arguments.lr), weight_decay=0.01, fused=True
-    )
+    optimizer = partial(torch.optim.AdamW, lr=float(arguments.lr), weight_decay=0.01, fused=True)
     task = SequenceClassification(
         arguments.pretrained, start, Pruning(ratio, everywhere), optimizer=optimizer, warmup=0.1
     )

@@ -11,6 +11,7 @@ from lowrank_pl.core.elementwise import weighted_low_rank
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.kronecker import (
     KroneckerGroups,
+    decomposing_bytes,
     kronecker_groups,
     kronecker_regroup,
     kronecker_svd,
@@ -33,6 +34,7 @@ __all__ = [
     "axis_weighted_svd",
     "compare_methods",
     "compensation",
+    "decomposing_bytes",
     "diagnose",
     "kronecker_groups",
     "kronecker_regroup",

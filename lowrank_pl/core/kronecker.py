@@ -11,6 +11,7 @@ from torch import Tensor
 from lowrank_pl.core.checks import check_finite, check_weight
 from lowrank_pl.core.factors import Factors
 from lowrank_pl.core.precision import double
+from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import ImportanceError, RangeError, ShapeError
 
 DEFAULT_DAMPING = 1e-3
@@ -44,6 +45,23 @@ class KroneckerGroups:
     def first(self, count: int) -> KroneckerGroups:
         """The same with no more than `count` groups kept in memory; all energies stay."""
         return KroneckerGroups(self.left[:, :count].clone(), self.right[:count].clone(), self.energies)
+
+    def transposed(self) -> KroneckerGroups:
+        """The groups of the transposed weight, with both moments in each other's place."""
+        return KroneckerGroups(self.right.mT, self.left.mT, self.energies)
+
+    def scaled(self, scale: float, like: Tensor) -> KroneckerGroups:
+        """The same with energies times a number, and factors in the dtype and on the device of a tensor."""
+        return KroneckerGroups(self.left.to(like), self.right.to(like), self.energies * scale)
+
+
+def decomposing_bytes(shape: LinearShape) -> int:
+    """What `kronecker_groups` takes of memory.
+
+    In float64 the moment of the wider side, four matrices for the root of the other, and the weight in six forms.
+    """
+    k, wide = shape.full_rank, max(shape.out_features, shape.in_features)
+    return 8 * (wide * wide + 4 * k * k + 6 * k * wide)
 
 
 def kronecker_groups(
@@ -90,19 +108,17 @@ def kronecker_groups(
     of_outputs = _Moment.of("output_moment", output_moment, shape.out_features, damping)
     w = double(weight)
     if shape.out_features <= shape.in_features:
-        left, right, energies = _groups(w, of_inputs, of_outputs.root())
+        groups = _groups(w, of_inputs, of_outputs.root())
     else:
-        right, left, energies = (
-            part.mT if part.ndim == 2 else part for part in _groups(w.mT, of_outputs, of_inputs.root())
-        )
-    return KroneckerGroups(left.to(weight), right.to(weight), energies * (of_inputs.scale * of_outputs.scale))
+        groups = _groups(w.mT, of_outputs, of_inputs.root()).transposed()
+    return groups.scaled(of_inputs.scale * of_outputs.scale, weight)
 
 
-def _groups(w: Tensor, wide: _Moment, narrow: _Root) -> tuple[Tensor, Tensor, Tensor]:
-    """Both factors `[k, k]` and `[k, l]` of a weight `[k, l]`, `k <= l`, and its energies `[k]`."""
+def _groups(w: Tensor, wide: _Moment, narrow: _Root) -> KroneckerGroups:
+    """Groups of a weight `[k, l]`, `k <= l`, in float64, with the energies of moments over their scales."""
     weighed = narrow.transposed_times(w)
     energies, vectors = _eigen(wide.times_from_right(weighed) @ weighed.mT)
-    return narrow.inverse_transposed_times(vectors), vectors.mT @ weighed, energies
+    return KroneckerGroups(narrow.inverse_transposed_times(vectors), vectors.mT @ weighed, energies)
 
 
 def kronecker_regroup(
@@ -137,18 +153,17 @@ def kronecker_regroup(
     of_outputs = _Moment.of("output_moment", output_moment, m, damping)
     a, b = double(left), double(right)
     if m <= n:
-        new_left, new_right, energies = _regrouped(a, b, of_inputs, of_outputs.root())
+        groups = _regrouped(a, b, of_inputs, of_outputs.root())
     else:
-        found = _regrouped(b.mT, a.mT, of_outputs, of_inputs.root())
-        new_right, new_left, energies = (part.mT if part.ndim == 2 else part for part in found)
-    return KroneckerGroups(new_left.to(left), new_right.to(left), energies * (of_inputs.scale * of_outputs.scale))
+        groups = _regrouped(b.mT, a.mT, of_outputs, of_inputs.root()).transposed()
+    return groups.scaled(of_inputs.scale * of_outputs.scale, left)
 
 
-def _regrouped(a: Tensor, b: Tensor, wide: _Moment, narrow: _Root) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors `[k, r]` and `[r, l]` of a product `a [k, r] @ b [r, l]`, `k <= l`, in groups; and its energies `[r]`."""
+def _regrouped(a: Tensor, b: Tensor, wide: _Moment, narrow: _Root) -> KroneckerGroups:
+    """The same of a product `a [k, r] @ b [r, l]`: `r` groups."""
     basis, triangle = torch.linalg.qr(narrow.transposed_times(a))
     energies, vectors = _eigen(triangle @ (wide.times_from_right(b) @ b.mT) @ triangle.mT)
-    return narrow.inverse_transposed_times(basis @ vectors), (vectors.mT @ triangle) @ b, energies
+    return KroneckerGroups(narrow.inverse_transposed_times(basis @ vectors), (vectors.mT @ triangle) @ b, energies)
 
 
 def kronecker_svd(

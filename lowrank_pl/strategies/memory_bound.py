@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from lowrank_pl.core import LinearShape
+from lowrank_pl.core import LinearShape, decomposing_bytes
 from lowrank_pl.importance import SecondMoments
 
 
@@ -74,15 +74,6 @@ def fitting_bytes(shape: LinearShape) -> int:
     """
     m, n = shape.out_features, shape.in_features
     return 8 * (7 * n * n + 4 * m * n + 2 * m * m)
-
-
-def decomposing_bytes(shape: LinearShape) -> int:
-    """What `kronecker_groups` takes of one layer, in float64.
-
-    The moment of the wider side, four matrices for the root of the other, the weight in six forms.
-    """
-    k, wide = shape.full_rank, max(shape.out_features, shape.in_features)
-    return 8 * (wide * wide + 4 * k * k + 6 * k * wide)
 
 
 def memory_bound(

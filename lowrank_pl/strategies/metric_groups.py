@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lowrank_pl.core import KroneckerGroups, kronecker_groups, kronecker_regroup
+from lowrank_pl.core import KroneckerGroups, decomposing_bytes, kronecker_groups, kronecker_regroup
 from lowrank_pl.core.checks import check_finite
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import KroneckerSensitivity, LayerMoments
@@ -17,7 +17,6 @@ from lowrank_pl.nn import ElasticLinear, LinearForm, forms_in_training
 from lowrank_pl.strategies.averaging import averaged_models
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.group_training import GroupTraining
-from lowrank_pl.strategies.memory_bound import decomposing_bytes
 from lowrank_pl.strategies.processes import Agreement, assign, gathered, send_, sum_
 from lowrank_pl.strategies.rank_plan import RankPlan, room_of
 from lowrank_pl.surgery import follow_, reform_

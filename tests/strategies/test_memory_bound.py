@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lowrank_pl.core import LinearShape
+from lowrank_pl.core import LinearShape, decomposing_bytes
 from lowrank_pl.importance import SecondMoments
-from lowrank_pl.strategies.memory_bound import decomposing_bytes, fitting_bytes, memory_bound
+from lowrank_pl.strategies.memory_bound import fitting_bytes, memory_bound
 
 SHAPES = {f"layers.{block}.{name}": LinearShape(2, 4) for block in (0, 1) for name in ("a", "b")}
 KEPT = dict.fromkeys(SHAPES, 6)
