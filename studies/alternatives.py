@@ -29,7 +29,7 @@ import torch
 from grid import Cells
 from matplotlib.figure import Figure
 from methods import STRATEGY
-from options import parser, read
+from options import TRAINING, parser, read
 from runs import Run, run_all
 from tables import header, line, write
 
@@ -255,10 +255,7 @@ def main() -> None:
     names = [row.name for row in ROWS]
     options = parser(
         __doc__,
-        "max_train_samples",
-        "pretrained",
-        "lr",
-        "epochs",
+        *TRAINING,
         glue="glue",
         output=Path("logs/alternatives"),
         tasks=["MRPC", "STS-B", "SST-2", "configs/data/docstrings.yaml"],

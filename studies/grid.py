@@ -29,7 +29,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from methods import ROUND, STATIC, STRATEGY
-from options import limit_of, parser, read
+from options import TRAINING, limit_of, parser, read
 from runs import Run, run_all
 from tables import Report, header, line, write
 
@@ -188,11 +188,8 @@ def main() -> None:
     """Does the runs that are missing and writes the table of those that are there."""
     options = parser(
         __doc__,
-        "max_train_samples",
+        *TRAINING,
         "seeds",
-        "pretrained",
-        "lr",
-        "epochs",
         glue="glue",
         output=Path("logs/grid"),
         tasks=["MRPC", "STS-B", "SST-2", "configs/data/docstrings.yaml"],

@@ -32,6 +32,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "threads": {"type": int, "help": "of torch, also in the processes that a study starts; default: torch's own"},
 }
 
+TRAINING = ("max_train_samples", "pretrained", "lr", "epochs")
+"""What a study that trains asks for."""
+
 
 def parser(description: str | None, *names: str, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with some of the common options; a study adds its own.

@@ -26,7 +26,7 @@ import lightning.pytorch as pl
 import torch
 from grid import Cells
 from lightning.pytorch.loggers import TensorBoardLogger
-from options import glue, parser, read
+from options import TRAINING, glue, parser, read
 from runs import run_all
 from tables import header, line, write
 from torch import nn
@@ -206,10 +206,7 @@ def main() -> None:
     """Does what is missing and writes the table."""
     options = parser(
         __doc__,
-        "max_train_samples",
-        "pretrained",
-        "lr",
-        "epochs",
+        *TRAINING,
         glue="glue",
         ratios=["0.33", "0.2"],
         output=Path("logs/pruning"),
