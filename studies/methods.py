@@ -4,6 +4,7 @@ from __future__ import annotations
 
 STRATEGY = "--model.init_args.strategy"
 _TEACHER, _TEN = "--model.init_args.distillation=Distillation", "--trainer.max_epochs=10"
+_FEW = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=64", "--model.init_args.optimizer.init_args.lr=1e-4"]
 
 
 def _strategy(name: str, *options: str, few: bool = True) -> list[str]:
@@ -59,6 +60,11 @@ STATIC: dict[str, list[str]] = {
     "KroneckerSVD all sampled": _plain("calibration.max_samples=null", "calibration.labels=sampled"),
     "KroneckerSVD 1 epoch": [*_kronecker(), "--trainer.max_epochs=1"],
     "KroneckerSVD distilled": [*_kronecker(), _TEACHER],
+    # As little as can be tuned: 2,048 samples once, as many as are measured.
+    **{
+        f"KroneckerSVD 64 steps{told}": [*_kronecker(), *_FEW, *more]
+        for told, more in (("", []), (" distilled", [_TEACHER]))
+    },
     **{
         f"KroneckerSVD lr {lr}{told}": [*_kronecker(), f"--model.init_args.optimizer.init_args.lr={lr}", *more]
         for lr in ("1e-5", "1e-4", "2e-4", "3e-4")
