@@ -42,6 +42,17 @@ class CalibrationError(LowRankError):
         )
 
 
+class FewSamplesError(LowRankError):
+    """A process has no calibration sample, and would leave the others waiting."""
+
+    def __init__(self, asked_by: str, samples: int, processes: int) -> None:
+        super().__init__(
+            f"{asked_by} needs a calibration sample on every process, and there are {samples} for {processes} of them. "
+            f"Set calibration.max_samples to {processes} or more if the training data have as many, or use fewer "
+            "processes (--trainer.devices)."
+        )
+
+
 class ResumeMismatchError(LowRankError):
     """A checkpoint to resume from was written with other ranks or targets, or with another teacher."""
 

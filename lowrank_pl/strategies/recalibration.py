@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank_pl.core.recalibration import match_distributions, match_values
 from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.run import FewSamplesError
 from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.strategies.base import as_compressible
@@ -57,12 +58,13 @@ class Recalibration:
         Raises:
             HeadError: it cannot be recalibrated.
             CalibrationError: there are no calibration batches.
+            FewSamplesError: there are fewer samples than processes.
         """
-        encoder = as_compressible(pl_module).encoder
         batches = calibration_batches(trainer, calibration, _NAME, self.max_samples)
-        if (batch := next(iter(batches), None)) is None:
-            return  # this process has no sample
-        first = trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
+        if batches.num_samples < trainer.world_size:
+            raise FewSamplesError(_NAME, batches.num_samples, trainer.world_size)
+        encoder = as_compressible(pl_module).encoder
+        first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
         with isolate_rng(), torch.no_grad(), frozen_eval(encoder):
             _check_number(encoder, outputs_of(pl_module, first, _NAME))
             find_head(encoder, lambda: outputs_of(pl_module, first, _NAME))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from lowrank_pl.allocation import Global, LayerOverride, RankRequest, Uniform
 from lowrank_pl.core import kronecker_groups, kronecker_svd
 from lowrank_pl.errors.budget import AllocationError
 from lowrank_pl.errors.numerics import MemoryBoundError, RangeError
-from lowrank_pl.errors.run import ResumeMismatchError
+from lowrank_pl.errors.run import FewSamplesError, ResumeMismatchError
 from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.importance import SecondMoments
 from lowrank_pl.nn import LowRankLinear, dense_weight
@@ -216,6 +217,14 @@ def test_recalibration_of_a_vocabulary_is_refused(
     task = MaskedLM(tiny_bert, strategy=KroneckerSVD(keep_ratio=0.5, recalibration=Recalibration()))
     with pytest.raises(HeadError, match="more than 50"):
         make_trainer(tmp_path).compress(task, SyntheticData("masked_lm"), output=str(tmp_path / "out"))
+
+
+def test_recalibration_needs_a_sample_on_every_process(tiny_bert: str) -> None:
+    task, samples = make_task(tiny_bert), Calibration(max_samples=1)
+    for rank in (0, 1):  # both are told, so none is left waiting
+        trainer: Any = SimpleNamespace(datamodule=SyntheticData(), global_rank=rank, world_size=2)
+        with pytest.raises(FewSamplesError, match=r"there are 1 for 2 of them.*max_samples to 2"):
+            Recalibration().check(trainer, task, samples)
 
 
 def test_bad_options_are_refused() -> None:
