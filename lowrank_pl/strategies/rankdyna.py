@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lowrank_pl.allocation import Budget, Cost, CubicCurve, CubicSchedule, Measure, Parameters, RankBounds
-from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.budget import AlreadyCompactedError, BudgetNotReachedError
 from lowrank_pl.errors.numerics import NonFiniteError, RangeError
 from lowrank_pl.errors.run import FrozenFactorsError, ResumeMismatchError
@@ -31,6 +30,7 @@ from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.strategies.rank_state import RankState, Reallocation
 from lowrank_pl.strategies.rankdyna_report import record_of, told_of, warn_of_worthless
 from lowrank_pl.strategies.rewarming import Rewarming
+from lowrank_pl.strategies.run_length import optimizer_steps
 from lowrank_pl.strategies.singular_groups import SingularGroups
 from lowrank_pl.surgery import (
     CompressionRecord,
@@ -273,15 +273,11 @@ class RankDyna(CompressionStrategy):
         frozen = [name for name, layer in layers.items() if not layer.reference.requires_grad]
         if frozen:
             raise FrozenFactorsError(frozen)
-        steps = trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise MissingArgumentError(
-                "the length of the run", "Set trainer.max_epochs or trainer.max_steps: ranks shrink over its length."
-            )
-        self._curve = self.schedule.over(int(steps))
+        steps = optimizer_steps(trainer)
+        self._curve = self.schedule.over(steps)
         if self._restored is not None:
             self.state.check_continues(self._restored)
-            if self._restored.total_steps not in (0, int(steps)) and not self._restored.reached:
+            if self._restored.total_steps not in (0, steps) and not self._restored.reached:
                 logger.warning(
                     "the run is now %d optimizer steps long, it was %d: the schedule is that of the new length",
                     steps,
@@ -291,11 +287,11 @@ class RankDyna(CompressionStrategy):
             self._training.resume(trainer)
         elif trainer.ckpt_path is not None:
             raise ResumeMismatchError(f"it was not written by a run with strategy {type(self).__name__}")
-        self.state.total_steps = int(steps)
+        self.state.total_steps = steps
         if self._curve.rewarmup:
             self._rewarming = Rewarming(trainer.optimizers, self._rate(trainer))
         if not self.state.reached:
-            rank_zero_info("\n".join(self._told(self._plan, self._curve, int(steps))))
+            rank_zero_info("\n".join(self._told(self._plan, self._curve, steps)))
         module.compression = self._record({name: layer.rank for name, layer in layers.items()})
 
     def _rate(self, trainer: pl.Trainer) -> Callable[[], float]:

@@ -11,8 +11,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.strategies.run_length import optimizer_steps
 from lowrank_pl.tasks import optimization
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,8 @@ class ScheduledModule(pl.LightningModule):
         if self._make_scheduler is not None:
             scheduler: Any = self._make_scheduler(optimizer)
         else:
-            steps = self.trainer.estimated_stepping_batches
-            if steps == float("inf"):
-                raise MissingArgumentError(
-                    "the length of the run", "Set trainer.max_epochs or trainer.max_steps: the schedule needs its end."
-                )
-            scheduler = optimization.linear_warmup_decay(optimizer, int(steps), self._warmup)
-            self._scheduled_steps = int(steps)
+            self._scheduled_steps = optimizer_steps(self.trainer)
+            scheduler = optimization.linear_warmup_decay(optimizer, self._scheduled_steps, self._warmup)
         self._found_lr = False
         self._configured = optimization.settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -77,12 +72,12 @@ class ScheduledModule(pl.LightningModule):
     def _follow_tuners(self) -> None:
         """Makes the schedule fit what tuners have changed after it was made: the batch size, the learning rate."""
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        steps = self.trainer.estimated_stepping_batches
-        if self._scheduled_steps not in (None, steps):
-            self._scheduled_steps = int(steps)
+        steps = None if self._scheduled_steps is None else optimizer_steps(self.trainer)
+        if steps is not None and steps != self._scheduled_steps:
+            self._scheduled_steps = steps
             for scheduler in schedulers:
                 if isinstance(scheduler, LambdaLR):
-                    optimization.reschedule_(scheduler, self._scheduled_steps, self._warmup)
+                    optimization.reschedule_(scheduler, steps, self._warmup)
             optimization.restart_(schedulers)
         elif self._found_lr:
             optimization.restart_(schedulers)

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from lowrank_pl.contract import TargetSpec
 from lowrank_pl.core.precision import float64_device
 from lowrank_pl.errors.arguments import MissingArgumentError
+from lowrank_pl.strategies.run_length import optimizer_steps
 from lowrank_pl.tasks import budget_score, finite_scores
 from lowrank_pl.tasks.metrics import build_metrics, score
 from lowrank_pl.tasks.scheduled import ScheduledModule
@@ -151,13 +152,14 @@ class ScoredModule(ScheduledModule, ABC):
             none = torch.full_like(found, budget_score.no_score(self.target))
             self._log_computed(budget_score.KEY, found if self.at_budget else none)
             return
-        if self.at_budget and not self.trainer.sanity_checking:
+        if not self.at_budget:
+            left = optimizer_steps(self.trainer) - self.trainer.global_step
+            found = torch.full_like(found, budget_score.stand_in(self.target, left))
+        elif not self.trainer.sanity_checking:
             for writer in self.loggers:
                 writer.log_metrics({budget_score.KEY: float(found)}, self.trainer.global_step)
-        left = self.trainer.estimated_stepping_batches - self.trainer.global_step
-        before = torch.full_like(found, budget_score.stand_in(self.target, left))
         # What stands for a score before there is one is for callbacks: in a logger's chart it would hide the scores.
-        self._log_computed(budget_score.KEY, found if self.at_budget else before, logger=False)
+        self._log_computed(budget_score.KEY, found, logger=False)
 
     @property
     def is_fitting(self) -> bool:
