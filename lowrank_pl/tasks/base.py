@@ -50,8 +50,8 @@ class EncoderTask(DistilledModule, ABC):
             `--ckpt_path`, which resumes one.
         strategy: How to compress; plain fine-tuning by default.
         optimizer: Makes the optimizer from parameter groups (biases and norms get no weight decay).
-        scheduler: Makes the learning-rate scheduler, stepped after every optimizer step. By default linear warm-up
-            and linear decay to zero.
+        scheduler: Makes the learning-rate scheduler, stepped after every optimizer step, or after every epoch for
+            `lightning.pytorch.cli.ReduceLROnPlateau`. By default linear warm-up and linear decay to zero.
         warmup: Share of all steps that the default scheduler warms up for, `0 <= warmup < 1`.
         distillation: A teacher to learn from beside the labels, see `Distillation`; none by default.
     """

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.optimizer import OptimizerArgumentsError
 from lowrank_pl.nn.view import zero_linear
 
@@ -65,6 +66,21 @@ def try_optimizer(make: OptimizerFactory) -> None:
 def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup: float) -> LambdaLR:
     """Learning rate from 0 up over `warmup · total_steps` steps, then linearly down to 0 at the last one."""
     return LambdaLR(optimizer, _warmup_and_decay(total_steps, warmup))
+
+
+def when_stepped(scheduler: Any) -> dict[str, Any]:
+    """A scheduler as Lightning wants it: stepped with the optimizer or, where it looks at a score, after every epoch.
+
+    Raises:
+        MissingArgumentError: nobody knows at which score.
+    """
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return {"scheduler": scheduler, "interval": "step"}
+    monitor = getattr(scheduler, "monitor", None)  # Lightning's subclass has it
+    if monitor is None:
+        remedy = "Take lightning.pytorch.cli.ReduceLROnPlateau and give it a monitor, such as val/loss."
+        raise MissingArgumentError("what ReduceLROnPlateau looks at", remedy)
+    return {"scheduler": scheduler, "interval": "epoch", "monitor": monitor}
 
 
 def reschedule_(scheduler: LambdaLR, total_steps: int, warmup: float) -> None:

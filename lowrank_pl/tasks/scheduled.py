@@ -43,7 +43,12 @@ class ScheduledModule(pl.LightningModule):
         optimization.try_optimizer(self._make_optimizer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over all trainable parameters and a scheduler stepped with it."""
+        """The optimizer over all trainable parameters and a scheduler, by default stepped with it.
+
+        Raises:
+            MissingArgumentError: the default scheduler does not know the length of the run, or `ReduceLROnPlateau` not
+                what it looks at.
+        """
         optimizer = optimization.make_optimizer(self._make_optimizer, optimization.decay_groups(self))
         if isinstance(self.trainer.precision_plugin, MixedPrecision):
             optimization.leave_unscaling_(optimizer)
@@ -54,7 +59,7 @@ class ScheduledModule(pl.LightningModule):
             scheduler = optimization.linear_warmup_decay(optimizer, self._scheduled_steps, self._warmup)
         self._found_lr = False
         self._configured = optimization.settings(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": optimization.when_stepped(scheduler)}
 
     @property
     def lr(self) -> float | None:

@@ -10,10 +10,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim import Optimizer
 
+from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.importance import FirstOrder, KroneckerSensitivity
 from lowrank_pl.strategies import FWSVD, RankDyna
 from lowrank_pl.tasks import SequenceClassification, optimization
@@ -69,3 +71,21 @@ def test_fused_steps_are_clipped_and_observed_without_the_scale_of_the_loss(
         seen.append(sum(float(score.sum()) for score in task.strategy.latest_scores.values()))
     assert norms[6] == pytest.approx(norms[0], rel=0.1)  # the first steps of both runs
     assert seen[1] == pytest.approx(seen[0], rel=0.5)
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", "val/score_at_budget"])
+def test_rates_fall_where_a_score_no_longer_improves(tiny_bert: str, tmp_path: Path, monitor: str) -> None:
+    def scheduler(optimizer: Optimizer) -> ReduceLROnPlateau:
+        # No epoch is as much better as that, but for the first one.
+        return ReduceLROnPlateau(optimizer, monitor, patience=0, threshold=1e9, threshold_mode="abs")
+
+    task = make_task(tiny_bert, RankDyna(keep_ratio=0.4), scheduler=scheduler)
+    trainer = make_trainer(tmp_path, max_epochs=3)
+    trainer.fit(task, datamodule=SyntheticData())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.1**2)
+
+
+def test_a_plateau_of_nothing_is_refused(tiny_bert: str, tmp_path: Path) -> None:
+    task = make_task(tiny_bert, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(MissingArgumentError, match="monitor"):
+        make_trainer(tmp_path).fit(task, datamodule=SyntheticData())
