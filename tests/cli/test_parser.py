@@ -96,6 +96,19 @@ def test_null_clears_what_a_recipe_sets(capsys: pytest.CaptureFixture[str]) -> N
     assert strategy["calibration"]["batch_size"] == 4
 
 
+@pytest.mark.parametrize(
+    "beside", [["recipes/glue_rankdyna.yaml"], ["recipes/glue_finetune.yaml", "strategy/rankdyna.yaml"]]
+)
+def test_another_score_gets_its_own_defaults(beside: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    configs = [f"--config={Path(RECIPE[1]).parents[1] / name}" for name in beside]
+    words = [f"{STRATEGY}.init_args.sensitivity=FirstOrder", f"{STRATEGY}.init_args.schedule=null"]
+    with pytest.raises(SystemExit):
+        main(["fit", *configs, *(words if len(beside) == 1 else words[:1]), "--print_config"])
+    strategy = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["strategy"]["init_args"]
+    assert strategy["sensitivity"]["init_args"] == {"beta": 0.85}
+    assert strategy["schedule"] is None
+
+
 def test_debugging_shows_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWRANK_PL_DEBUG", "1")
     with pytest.raises(SystemExit):
