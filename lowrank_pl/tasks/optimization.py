@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -68,7 +69,7 @@ def linear_warmup_decay(optimizer: Optimizer, total_steps: int, warmup: float) -
     return LambdaLR(optimizer, _warmup_and_decay(total_steps, warmup))
 
 
-def when_stepped(scheduler: Any) -> dict[str, Any]:
+def when_stepped(scheduler: Any) -> LRSchedulerConfigType:
     """A scheduler as Lightning wants it: stepped with the optimizer or, where it looks at a score, after every epoch.
 
     Raises:

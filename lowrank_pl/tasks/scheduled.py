@@ -57,6 +57,8 @@ class ScheduledModule(pl.LightningModule):
         else:
             self._scheduled_steps = optimizer_steps(self.trainer)
             scheduler = optimization.linear_warmup_decay(optimizer, self._scheduled_steps, self._warmup)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # as every scheduler does but ReduceLROnPlateau
         self._found_lr = False
         self._configured = optimization.settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": optimization.when_stepped(scheduler)}

@@ -20,7 +20,7 @@ from lowrank_pl.importance import FirstOrder, KroneckerSensitivity
 from lowrank_pl.strategies import FWSVD, RankDyna
 from lowrank_pl.tasks import SequenceClassification, optimization
 from lowrank_pl.tasks.optimization import default_optimizer
-from tests.support.runs import make_task, make_trainer
+from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
 
@@ -83,6 +83,21 @@ def test_rates_fall_where_a_score_no_longer_improves(tiny_bert: str, tmp_path: P
     trainer = make_trainer(tmp_path, max_epochs=3)
     trainer.fit(task, datamodule=SyntheticData())
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.1**2)
+
+
+def test_a_rate_that_has_fallen_is_no_other_setting(
+    tiny_bert: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fit(epochs: int, resume: str | None = None) -> Any:
+        task = make_task(tiny_bert, scheduler=lambda o: ReduceLROnPlateau(o, "val/loss", patience=0, threshold=9.0))
+        trainer = make_trainer(tmp_path, max_epochs=epochs)
+        trainer.fit(task, datamodule=SyntheticData(), ckpt_path=resume)
+        return trainer
+
+    trainer = fit(3, last_checkpoint(fit(2)))
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 1e-2
+    assert trainer.lightning_module.lr == 1e-2
+    assert "is ignored" not in caplog.text
 
 
 def test_a_plateau_of_nothing_is_refused(tiny_bert: str, tmp_path: Path) -> None:
