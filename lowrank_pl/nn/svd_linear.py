@@ -16,6 +16,7 @@ from lowrank_pl.core.svd import truncated_svd
 from lowrank_pl.errors.numerics import RankError, ShapeError
 from lowrank_pl.nn.form import Deployed, LinearForm, Spec, whole_number
 from lowrank_pl.nn.low_rank_linear import LowRankLinear
+from lowrank_pl.nn.product import LazyProduct
 from lowrank_pl.nn.view import dense_weight
 
 
@@ -148,6 +149,14 @@ class SVDLinear(LinearForm):
         """The dense weight `[m, n]` this layer computes with."""
         k = self._rank
         return (self.left[:, :k] * self.sigma[:k]) @ self.right[:k]
+
+    @property
+    def weight(self) -> Tensor:
+        """The same for code that asks a linear layer for it; multiplied when its values are used."""
+        if torch.compiler.is_compiling():
+            return self.product()
+        k = self._rank
+        return LazyProduct(self.left[:, :k] * self.sigma[:k], self.right[:k])
 
     @classmethod
     def product_of(cls, state: Mapping[str, Tensor]) -> Tensor:

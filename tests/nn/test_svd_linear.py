@@ -53,6 +53,24 @@ def multiplications(layer: nn.Module, tokens: int) -> int:
     return flops // 2  # one multiplication is counted with its addition
 
 
+def test_code_that_asks_for_the_weight_gets_the_product() -> None:
+    layer = filled(rank=3, bias=False)
+    assert (layer.weight.dtype, tuple(layer.weight.shape)) == (torch.float64, (6, 8))
+    torch.testing.assert_close(layer.weight.detach(), layer.product().detach())
+    layer.weight.square().sum().backward()
+    assert all(bool(gradient.any()) for gradient in gradients(layer).values())
+
+
+def test_a_block_that_computes_with_the_weights_of_its_layers_is_scored() -> None:
+    """torch's own does in eval mode."""
+    block = nn.TransformerEncoderLayer(8, 2, 6, batch_first=True).eval()
+    x = random_matrix(4, 8, dtype=torch.float32).unsqueeze(0)
+    with torch.no_grad():
+        before = block(x)
+        block.linear1 = SVDLinear.from_linear(block.linear1)  # type: ignore[assignment]
+        torch.testing.assert_close(block(x), before)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("bias", [True, False])
