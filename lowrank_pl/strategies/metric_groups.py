@@ -134,10 +134,11 @@ class MetricGroups(GroupTraining):
                 energies[name] = groups[name].energies.cpu()
         energies = {name: energy for share in gathered(trainer, energies) for name, energy in share.items()}
         ranks: dict[str, int] = {}
-        if trainer.is_global_zero:
-            present = {name: layer.rank for name, layer in elastic.items()}
-            dense = self.ends_dense or not final
-            ranks = plan.best(energies, budget, present, self.floor, final, self.multiple_of, dense)
+        with Agreement(trainer):
+            if trainer.is_global_zero:
+                present = {name: layer.rank for name, layer in elastic.items()}
+                dense = self.ends_dense or not final
+                ranks = plan.best(energies, budget, present, self.floor, final, self.multiple_of, dense)
         ranks = trainer.strategy.broadcast(ranks)
         self._write(trainer, elastic, {n: r for n, r in ranks.items() if r < elastic[n].rank}, owners, groups)
         return energies

@@ -255,7 +255,8 @@ class _InOrder:
 
     def _loaded(self) -> dict[str, Record]:
         """Puts the layers into the encoder that an earlier start has finished; returns their records."""
-        states, told = self._finished.load() if self._trainer.is_global_zero else ({}, {})
+        with Agreement(self._trainer):
+            states, told = self._finished.load() if self._trainer.is_global_zero else ({}, {})
         told = self._trainer.strategy.broadcast(told)
         for name in told:
             made = self._exchange(name)

@@ -13,6 +13,7 @@ from lowrank_pl.nn import SVDLinear
 from lowrank_pl.strategies.averaging import averaged_models
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.group_training import GroupTraining
+from lowrank_pl.strategies.processes import Agreement
 from lowrank_pl.strategies.rank_plan import RankPlan
 from lowrank_pl.surgery import keep_groups_, svd_layers
 
@@ -48,8 +49,9 @@ class SingularGroups(GroupTraining):
         scores = {name: self.sensitivity.scores(name) for name in layers}
         # Scores are equal on all processes up to rounding; the first one decides, so that ranks are equal exactly.
         chosen = {}
-        if trainer.is_global_zero:
-            chosen = plan.choose(scores, budget, self.per_parameter, final, self.multiple_of)
+        with Agreement(trainer):
+            if trainer.is_global_zero:
+                chosen = plan.choose(scores, budget, self.per_parameter, final, self.multiple_of)
         kept = trainer.strategy.broadcast(chosen)
         kept = {name: groups for name, groups in kept.items() if len(groups) < layers[name].rank}
         keep_everywhere_(trainer, layers, kept)

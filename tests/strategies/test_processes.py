@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.errors.parallelism import ProcessFailedError, StartMethodError, UnsupportedParallelismError
+from lowrank_pl.importance import FirstOrder
 from lowrank_pl.strategies import SVD, CompressionStrategy, NoCompression
 from lowrank_pl.strategies.processes import Agreement, assign, check_parallelism, check_parallelism_named, work_shared
+from lowrank_pl.strategies.singular_groups import SingularGroups
 from tests.support.runs import make_task, make_trainer
 from tests.support.synthetic import SyntheticData
 
@@ -139,6 +142,19 @@ def test_an_error_here_is_told_and_raised_as_it_is(monkeypatch: pytest.MonkeyPat
         raise NonFiniteError("here")
     assert len(trainer.told) == 1
     assert "here" in trainer.told[0]
+
+
+def test_a_choice_of_ranks_that_fails_is_told_to_those_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = TwoProcesses(monkeypatch, None)
+
+    def choose(*_: Any) -> Any:
+        raise NonFiniteError("the scores")
+
+    plan: Any = SimpleNamespace(choose=choose)
+    with pytest.raises(NonFiniteError):
+        SingularGroups(FirstOrder(), True, 1).reallocate(trainer, {}, plan, 1.0, True)
+    assert len(trainer.told) == 1
+    assert "the scores" in trainer.told[0]
 
 
 def test_a_process_that_was_asked_to_stop_starts_no_further_job_and_tells_the_others(
