@@ -147,16 +147,20 @@ class SVDLinear(LinearForm):
 
     def product(self) -> Tensor:
         """The dense weight `[m, n]` this layer computes with."""
+        left, right = self._two()
+        return left @ right
+
+    def _two(self) -> tuple[Tensor, Tensor]:
+        """Factors `[m, k]` and `[k, n]` of the groups that count."""
         k = self._rank
-        return (self.left[:, :k] * self.sigma[:k]) @ self.right[:k]
+        return self.left[:, :k] * self.sigma[:k], self.right[:k]
 
     @property
     def weight(self) -> Tensor:
         """The same for code that asks a linear layer for it; multiplied when its values are used."""
         if torch.compiler.is_compiling():
             return self.product()
-        k = self._rank
-        return LazyProduct(self.left[:, :k] * self.sigma[:k], self.right[:k])
+        return LazyProduct(*self._two())
 
     @classmethod
     def product_of(cls, state: Mapping[str, Tensor]) -> Tensor:
