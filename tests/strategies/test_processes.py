@@ -16,11 +16,15 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 
+from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.errors.parallelism import ProcessFailedError, StartMethodError, UnsupportedParallelismError
-from lowrank_pl.importance import FirstOrder
+from lowrank_pl.importance import FirstOrder, KroneckerSensitivity
+from lowrank_pl.nn import ElasticLinear
 from lowrank_pl.strategies import SVD, CompressionStrategy, NoCompression
+from lowrank_pl.strategies.metric_groups import MetricGroups
 from lowrank_pl.strategies.processes import Agreement, assign, check_parallelism, check_parallelism_named, work_shared
 from lowrank_pl.strategies.singular_groups import SingularGroups
 from tests.support.runs import make_task, make_trainer
@@ -155,6 +159,40 @@ def test_a_choice_of_ranks_that_fails_is_told_to_those_that_wait_for_it(monkeypa
         SingularGroups(FirstOrder(), True, 1).reallocate(trainer, {}, plan, 1.0, True)
     assert len(trainer.told) == 1
     assert "the scores" in trainer.told[0]
+
+
+def test_a_layer_that_cannot_be_decomposed_is_told_to_those_that_wait_for_its_energies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer: Any = TwoProcesses(monkeypatch, None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+    linear = nn.Linear(6, 4)
+    nn.init.constant_(linear.weight, torch.nan)
+    groups = MetricGroups(KroneckerSensitivity(), 0.25, 1, True)
+    groups.sensitivity.add("layer", torch.randn(8, 6), torch.randn(8, 4))
+    plan: Any = SimpleNamespace(shapes={"layer": LinearShape(4, 6)})
+    with pytest.raises(NonFiniteError, match="layer"):
+        groups.reallocate(trainer, {"layer": ElasticLinear.from_linear(linear)}, plan, 0.5, False)
+    assert len(trainer.told) == 1
+    assert "layer" in trainer.told[0]
+
+
+def test_ranks_that_fail_after_the_energies_are_told_to_those_that_wait_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer: Any = TwoProcesses(monkeypatch, None, {}, None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+
+    def best(*_: Any) -> Any:
+        raise NonFiniteError("the energies")
+
+    plan: Any = SimpleNamespace(shapes={"layer": LinearShape(4, 6)}, best=best)
+    groups = MetricGroups(KroneckerSensitivity(), 0.25, 1, True)
+    groups.sensitivity.add("layer", torch.randn(8, 6), torch.randn(8, 4))
+    with pytest.raises(NonFiniteError, match="the energies"):
+        groups.reallocate(trainer, {"layer": ElasticLinear.from_linear(nn.Linear(6, 4))}, plan, 0.5, False)
+    assert len(trainer.told) == 3
+    assert "the energies" in trainer.told[2]
 
 
 def test_a_process_that_was_asked_to_stop_starts_no_further_job_and_tells_the_others(
