@@ -86,9 +86,15 @@ def _with_data_of_runs(words: list[str]) -> list[str]:
         if not _OF_A_RUN & fields.keys():
             changed.append(f"{_CONFIG}={path}")
         elif data := fields.get("data"):
-            arguments = {key: value for key, value in data.get("init_args", {}).items() if key != "tokenizer"}
-            changed.append(f"{_CONFIG}={json.dumps({'data': {**data, 'init_args': arguments}})}")
+            changed.append(f"{_CONFIG}={json.dumps({'data': _without_tokenizer(data)})}")
     return changed
+
+
+def _without_tokenizer(data: Any) -> Any:
+    """What a configuration says of data, less the tokenizer; the name of a class alone has no arguments."""
+    if not isinstance(data, dict) or not isinstance(arguments := data.get("init_args"), dict):
+        return data
+    return {**data, "init_args": {key: value for key, value in arguments.items() if key != "tokenizer"}}
 
 
 def _fields_of(path: Path) -> dict[str, Any]:

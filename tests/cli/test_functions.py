@@ -50,6 +50,15 @@ def test_the_configuration_of_a_run_gives_its_data_alone(given: dict[str, Any], 
     assert (given["ckpt_path"], given["max_drop"]) == ("a.ckpt", 0.1)
 
 
+@pytest.mark.parametrize("data", ["GLUE", "{class_path: GLUE}"])
+def test_a_run_may_name_the_class_of_its_data_alone(
+    given: dict[str, Any], tmp_path: Path, tiny_bert: str, data: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"trainer: {{max_epochs: 3}}\ndata: {data}\n", encoding="utf-8")
+    run("--config", str(tmp_path / "run.yaml"), "--data.init_args.task", "SST-2")
+    assert given["data"](tiny_bert).task.name == "SST-2"
+
+
 def test_later_data_replace_earlier_ones(given: dict[str, Any], tiny_bert: str) -> None:
     run(f"--config={CONFIGS / 'recipes' / 'glue_svd.yaml'}", "--config", str(CONFIGS / "data" / "docstrings.yaml"))
     data = given["data"](tiny_bert)
