@@ -133,14 +133,14 @@ def _closing_lines(model: PreTrainedModel) -> list[str]:
 
 
 def _score_line(saved: SavedModel, report: Mapping[str, Any]) -> str:
-    """The score of this very checkpoint; where the report has none of it, that."""
+    """The score of this very checkpoint; where the report has none of it, what it was kept for."""
     if "score_note" in report:
         return f"* score: none, {report['score_note']}"
-    metric, split = report.get("metric"), report.get("split")
-    name, best = Path(saved.source).name, report.get("checkpoint")
-    if report.get("verb") == "fit" and best is not None and Path(best).name == name != "last.ckpt":
-        return f"* {report.get('checkpoint_monitor') or 'score'}: {_number(report.get('checkpoint_score'))} ({metric})"
-    return f"* score: {_number(report.get('score'))} ({metric}, {split} split)"
+    name, best, value = Path(saved.source).name, report.get("checkpoint"), report.get("checkpoint_score")
+    kept = report.get("verb") == "fit" and best is not None and Path(best).name == name != "last.ckpt"
+    if kept and report.get("score") is None and value is not None:
+        return f"* {report.get('checkpoint_monitor')}: {_number(value)}"
+    return f"* score: {_number(report.get('score'))} ({report.get('metric')}, {report.get('split')} split)"
 
 
 def _number(value: float | None) -> str:

@@ -332,7 +332,7 @@ def test_the_card_quotes_the_score_of_the_checkpoint_that_is_exported(tiny_bert:
     told = {"verb": "fit", "score": 0.5, "metric": "f1", "split": "val", "command": "", "versions": {}, **best}
     (tmp_path / "report.json").write_text(json.dumps(told))
     lines = {
-        "best.ckpt": "* val/score: 0.7500 (f1)",
+        "best.ckpt": "* score: 0.7500 (f1, val split)",
         "last.ckpt": "* score: 0.5000 (f1, val split)",
         "epoch=0.ckpt": "* score: none, the report's score is that of another checkpoint",
     }
@@ -340,6 +340,28 @@ def test_the_card_quotes_the_score_of_the_checkpoint_that_is_exported(tiny_bert:
         checkpoint(tiny_bert, tmp_path / "checkpoints" / name)
         export(str(tmp_path / "checkpoints" / name), str(tmp_path / name.removesuffix(".ckpt")))
         assert line in (tmp_path / name.removesuffix(".ckpt") / "README.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("of_the_run", "line"),
+    [
+        ({"score_step": 4, "score": 0.5}, "* score: 0.5000 (f1, val split)"),
+        ({"score_step": 4, "score": 0.5, "checkpoint_monitor": "val/loss"}, "* score: 0.5000 (f1, val split)"),
+        ({"score_step": 8, "score": 0.5, "checkpoint_monitor": "val/loss"}, "* val/loss: 0.2500"),
+    ],
+)
+def test_the_card_has_the_score_of_a_checkpoint_that_was_kept_for_something_else_or_for_nothing(
+    tiny_bert: str, tmp_path: Path, of_the_run: dict[str, Any], line: str
+) -> None:
+    """As Lightning's own `ModelCheckpoint` without a monitor keeps the last step's."""
+    checkpoint(tiny_bert, tmp_path / "step=4.ckpt")
+    saved = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    torch.save({**saved, "global_step": 4}, tmp_path / "step=4.ckpt")
+    value = 0.25 if "checkpoint_monitor" in of_the_run else None
+    told = {"verb": "fit", "metric": "f1", "split": "val", "command": "", "versions": {}, "checkpoint": "step=4.ckpt"}
+    (tmp_path / "report.json").write_text(json.dumps({**told, "checkpoint_score": value, **of_the_run}))
+    export(str(tmp_path / "step=4.ckpt"), str(tmp_path / "out"))
+    assert line in (tmp_path / "out" / "README.md").read_text().splitlines()
 
 
 def test_a_checkpoint_on_the_way_is_told_as_it_is(
