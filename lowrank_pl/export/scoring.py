@@ -27,6 +27,7 @@ from lowrank_pl.tasks import CausalLM, EncoderTask, MaskedLM, SequenceClassifica
 from lowrank_pl.tasks.before_data import tell_target
 from lowrank_pl.tasks.compatibility import check_same_target
 from lowrank_pl.tasks.metrics import lower_is_better
+from lowrank_pl.tasks.per_token import IGNORED
 
 DataFactory = Callable[[str], TextDataModule]
 """Makes a datamodule for the tokenizer of a model."""
@@ -159,7 +160,7 @@ class _Agreement:
             self._mean.update((first - second).abs())
             self._correlation.update(first, second)
         else:
-            labelled = labels != -100
+            labelled = (labels != IGNORED) & (first != IGNORED)  # nothing predicts the first token of a window
             self._mean.update((first == second)[labelled].float())
 
     def told(self) -> dict[str, float]:

@@ -131,6 +131,13 @@ def test_a_higher_perplexity_is_a_drop_and_unlabelled_tokens_do_not_count() -> N
         scoring("masked_lm").compare(run(9), run(3), max_drop=0.1)
 
 
+def test_the_first_token_of_a_window_that_nothing_predicts_is_no_equal_prediction() -> None:
+    def always(token: int) -> Run:
+        return lambda inputs: F.one_hot(torch.full_like(inputs["input_ids"], token), len(VOCAB)).float()
+
+    assert scoring("causal_lm").compare(always(5), always(6))["agreement"] == 0
+
+
 def test_as_many_samples_as_asked_for_are_scored() -> None:
     data = Told(size=40)
     found = scoring("classification", max_samples=11).compare(Predicting(data, {0}), Predicting(data, {15}))
