@@ -83,7 +83,7 @@ def export(
             Ranks and parameters are those of the checkpoint; the score is left out where it is that of another step.
         overwrite: Replace a folder that exists, with everything that is in it.
         max_shard_size: Split larger weights into files of at most this size, e.g. `"5GB"`, in KB, MB, GB or TB; by
-            default that of transformers. A single tensor is never split.
+            default that of transformers. A single tensor is never split, nor are ONNX files and those in eight bits.
         quantize: `int8` brings an ONNX file to eight bits, embeddings included: a quarter of the size. A folder
             (`factorised` or `dense`) becomes one for torchao (extra `torchao`) that `lowrank_pl.from_pretrained`,
             `init_from` and `benchmark` read: `int8_weight_only` stores the linear layers of the blocks in eight bits
@@ -113,13 +113,13 @@ def export(
     """
     if format not in get_args(Format):
         raise RangeError("format", format, ", ".join(map(repr, get_args(Format))))
-    scheme = _check_quantization(format, quantize, max_shard_size)
+    scheme = _check_quantization(format, quantize)
+    sharding = sharding_of(max_shard_size, one_file=format == "onnx" or quantize is not None)
     check_scoring(data, max_drop, max_samples)
     if format == "onnx":
         check_packages("export --format onnx")
     form = "factorised" if format == "factored" else format
     source, folder = Path(ckpt_path).expanduser(), OutputFolder(output, overwrite)
-    sharding = sharding_of(max_shard_size)
     folder.check()
     _check_apart(source, folder.path)
     saved = read_saved_model(ckpt_path, "export --ckpt_path")
@@ -175,11 +175,11 @@ def export(
     return folder.path
 
 
-def _check_quantization(format: Format, quantize: Quantization | None, max_shard_size: str | None) -> Scheme | None:
+def _check_quantization(format: Format, quantize: Quantization | None) -> Scheme | None:
     """What torchao quantises, if anything.
 
     Raises:
-        RangeError: the format has no such quantisation, or a file in eight bits is to be split.
+        RangeError: the format has no such quantisation.
         MissingPackagesError: torchao is not installed.
     """
     if quantize is None:
@@ -187,8 +187,6 @@ def _check_quantization(format: Format, quantize: Quantization | None, max_shard
     if quantize == "int8" and format == "onnx":
         return None
     if (quantize == "int8_weight_only" or quantize == "int8_dynamic") and format != "onnx":
-        if max_shard_size is not None:
-            raise RangeError("max_shard_size", max_shard_size, "null with quantize, which writes one file")
         check_torchao(f"export --quantize {quantize}")
         return quantize
     schemes = " or ".join(map(repr, get_args(Scheme)))
@@ -250,12 +248,18 @@ def check_finite_weights(model: PreTrainedModel, source: str) -> None:
             raise NonFiniteWeightsError(source, name)
 
 
-def sharding_of(size: str | None) -> dict[str, Any]:
+def sharding_of(size: str | None, one_file: bool) -> dict[str, Any]:
     """The argument of transformers' `save_pretrained`.
 
+    Args:
+        size: Of the largest file, `None` for transformers' own.
+        one_file: Whether weights are not split, as in ONNX files and in eight bits.
+
     Raises:
-        RangeError: it is no size.
+        RangeError: it is no size, or nothing is split.
     """
+    if size is not None and one_file:
+        raise RangeError("max_shard_size", size, "null for ONNX files and models in eight bits, which are not split")
     if size is not None and not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", size):
         raise RangeError("max_shard_size", size, "a number and KB, MB, GB or TB, such as '5GB'")
     return {} if size is None else {"max_shard_size": size}

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_pl.checkpoint import auto_classes_making, factorised_class
+from lowrank_pl.checkpoint import auto_classes_making, factorised_class, is_quantized
 from lowrank_pl.errors.export import NotSavableError
 from lowrank_pl.export.card import plain_card
 from lowrank_pl.export.folder import check_finite_weights, check_tokenizer, sharding_of
@@ -55,9 +55,9 @@ def save_pretrained(
         OutputExistsError, OutputNotWritableError: see `folder` and `overwrite`.
         CheckpointMismatchError: the tokenizer has tokens that the model has no embedding for.
         NonFiniteWeightsError: a weight is NaN or Inf.
-        RangeError: `max_shard_size` is no size.
+        RangeError: `max_shard_size` is no size, or the model is in eight bits, which is one file.
     """
-    output, sharding = OutputFolder(folder, overwrite), sharding_of(max_shard_size)
+    output, sharding = OutputFolder(folder, overwrite), sharding_of(max_shard_size, one_file=is_quantized(model))
     base = _architecture(model)
     assert isinstance(model, PreTrainedModel)
     _check_forms(model)

@@ -18,7 +18,7 @@ from lowrank_pl.errors.checkpoint import QuantizedModelError
 from lowrank_pl.errors.export import QuantizationError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import MissingPackagesError
-from lowrank_pl.export import export, from_pretrained, int8_layers
+from lowrank_pl.export import export, from_pretrained, int8_layers, save_pretrained
 from lowrank_pl.nn import PivotedLinear, forms_in
 from lowrank_pl.strategies import SVD
 from tests.checkpoint.test_int8 import without_torchao
@@ -34,7 +34,7 @@ from tests.support.tiny import save_tiny_model
     [
         ({"quantize": "int8_dynamic", "format": "onnx"}, "'int8' with format 'onnx'"),
         ({"quantize": "int8"}, "'int8_weight_only' or 'int8_dynamic' with the others"),
-        ({"quantize": "int8_dynamic", "max_shard_size": "1MB"}, "null with quantize"),
+        ({"quantize": "int8_dynamic", "max_shard_size": "1MB"}, "null for .* models in eight bits"),
     ],
 )
 def test_other_combinations_are_refused_before_anything_is_read(
@@ -79,6 +79,12 @@ class TestWithTorchao:
         card = (out / "README.md").read_text()
         assert "from lowrank_pl import from_pretrained" in card
         assert "AutoModel" not in card
+
+    def test_what_was_loaded_is_saved_as_one_file_or_not_at_all(self, source: str, tmp_path: Path) -> None:
+        loaded = from_pretrained(str(export(source, str(tmp_path / "out"), quantize="int8_weight_only")))
+        with pytest.raises(RangeError, match="max_shard_size='1MB'"):
+            save_pretrained(loaded, str(tmp_path / "again"), max_shard_size="1MB")
+        assert not (tmp_path / "again").exists()
 
     def test_verbs_that_score_take_the_folder_and_those_that_change_weights_refuse_it(
         self, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -57,6 +57,12 @@ def test_an_impossible_shard_size_is_refused_first(tmp_path: Path, size: str) ->
         export(str(tmp_path / "nothing.ckpt"), str(tmp_path / "out"), max_shard_size=size)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_shard_size_for_what_is_not_split_is_refused_first(tmp_path: Path, quantize: Any) -> None:
+    with pytest.raises(RangeError, match=r"max_shard_size='1MB' .* null for ONNX files"):
+        export(str(tmp_path / "no.ckpt"), str(tmp_path / "out"), "onnx", max_shard_size="1MB", quantize=quantize)
+
+
 def test_a_format_that_does_not_exist_is_refused_first(tmp_path: Path) -> None:
     with pytest.raises(RangeError, match=r"format='onxx' .* 'factorised', 'factored', 'dense', 'onnx'"):
         export(str(tmp_path / "nothing.ckpt"), str(tmp_path / "out"), "onxx")  # type: ignore[arg-type]
