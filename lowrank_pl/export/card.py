@@ -16,7 +16,9 @@ from lowrank_pl.monitoring.report import kept_lines
 from lowrank_pl.nn import forms_in
 
 
-def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, Any], form: str) -> str:
+def model_card(
+    model: PreTrainedModel, saved: SavedModel, report: Mapping[str, Any], form: str, pads: bool = True
+) -> str:
     """Composes the card.
 
     Args:
@@ -25,6 +27,7 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
         report: Of the run that made it; may be empty. With `onnx`, what `write_onnx` returned, `int8` where torchao has
             quantised it, and `export_scores` where it was scored.
         form: `"factorised"`, `"dense"` or `"onnx"`.
+        pads: Whether its tokenizer has a padding token; many decoders' have none.
     """
     assert saved.target is not None
     base = getattr(saved.config, "_name_or_path", "") or saved.config.model_type
@@ -56,7 +59,7 @@ def model_card(model: PreTrainedModel, saved: SavedModel, report: Mapping[str, A
         lines.append(f"* command: `{report.get('command')}`")
         lines += [f"* {name} {version}" for name, version in report.get("versions", {}).items()]
     if form == "onnx":
-        lines += _onnx_lines(report["onnx"])
+        lines += _onnx_lines(report["onnx"], pads)
     elif "int8" in report:
         lines += _int8_loading_lines(report["int8"])
     elif form == "factorised":
@@ -147,8 +150,9 @@ def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4f}"
 
 
-def _onnx_lines(told: Mapping[str, Any]) -> list[str]:
+def _onnx_lines(told: Mapping[str, Any], pads: bool) -> list[str]:
     shapes = ", ".join(f"{batch} by {length}" for batch, length in told["shapes"])
+    texts = '["a text", "another"], padding=True' if pads else '["a text"]'
     types = "return_token_type_ids=True, " if "token_type_ids" in told["inputs"] else ""
     return [
         *_int8_lines(told),
@@ -162,7 +166,7 @@ def _onnx_lines(told: Mapping[str, Any]) -> list[str]:
         "",
         'tokenizer = AutoTokenizer.from_pretrained("…")',
         'session = InferenceSession("…/model.onnx")',
-        f'batch = tokenizer(["a text", "another"], padding=True, truncation=True, {types}return_tensors="np")',
+        f'batch = tokenizer({texts}, truncation=True, {types}return_tensors="np")',
         "inputs = {value.name: batch[value.name] for value in session.get_inputs()}",
         '(logits,) = session.run(["logits"], inputs)',
         "```",

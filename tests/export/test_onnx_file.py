@@ -15,8 +15,10 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from lowrank_pl.checkpoint import describe
+from lowrank_pl.contract import TargetSpec
 from lowrank_pl.errors.checkpoint import NotACheckpointError
 from lowrank_pl.errors.export import OnnxExportError, OnnxMismatchError
 from lowrank_pl.errors.pretrained import ModelFolderError
@@ -26,12 +28,13 @@ from lowrank_pl.export.onnx_file import model_inputs
 from lowrank_pl.nn import LowRankLinear
 from lowrank_pl.strategies import RankDyna
 from lowrank_pl.surgery import read_layout
-from lowrank_pl.tasks import SequenceClassification
+from lowrank_pl.tasks import CausalLM, SequenceClassification
 from tests.export.test_export import CLASSES
 from tests.support.forks import Forks
 from tests.support.onnx_once import Alter, OnnxOnce
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
+from tests.support.tiny import save_tiny_decoder
 
 
 def flat_bert(flat_checkpoint: tuple[Any, str]) -> str:
@@ -97,6 +100,15 @@ def test_matrices_are_stored_as_the_checkpoint_has_them(
         assert trace.encode() not in (where / "model.onnx").read_bytes()
 
 
+def run_as_the_card_says(where: Path) -> dict[str, Any]:
+    """What the lines of a folder's README.md leave behind, by name."""
+    found = re.search("```python\n(.*)```", (where / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    scope: dict[str, Any] = {}
+    exec(found[1].replace("…", str(where)), scope)
+    return scope
+
+
 def test_the_folder_of_a_run_works_as_its_card_says(flat_checkpoint: tuple[Any, str], tmp_path: Path) -> None:
     task = make_task(flat_bert(flat_checkpoint), RankDyna(keep_ratio=0.4))
     trainer = make_trainer(tmp_path, max_epochs=2)
@@ -111,12 +123,23 @@ def test_the_folder_of_a_run_works_as_its_card_says(flat_checkpoint: tuple[Any, 
     assert "score: 0.5000" in card
     assert f"| {task.compression.layers[0].name} | {task.compression.layers[0].rank} |" in card
 
-    found = re.search("```python\n(.*)```", card, re.DOTALL)
-    assert found is not None
-    scope: dict[str, Any] = {}
-    exec(found[1].replace("…", str(where)), scope)
+    scope = run_as_the_card_says(where)
     inputs = {name: torch.from_numpy(value) for name, value in scope["inputs"].items()}
     assert not inputs["attention_mask"].all()  # the second text is padded
+    torch.testing.assert_close(torch.from_numpy(scope["logits"]), torch_logits(task.encoder, inputs), rtol=0, atol=1e-5)
+
+
+def test_a_card_pads_nothing_where_the_tokenizer_has_no_token_for_it(tmp_path: Path) -> None:
+    folder = save_tiny_decoder("gpt2", tmp_path / "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    task, target = CausalLM(str(folder)), TargetSpec("text", "causal_lm", (), ("perplexity",))
+    task.build(target)
+    told = describe(task.encoder.config, read_layout(task.encoder), target, None, str(folder))
+    torch.save({"state_dict": task.state_dict(), **told}, tmp_path / "model.ckpt")
+    scope = run_as_the_card_says(export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), format="onnx"))
+    inputs = {name: torch.from_numpy(value) for name, value in scope["inputs"].items()}
     torch.testing.assert_close(torch.from_numpy(scope["logits"]), torch_logits(task.encoder, inputs), rtol=0, atol=1e-5)
 
 
