@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from transformers import PreTrainedTokenizerBase
 
 from lowrank_pl.checkpoint import SavedModel, build, read_saved_model, saved_entry
 from lowrank_pl.contract import LANGUAGE_MODELLING, TargetSpec
@@ -60,6 +62,7 @@ def load_teacher(
         model = build(saved, made_by)
     if max_length is not None and max_length > (limit := longest_input(model)):
         raise TeacherError.reads_less(asked.teacher, limit, max_length)
+    _tell_lost_token_types(asked.teacher, saved, tokenizer)
     return Teacher(model)
 
 
@@ -215,7 +218,7 @@ def _shape(config: Any) -> str:
 
 
 def _check_vocabulary(teacher: str, saved: SavedModel, student: Any, tokenizer: str | None) -> None:
-    theirs, ours = _vocabularies(saved.tokenizer, tokenizer)
+    theirs, ours = (words.get_vocab() for words in both) if (both := _tokenizers(saved, tokenizer)) else ({}, {})
     if theirs != ours:
         differing = min(theirs.items() ^ ours.items(), key=lambda item: item[1])[0]
         raise TeacherError.reads_otherwise(
@@ -228,11 +231,25 @@ def _check_vocabulary(teacher: str, saved: SavedModel, student: Any, tokenizer: 
         raise TeacherError.reads_otherwise(teacher, f"it has {sizes[0]} tokens and the model that learns {sizes[1]}")
 
 
-def _vocabularies(theirs: str | None, ours: str | None) -> tuple[dict[str, int], dict[str, int]]:
-    """Both tokenizers' tokens; none of either, where it is the same one or one of them is not there any more."""
-    if theirs is None or ours is None or theirs == ours:
-        return {}, {}
+def _tell_lost_token_types(teacher: str, saved: SavedModel, tokenizer: str | None) -> None:
+    """Warns of a teacher that is not told which text of a pair a token is in, as it was when it learned."""
+    both = _tokenizers(saved, tokenizer)
+    if both is None or getattr(saved.config, "type_vocab_size", 2) < 2:
+        return
+    theirs, ours = ("token_type_ids" in words.model_input_names for words in both)
+    if theirs and not ours:
+        rank_zero_warn(
+            f"distillation.teacher {teacher!r} tells the two texts of a pair apart by token types, which the tokenizer "
+            f"{tokenizer!r} does not give: it reads pairs as one text, and predicts worse than it has learned. Single "
+            "texts are the same to it."
+        )
+
+
+def _tokenizers(saved: SavedModel, name: str | None) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None:
+    """A teacher's and that of the model that learns; none where it is the same one or one of them is not there."""
+    if saved.tokenizer is None or name is None or saved.tokenizer == name:
+        return None
     try:
-        return load_tokenizer(theirs).get_vocab(), load_tokenizer(ours).get_vocab()
+        return load_tokenizer(saved.tokenizer), load_tokenizer(name)
     except (HubUnreachableError, ModelFolderError, PackageModelError):
-        return {}, {}
+        return None

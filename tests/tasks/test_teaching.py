@@ -24,7 +24,7 @@ from lowrank_pl.tasks.teaching import check_teacher, read_teacher
 from tests.data.samples import write_sst2
 from tests.support.runs import last_checkpoint, make_task, make_trainer
 from tests.support.synthetic import SyntheticData
-from tests.support.tiny import VOCAB, save_tiny_decoder, save_tiny_model
+from tests.support.tiny import VOCAB, save_tiny_decoder, save_tiny_model, tiny_tokenizer
 
 TARGET = SyntheticData().target
 
@@ -129,6 +129,23 @@ def test_another_tokenizer(tiny_bert: str, dense: str, tmp_path: Path) -> None:
     student = type(saved.config)(**{**saved.config.to_dict(), "vocab_size": 7})
     with pytest.raises(TeacherError, match="tokens and the model that learns 7"):
         check_teacher(asked, saved, TARGET, student, "gone")
+
+
+def test_a_teacher_that_is_not_told_which_text_of_a_pair_is_which(
+    tiny_bert: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As BERT is not where a DistilBERT, whose tokenizer has no token types, learns from it."""
+    folder = save_tiny_model("bert", tmp_path / "typed")
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(folder)
+    typed = fit(make_task(str(folder)), tmp_path)
+    for student, told in ((str(folder), False), (tiny_bert, True)):
+        recwarn.clear()
+        task = make_task(student, distillation=Distillation(typed))
+        task.build(TARGET)
+        task.take_teacher()
+        assert any("reads pairs as one text" in str(warning.message) for warning in recwarn) == told
 
 
 def test_every_place_that_holds_a_model(tiny_bert: str, dense: str, tmp_path: Path) -> None:
