@@ -280,7 +280,8 @@ def _verify(folder: Path) -> None:
 
 def longest_input(model: PreTrainedModel) -> int:
     """How many tokens a model's position embeddings reach; practically no limit where it has none."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 2**31
+    positions = getattr(model.config, "max_position_embeddings", None) or -1
+    positions = 2**31 if positions < 0 else positions  # XLNet says -1
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from behind the padding index.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:

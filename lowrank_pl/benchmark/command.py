@@ -83,6 +83,7 @@ def benchmark(
         RangeError: an impossible number.
         MissingArgumentError: no model, or a device that is not there or not for this engine.
         MissingPackagesError, EngineError: see `engines`.
+        NotOfTextsAloneError: a model needs something else than texts.
         BenchmarkResumeError: there is nothing to resume, or it was measured in other circumstances.
     """
     folder = output_folder(output)

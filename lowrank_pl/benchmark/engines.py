@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint import ONNX_NAME, is_quantized
 from lowrank_pl.errors.arguments import MissingArgumentError
-from lowrank_pl.errors.run import EngineError
+from lowrank_pl.errors.run import EngineError, NotOfTextsAloneError
 from lowrank_pl.export.int8 import quantize_int8, ready_for_int8
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.hub import first_line
@@ -57,13 +57,19 @@ def check_runs(name: str, model: PreTrainedModel, engines: list[Engine], inputs:
 
     Raises:
         MissingArgumentError: it has no logits, which a file for onnxruntime is compared by, or is in eight bits.
+        NotOfTextsAloneError: it needs something else, as a choice among several texts or a decoder with an encoder.
     """
     in_onnxruntime = any(engine in engines for engine in ONNXRUNTIME)
     if in_onnxruntime and is_quantized(model):
         remedy = "It is in int8 for torch: name the model that it was exported from, or use --engines eager."
         raise MissingArgumentError(f"the float weights of {name!r}, for onnxruntime", remedy)
-    with torch.inference_mode():
-        output = model(**inputs)
+    try:
+        with torch.inference_mode():
+            output = model(**inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:  # of the architecture's own code
+        raise NotOfTextsAloneError(type(model).__name__, first_line(error)) from error
     if in_onnxruntime and "logits" not in output:
         remedy = "It is an encoder without a head: name a fine-tuned model, or leave onnxruntime out of --engines."
         raise MissingArgumentError(f"the head of {name!r}, for onnxruntime", remedy)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl.checkpoint.int8 import stored_bytes
 from lowrank_pl.errors.numerics import RangeError
+from lowrank_pl.errors.run import NotOfTextsAloneError
 from lowrank_pl.hub import longest_input
 
 
@@ -20,12 +21,15 @@ def inputs_for(model: PreTrainedModel, batch_size: int, length: int) -> dict[str
 
     Raises:
         RangeError: the model takes no texts of this length.
+        NotOfTextsAloneError: it reads no tokens.
     """
+    words = getattr(model.config, "vocab_size", None)
+    if words is None:
+        raise NotOfTextsAloneError(type(model).__name__, "its config.json has no vocab_size")
     longest = longest_input(model)
     if length > longest:
         raise RangeError("lengths", length, f"1 … {longest}, the model's longest text")
     generator = torch.Generator().manual_seed(0)
-    words = model.config.vocab_size
     ids = torch.randint(min(5, words - 1), words, (batch_size, length), generator=generator)
     return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
 

@@ -95,6 +95,22 @@ class EngineError(LowRankError):
         )
 
 
+class NotOfTextsAloneError(LowRankError):
+    """A model that `benchmark` cannot run: it makes token ids and a mask, and nothing else.
+
+    Args:
+        kind: The model's class.
+        problem: What is in the way.
+    """
+
+    def __init__(self, kind: str, problem: str) -> None:
+        super().__init__(
+            f"--models names a {kind}, which does not run on texts alone ({problem}). Allowed are models that take "
+            "input_ids and attention_mask of [batch, length], as encoders and decoders with their usual heads do: "
+            "leave it out of --models."
+        )
+
+
 class BenchmarkResumeError(LowRankError):
     """A folder holds no benchmark that `--resume` could go on with."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertModel
+from transformers import AutoConfig, AutoModel, AutoModelForMultipleChoice, BertModel
 
 from lowrank_pl.allocation import Latency
 from lowrank_pl.benchmark import benchmark
@@ -17,6 +17,7 @@ from lowrank_pl.core import LinearShape
 from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputExistsError
+from lowrank_pl.errors.run import NotOfTextsAloneError
 from tests.export.test_export import checkpoint
 from tests.support.tiny import tiny_config
 
@@ -80,6 +81,15 @@ def test_a_model_without_a_head_is_refused_where_onnxruntime_is_asked_for(tmp_pa
     BertModel(config).save_pretrained(tmp_path / "headless")
     with pytest.raises(MissingArgumentError, match="without a head"):
         benchmark([str(tmp_path / "headless")], str(tmp_path / "out"), [1], [4], engines=["eager", "onnxruntime"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", AutoModelForMultipleChoice), ("vit", AutoModel)])
+def test_a_model_that_needs_more_than_texts_is_told_in_a_sentence(family: str, head: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    head.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained(tmp_path / "model")
+    with pytest.raises(NotOfTextsAloneError, match=r"--models names a (BertForMultipleChoice|ViTModel), which"):
+        benchmark([str(tmp_path / "model")], str(tmp_path / "out"), [1], [4])
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from lowrank_pl.benchmark.models import count_flops, inputs_for, peak_memory, weight_bytes
 from lowrank_pl.checkpoint import load_model
@@ -36,6 +37,12 @@ def test_inputs_fit_the_model(family: str, tmp_path: Path) -> None:
         inputs_for(model, 2, longest + 1)
     with pytest.raises((IndexError, RuntimeError)):  # the model could not have run it
         model(**{name: torch.cat([ids, ids[:, :1]], 1) for name, ids in inputs.items()})
+
+
+def test_a_model_whose_positions_go_on_for_ever() -> None:
+    config = AutoConfig.for_model("xlnet", vocab_size=32, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    assert config.max_position_embeddings == -1
+    inputs_for(AutoModel.from_config(config), 1, 5000)
 
 
 def test_weights_take_four_bytes_each_in_float32(tiny_bert: str) -> None:

@@ -105,6 +105,7 @@ from lowrank_pl.errors.run import (
     NotFactorisedError,
     NothingToCompressError,
     NothingToScoreError,
+    NotOfTextsAloneError,
     ResumeMismatchError,
     RunStoppedError,
     ScoreDropError,
@@ -231,6 +232,7 @@ CASES: list[tuple[LowRankError, list[str], str]] = [
     (EmbeddingsError("FWSVD", "it sees none"), ["FWSVD", "it sees none"], "embeddings to false"),
     (NonFiniteWeightsError("a.ckpt", "x.weight"), ["'a.ckpt'", "'x.weight'", "NaN or Inf"], "earlier checkpoint"),
     (EngineError("compile", "cpu", "no g++", "a compiler"), ["compile", "cpu", "no g++"], "leave compile out"),
+    (NotOfTextsAloneError("ViTModel", "no vocab_size"), ["ViTModel", "no vocab_size"], "leave it out of --models"),
     (
         BlocksMismatchError("out.blocks", "keep_ratio", "0.5", "0.4"),
         ["'out.blocks'", "keep_ratio=0.5", "0.4"],
