@@ -178,7 +178,10 @@ def _int8_lines(told: Mapping[str, Any]) -> list[str]:
         return []
     int8 = told["int8"]
     bits = "seven bits, for any processor" if int8["reduce_range"] else "eight bits, for processors with VNNI and ARM"
-    return [f"* int8: {_sizes(int8)}; weights in {bits}, activations as it runs", _distance_line(int8)]
+    lines = [f"* int8: {_sizes(int8)}; weights in {bits}, activations as it runs", _distance_line(int8)]
+    if layers := int8["pivoted_as_two_factors"]:
+        lines.append(f"* {layers} pivoted layers are two factors of the same function here, with more parameters")
+    return lines
 
 
 def _auto_class(model: PreTrainedModel) -> str:

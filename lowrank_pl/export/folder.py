@@ -28,7 +28,7 @@ from lowrank_pl.errors.export import NonFiniteWeightsError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputExistsError
 from lowrank_pl.export.card import model_card
-from lowrank_pl.export.int8 import quantize_int8, ready_for_int8
+from lowrank_pl.export.int8 import pivoted_in, quantize_int8, ready_for_int8
 from lowrank_pl.export.int8_layers import QuantizedLayers
 from lowrank_pl.export.onnx_file import check_packages, write_onnx
 from lowrank_pl.export.run_report import report_for
@@ -143,13 +143,14 @@ def export(
     own = form == "factorised" or scheme is not None
     kind = factorised_class(type(encoder), saved.auto_class) if own else type(encoder)
     encoder = _as(kind, encoder, saved)
+    pivoted = pivoted_in(encoder)
     if format == "onnx" and quantize is not None:
         encoder = ready_for_int8(encoder)
     with folder.written_whole() as temporary:
         if format == "onnx":
             told = {**told, "onnx": write_onnx(encoder, temporary)}
             if quantize is not None:
-                told["onnx"]["int8"] = quantize_int8(encoder, temporary)
+                told["onnx"]["int8"] = {**quantize_int8(encoder, temporary), "pivoted_as_two_factors": len(pivoted)}
         else:
             encoder.save_pretrained(temporary, **sharding)
         write_checksums(temporary)

@@ -34,12 +34,17 @@ def ready_for_int8(model: PreTrainedModel) -> PreTrainedModel:
     onnxruntime has one scale for all that a product puts out. The other rows of a pivoted layer are computed from what
     its pivot rows put out, and with coefficients above 1 they enlarge the error of that scale.
     """
-    names = [name for name, layer in forms_in(model).items() if isinstance(layer, PivotedLinear)]
+    names = pivoted_in(model)
     if names:
         model = copy.deepcopy(model)
     for name in names:
         replace_module_(model, name, in_two_factors(model.get_submodule(name)))
     return model
+
+
+def pivoted_in(model: PreTrainedModel) -> list[str]:
+    """Names of the pivoted layers of a model."""
+    return [name for name, layer in forms_in(model).items() if isinstance(layer, PivotedLinear)]
 
 
 def quantize_int8(model: PreTrainedModel, folder: Path) -> dict[str, Any]:

@@ -35,10 +35,14 @@ def weights(where: Path) -> dict[str, Any]:
 
 def test_factors_and_embeddings_are_stored_in_eight_bits(flat_checkpoint: Flat, tmp_path: Path) -> None:
     encoder = flat_checkpoint[0]
-    stored = weights(exported(flat_checkpoint, tmp_path, quantize="int8"))
+    where = exported(flat_checkpoint, tmp_path, quantize="int8")
+    stored = weights(where)
     eight = {array.shape for array in stored.values() if array.dtype in (np.int8, np.uint8) and array.ndim == 2}
     forms = forms_in(encoder).values()
-    assert any(isinstance(layer, PivotedLinear) for layer in forms)  # which are written as two factors
+    pivoted = sum(isinstance(layer, PivotedLinear) for layer in forms)
+    assert pivoted > 0
+    assert f"* {pivoted} pivoted layers are two factors" in (where / "README.md").read_text()
+    assert json.loads((where / "report.json").read_text())["onnx"]["int8"]["pivoted_as_two_factors"] == pivoted
     for layer in forms:
         for shape in ((layer.out_features, layer.rank), (layer.rank, layer.in_features)):
             assert shape in eight or shape[::-1] in eight
