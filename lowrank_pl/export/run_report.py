@@ -79,7 +79,7 @@ def _score_entries(report: Mapping[str, Any], place: Path, saved: SavedModel, so
         step = report.get("score_step", report.get("steps"))
         if step is not None and step == saved.step:
             return {}
-        if given is not None and Path(given).name == name != "last.ckpt":
+        if given is not None and Path(given).name == name != "last.ckpt" and report.get("checkpoint_score") is not None:
             known = report.get("checkpoint_monitor") in _SCORES
             return {"score": report.get("checkpoint_score") if known else None, "metrics": {}, "score_step": saved.step}
         # A report that does not tell its step.

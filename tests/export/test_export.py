@@ -348,6 +348,11 @@ def test_the_card_quotes_the_score_of_the_checkpoint_that_is_exported(tiny_bert:
         ({"score_step": 4, "score": 0.5}, "* score: 0.5000 (f1, val split)"),
         ({"score_step": 4, "score": 0.5, "checkpoint_monitor": "val/loss"}, "* score: 0.5000 (f1, val split)"),
         ({"score_step": 8, "score": 0.5, "checkpoint_monitor": "val/loss"}, "* val/loss: 0.2500"),
+        ({"score_step": 4, "score": None}, "* score: n/a (f1, val split)"),
+        (
+            {"score_step": 8, "score": 0.5},
+            "* score: none, the report's score is that of step 8 of the run, this checkpoint is of step 4",
+        ),
     ],
 )
 def test_the_card_has_the_score_of_a_checkpoint_that_was_kept_for_something_else_or_for_nothing(
