@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lowrank_pl import __version__
 from lowrank_pl.checkpoint import SavedModel, is_quantized
-from lowrank_pl.export.scoring import score_lines
+from lowrank_pl.export.scoring import number, score_lines
 from lowrank_pl.files.checksums import CHECKSUMS
 from lowrank_pl.monitoring.report import kept_lines
 from lowrank_pl.nn import forms_in
@@ -142,12 +142,8 @@ def _score_line(saved: SavedModel, report: Mapping[str, Any]) -> str:
     name, best, value = Path(saved.source).name, report.get("checkpoint"), report.get("checkpoint_score")
     kept = report.get("verb") == "fit" and best is not None and Path(best).name == name != "last.ckpt"
     if kept and report.get("score") is None and value is not None:
-        return f"* {report.get('checkpoint_monitor')}: {_number(value)}"
-    return f"* score: {_number(report.get('score'))} ({report.get('metric')}, {report.get('split')} split)"
-
-
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
+        return f"* {report.get('checkpoint_monitor')}: {number(value)}"
+    return f"* score: {number(report.get('score'))} ({report.get('metric')}, {report.get('split')} split)"
 
 
 def _onnx_lines(told: Mapping[str, Any], pads: bool) -> list[str]:

@@ -162,7 +162,7 @@ def export(
             )
             told = {**told, "export_scores": scoring.compare(in_torch(original), written, max_drop)}
         words.save_pretrained(temporary)
-        card = model_card(encoder, saved, told, form, pads=words.pad_token is not None)
+        card = model_card(encoder, saved, told, form, words.pad_token is not None)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if told:
             (temporary / "report.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

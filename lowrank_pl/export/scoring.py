@@ -23,6 +23,7 @@ from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import ScoreDropError
 from lowrank_pl.export.onnx_file import open_session, outputs_of
+from lowrank_pl.monitoring.report import without_nan
 from lowrank_pl.tasks import CausalLM, EncoderTask, MaskedLM, SequenceClassification, TokenClassification
 from lowrank_pl.tasks.before_data import tell_target
 from lowrank_pl.tasks.compatibility import check_same_target
@@ -95,7 +96,8 @@ class Scoring:
         Returns:
             For report.json: `before` and `after` with loss, metrics and score, `drop` (positive where the file is
             worse), and how far predictions agree: `agreement`, the share of equal classes, or for values their
-            `correlation` and `mean_distance`; data, number of samples and `max_drop`.
+            `correlation` and `mean_distance`; data, number of samples and `max_drop`. `None` for what is NaN, as the
+            correlation of equal values is.
 
         Raises:
             ScoreDropError: the file is worse by more than `max_drop`.
@@ -105,10 +107,10 @@ class Scoring:
         for task in tasks.values():
             task.on_validation_epoch_start()
         for inputs, labels in self._batches():
-            found = {"before": before(inputs).float(), "after": after(inputs).float()}
+            logits = {"before": before(inputs).float(), "after": after(inputs).float()}
             for side, task in tasks.items():
-                task.add_to_scores("val", found[side], labels)
-            first, second = (tasks[side].predictions(found[side]) for side in found)
+                task.add_to_scores("val", logits[side], labels)
+            first, second = (tasks[side].predictions(logits[side]) for side in logits)
             agreement.add(first, second, labels)
         told = {side: {k: float(v) for k, v in task.scores("val").items()} for side, task in tasks.items()}
         old, new = (told[side]["score"] for side in told)
@@ -116,7 +118,7 @@ class Scoring:
         metric = self.target.score or " + ".join(self.target.metrics)
         if max_drop is not None and not drop <= max_drop + _ROUNDING:  # also for NaN
             raise ScoreDropError(metric, old, new, drop, max_drop, self.samples)
-        return {
+        found = {
             "task": self.target.name,
             "metric": metric,
             "split": _SPLIT,
@@ -127,6 +129,8 @@ class Scoring:
             "max_drop": max_drop,
             **agreement.told(),
         }
+        ready: dict[str, Any] = without_nan(found)
+        return ready
 
     def _task(self, target: TargetSpec) -> EncoderTask:
         task = self._kind()
@@ -204,12 +208,12 @@ def as_written(folder: Path, saved: SavedModel) -> PreTrainedModel:
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The same for people: a sentence on the data, a table, and how far predictions agree."""
     before, after = scores["before"], scores["after"]
-    rows = [f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" for name in before]
+    rows = [f"| {name} | {number(before[name])} | {number(after[name])} |" for name in before]
     allowed = "" if scores["max_drop"] is None else f", allowed was {scores['max_drop']:g}"
     if "agreement" in scores:
         agreement = f"* predictions: {scores['agreement']:.2%} are the same"
     else:
-        told = f"correlation {scores['correlation']:.4f}, mean distance {scores['mean_distance']:.4f}"
+        told = f"correlation {number(scores['correlation'])}, mean distance {number(scores['mean_distance'])}"
         agreement = f"* predictions: {told}"
     return [
         f"{scores['task']}, {scores['samples']:,} samples of the {scores['split']} split (data fingerprint "
@@ -219,8 +223,19 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
         "|---|---|---|",
         *rows,
         "",
-        f"* the score is {abs(scores['drop']):.4f} {'worse' if scores['drop'] > 0 else 'better'}{allowed}"
-        if scores["drop"]
-        else f"* the score is the same{allowed}",
+        f"* {_drop_told(scores['drop'])}{allowed}",
         agreement,
     ]
+
+
+def _drop_told(drop: float | None) -> str:
+    if drop is None:
+        return "the scores cannot be compared: one is not defined"
+    if not drop:
+        return "the score is the same"
+    return f"the score is {abs(drop):.4f} {'worse' if drop > 0 else 'better'}"
+
+
+def number(value: float | None) -> str:
+    """For tables of scores."""
+    return "n/a" if value is None else f"{value:.4f}"

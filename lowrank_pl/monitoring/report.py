@@ -100,7 +100,7 @@ def build_report(
         },
         "command": command_line(),
     }
-    finite: dict[str, Any] = _finite(report)
+    finite: dict[str, Any] = without_nan(report)
     return finite
 
 
@@ -136,7 +136,7 @@ def told_of_model(record: CompressionRecord, layers: Sequence[LayerRecord], tota
         ],
         "notes": list(record.notes),
     }
-    finite: dict[str, Any] = _finite(told)
+    finite: dict[str, Any] = without_nan(told)
     return finite
 
 
@@ -172,11 +172,12 @@ def _metric_name(target: TargetSpec | None) -> str | None:
     return None if target is None else target.score or " + ".join(target.metrics)
 
 
-def _finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same with `None` for NaN and infinities, which JSON has not."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

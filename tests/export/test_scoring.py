@@ -116,6 +116,21 @@ def test_values_by_hand() -> None:
     assert "correlation 1.0000, mean distance" in "\n".join(score_lines(found))
 
 
+def test_scores_that_are_not_defined_are_not_called_better() -> None:
+    """As the correlation of a file that puts out one value."""
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        return inputs["input_ids"][:, 1:2] / 100
+
+    found = scoring("regression").compare(run, lambda inputs: torch.full((len(inputs["input_ids"]), 1), 0.5))
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert (found["before"]["pearson"], found["after"]["pearson"]) == (pytest.approx(1), None)
+    assert found["drop"] is None
+    text = "\n".join(score_lines(found))
+    assert "| pearson | 1.0000 | n/a |" in text
+    assert "the scores cannot be compared" in text
+
+
 def test_a_higher_perplexity_is_a_drop_and_unlabelled_tokens_do_not_count() -> None:
     def run(sharpness: float) -> Run:
         def logits(inputs: Mapping[str, Tensor]) -> Tensor:
