@@ -27,6 +27,7 @@ from lowrank_pl.errors.checkpoint import CheckpointMismatchError, NotACheckpoint
 from lowrank_pl.errors.export import NonFiniteWeightsError
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.outputs import OutputExistsError
+from lowrank_pl.errors.pretrained import HubUnreachableError, ModelFolderError, PackageModelError
 from lowrank_pl.export.card import model_card
 from lowrank_pl.export.int8 import pivoted_in, quantize_int8, ready_for_int8
 from lowrank_pl.export.int8_layers import QuantizedLayers
@@ -132,7 +133,7 @@ def export(
     if saved.compression is not None and not saved.compression.at_budget:
         logger.warning("%s is above its budget: %s", ckpt_path, "; ".join(saved.compression.notes))
     check_finite_weights(encoder, ckpt_path)
-    words = load_tokenizer(_tokenizer_of(saved, tokenizer))
+    words = _load_tokenizer(saved, tokenizer)
     check_tokenizer(words, saved.config, saved.source)
     scoring = None if data is None else Scoring(saved, data, _tokenizer_of(saved, tokenizer), max_samples)
     changed = format == "dense" or scheme is not None
@@ -214,6 +215,23 @@ def _tokenizer_of(saved: SavedModel, asked: str | None) -> str:
     if not name:
         raise MissingArgumentError("the tokenizer", "The checkpoint does not tell where it was; give --tokenizer.")
     return str(name)
+
+
+def _load_tokenizer(saved: SavedModel, asked: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that is asked for, or that of the model.
+
+    Raises:
+        MissingArgumentError: that of the model is nowhere, or not where it was.
+        LowRankError: that which is asked for cannot be read; see `load_tokenizer`.
+    """
+    name = _tokenizer_of(saved, asked)
+    try:
+        return load_tokenizer(name)
+    except (HubUnreachableError, ModelFolderError, PackageModelError) as error:
+        if asked is not None:
+            raise
+        remedy = "The checkpoint may come from another machine; say where its tokenizer is here with --tokenizer."
+        raise MissingArgumentError(f"the tokenizer {name!r} that the checkpoint tells of", remedy) from error
 
 
 def check_tokenizer(words: PreTrainedTokenizerBase, config: PreTrainedConfig, source: str) -> None:

@@ -20,6 +20,7 @@ from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.checkpoint import CheckpointMismatchError, LayoutVersionError, NotACheckpointError
 from lowrank_pl.errors.export import NonFiniteWeightsError
 from lowrank_pl.errors.outputs import OutputExistsError
+from lowrank_pl.errors.pretrained import HubUnreachableError
 from lowrank_pl.export import export, folder, from_pretrained
 from lowrank_pl.monitoring import ReportWriter
 from lowrank_pl.nn import LowRankLinear, PivotedLinear, dense_weight
@@ -315,6 +316,19 @@ def test_a_tokenizer_of_another_model_is_refused(
     (tmp_path / "other" / "config.json").write_text(config)
     export(str(tmp_path / "model.ckpt"), str(tmp_path / "out"), tokenizer=str(tmp_path / "other"))
     assert "pads with token 1, the model with 0" in caplog.text
+
+
+def test_a_checkpoint_from_elsewhere_asks_for_its_tokenizer(tiny_bert: str, tmp_path: Path) -> None:
+    checkpoint(tiny_bert, tmp_path / "model.ckpt")
+    saved = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    saved["lowrank_task"]["tokenizer"] = "/elsewhere/bert"
+    torch.save(saved, tmp_path / "model.ckpt")
+    source, out = str(tmp_path / "model.ckpt"), str(tmp_path / "out")
+    with pytest.raises(MissingArgumentError, match=r"'/elsewhere/bert' that the checkpoint tells of .*--tokenizer"):
+        export(source, out)
+    with pytest.raises(HubUnreachableError, match="/nowhere"):
+        export(source, out, tokenizer="/nowhere")
+    export(source, out, tokenizer=tiny_bert)
 
 
 def test_a_damaged_report_is_told(tiny_bert: str, tmp_path: Path) -> None:
