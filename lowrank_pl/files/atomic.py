@@ -25,6 +25,7 @@ _PART = ".part"
 _ASIDE = ".aside"
 
 TO_REPLACE = "Give another --output, or --overwrite true to replace the folder."
+_A_FILE = "It is a file, in whose place no folder is put; give another --output."
 
 
 def check_output(output: Path, overwrite: bool, remedy: str | None = TO_REPLACE) -> None:
@@ -116,7 +117,7 @@ def _refuse(folder: Path, output: Path, overwrite: bool, remedy: str | None) -> 
     if folder.is_dir() and (overwrite or not any(folder.iterdir())):
         return
     if folder.exists():
-        raise OutputExistsError(str(output), remedy)
+        raise OutputExistsError(str(output), remedy if folder.is_dir() else _A_FILE)
 
 
 @contextmanager

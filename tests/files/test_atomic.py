@@ -107,9 +107,9 @@ def test_what_appears_meanwhile_is_replaced_only_if_asked(tmp_path: Path) -> Non
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_file_in_its_place_is_never_replaced(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(OutputExistsError, match="exists"):
+    with pytest.raises(OutputExistsError, match="It is a file, in whose place no folder is put; give another --output"):
         check_output(tmp_path / "out", overwrite)
-    with pytest.raises(OutputExistsError, match="exists"):
+    with pytest.raises(OutputExistsError, match="It is a file, in whose place no folder is put; give another --output"):
         write(tmp_path / "out", overwrite)
     assert (tmp_path / "out").read_text() == "mine"
     assert names(tmp_path) == ["out"]
