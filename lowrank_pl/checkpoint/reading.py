@@ -118,6 +118,8 @@ def _load(path: str, location: Path, argument: str, look: bool = False) -> dict[
         checkpoint: dict[str, Any] = torch.load(location, map_location="cpu", weights_only=True, mmap=look)
     except Exception as error:  # bytes of any other file are instructions to pickle, which fails in as many ways
         told = (str(error) or type(error).__name__).splitlines()[0]
+        if told.startswith("Weights only"):  # torch goes on with advice that runs what is in the file
+            told = told.partition(".")[0]
         raise NotACheckpointError(path, f"not a readable checkpoint ({told})", argument) from error
     if not isinstance(checkpoint, dict) or not {TASK_KEY, LAYOUT_KEY, "state_dict"} <= checkpoint.keys():
         raise NotACheckpointError(path, f"it has no {TASK_KEY!r} entry", argument)

@@ -125,7 +125,12 @@ def test_checkpoint_for_other_labels_is_refused(tiny_bert: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(None, "no such file"), (b"garbage", "not a readable checkpoint"), ({"state_dict": {}}, "no 'lowrank_task'")],
+    [
+        (None, "no such file"),
+        (b"garbage", "not a readable checkpoint"),
+        ({"state_dict": {}}, "no 'lowrank_task'"),
+        (Path("code"), r"\(Weights only load failed\)\. Allowed"),
+    ],
 )
 def test_unreadable_init_from(content: Any, told: str, tmp_path: Path) -> None:
     path = tmp_path / "x.ckpt"
