@@ -133,7 +133,7 @@ class BlockByBlock:
         """Layers in the order of their calls, those with the same input together; the same on every process."""
         encoder = as_compressible(pl_module).encoder
         model = model_of(pl_module, calibration, "sequential")
-        with _as_measured(encoder):
+        with _as_measured(pl_module):
             return order_of_calls(trainer, encoder, model, self.batches(trainer, calibration), list(layers))
 
     def fit_(
@@ -166,12 +166,12 @@ class BlockByBlock:
         model = model_of(pl_module, calibration, "sequential")
         kept = KeptCalls(trainer, encoder, work.dense, model, order, both=self.needs_dense_passes)
         behind: list[str] = []
-        with _as_measured(encoder):
-            bar = iter(progress(trainer, order, "Block by block", len(order)))
-            for _, of_block in groupby(order, lambda stage: stage.block):
-                block = list(of_block)
-                names = [name for stage in block for name in stage.layers]
-                work.begin(names)
+        bar = iter(progress(trainer, order, "Block by block", len(order)))
+        for _, of_block in groupby(order, lambda stage: stage.block):
+            block = list(of_block)
+            names = [name for stage in block for name in stage.layers]
+            work.begin(names)  # new layers take over modes and flags, which are not their own while a model is measured
+            with _as_measured(pl_module):
                 for stage in block:
                     next(bar)
                     for part, sums, comparable in self._measure(trainer, encoder, work.dense, stage, kept, batches):
@@ -179,9 +179,9 @@ class BlockByBlock:
                     if behind and not kept.needs_whole_passes:
                         work.leave(behind)
                     behind = []
-                work.finish(names, {name: told[name] for name in names})
-                behind = names
-            next(bar, None)
+            work.finish(names, {name: told[name] for name in names})
+            behind = names
+        next(bar, None)
         return told, batches.num_samples
 
     def _measure(
@@ -255,7 +255,8 @@ def _copied(sums: PairedSums) -> PairedSums:
 
 
 @contextmanager
-def _as_measured(encoder: nn.Module) -> Iterator[None]:
+def _as_measured(pl_module: pl.LightningModule) -> Iterator[None]:
+    encoder = as_compressible(pl_module).encoder
     with isolate_rng(), frozen_eval(encoder), torch.no_grad(), without_cache(encoder):
         yield
 

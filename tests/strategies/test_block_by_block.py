@@ -206,6 +206,20 @@ def test_dense_layers_leave_the_device_when_no_pass_needs_them(
     assert left == [f"blocks.{block}.0" for block in expected]
 
 
+@pytest.mark.parametrize("form", ["low_rank", "pivoted"])
+def test_factors_are_trained_as_the_dense_layers_would_be(form: Any) -> None:
+    torch.manual_seed(0)
+    model = Deep(0.0)
+    model.blocks[1].requires_grad_(False)
+    model.blocks[2].eval()
+    compress(model, vectors(), cross_entropies, method(keep_ratio=0.7, sequential=True, form=form))
+    assert set(read_layout(model).modules) == {f"blocks.{block}.0" for block in range(4)}
+    for block, (trained, mode) in enumerate([(True, True), (False, True), (True, False), (True, True)]):
+        layer = model.get_submodule(f"blocks.{block}.0")
+        assert {parameter.requires_grad for parameter in layer.parameters()} == {trained}
+        assert {module.training for module in layer.modules()} == {mode}
+
+
 def test_layers_outside_of_blocks_are_fitted_by_whole_passes() -> None:
     torch.manual_seed(0)
     dense = nn.ModuleDict({"first": nn.Linear(6, 6), "second": nn.Linear(6, 6), "head": nn.Linear(6, 2)})
