@@ -22,7 +22,16 @@ from lowrank_pl.errors.run import (
 )
 from lowrank_pl.monitoring import ReportWriter
 from lowrank_pl.nn import LowRankLinear, SVDLinear
-from lowrank_pl.strategies import FWSVD, SVD, TFWSVD, CompressionStrategy, KroneckerSVD, RankDyna, Recalibration
+from lowrank_pl.strategies import (
+    FWSVD,
+    SVD,
+    TFWSVD,
+    Calibration,
+    CompressionStrategy,
+    KroneckerSVD,
+    RankDyna,
+    Recalibration,
+)
 from lowrank_pl.surgery import read_layout
 from lowrank_pl.trainer import LowRankTrainer
 
@@ -92,6 +101,37 @@ def test_static_methods_work_without_tokens_and_masks(
     )
     if isinstance(strategy, KroneckerSVD):
         assert "recalibrated on 32 outputs" in module.compression.notes[-1]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_what_is_outside_of_the_encoder_is_measured_in_eval_mode_too(
+    sequential: bool, page: dict[str, Any], tmp_path: Path
+) -> None:
+    base: Any = page["ImageClassifier"]
+
+    class Augmenting(base):  # type: ignore[misc]
+        def __init__(self, **config: Any) -> None:
+            super().__init__(**config)
+            self.norm = nn.BatchNorm2d(3)
+            self.modes: set[bool] = set()
+
+        def per_sample_losses(self, batch: Any) -> Any:
+            images, labels = batch
+            self.modes |= {self.training, self.norm.training}
+            return super().per_sample_losses((self.norm(images), labels))
+
+    torch.manual_seed(0)
+    module = Augmenting(image_size=16, patch_size=4, num_labels=2, **SIZES)
+    strategy = KroneckerSVD(
+        keep_ratio=0.5, refit=True, recalibration=True, sequential=sequential, calibration=Calibration(cache=False)
+    )
+    trainer = pl.Trainer(**{**QUIET, "max_epochs": 0}, default_root_dir=tmp_path, callbacks=[strategy])
+    trainer.fit(module, datamodule=page["Images"]())
+    assert len(module.compression.notes) >= 1 + (not sequential)
+    assert module.modes == {False}
+    assert module.norm.num_batches_tracked == 0  # BatchNorm's statistics are no part of a measurement
+    assert module.norm.training
+    assert all(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_shrinking_ranks_work_without_tokens_and_masks(page: dict[str, Any], make: Any, tmp_path: Path) -> None:

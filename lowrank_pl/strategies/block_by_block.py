@@ -257,7 +257,7 @@ def _copied(sums: PairedSums) -> PairedSums:
 @contextmanager
 def _as_measured(pl_module: pl.LightningModule) -> Iterator[None]:
     encoder = as_compressible(pl_module).encoder
-    with isolate_rng(), frozen_eval(encoder), torch.no_grad(), without_cache(encoder):
+    with isolate_rng(), frozen_eval(pl_module), torch.no_grad(), without_cache(encoder):
         yield
 
 

@@ -20,6 +20,7 @@ from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import CalibrationError
 from lowrank_pl.importance import Importance, ImportanceCache, LayerImportance, Measured, identity, settings, values
 from lowrank_pl.importance.batches import Batch
+from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.strategies.base import ABOUT_COMPRESSION, as_compressible
 from lowrank_pl.strategies.labels import LABELS, Labels, ObservedLabels, SampledLabels, check_labels
 from lowrank_pl.strategies.processes import Agreement, progress, send_
@@ -114,7 +115,7 @@ def measure_importance(
     cache = ImportanceCache(options.folder()) if options.cache else None
     device = trainer.strategy.root_device
     what = type(importance).__name__
-    with isolate_rng():
+    with isolate_rng(), frozen_eval(pl_module):  # also what is outside of the encoder, such as a norm before it
         key, cached = "", None
         if cache is not None and trainer.is_global_zero:
             loss = loss_identity(trainer, pl_module)

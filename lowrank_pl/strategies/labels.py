@@ -14,7 +14,6 @@ from lowrank_pl.errors.labels import LabelsError
 from lowrank_pl.importance.batches import Batch, batch_size, split
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.importance.memory import is_out_of_memory, release_memory
-from lowrank_pl.strategies.base import as_compressible
 
 Labels = Literal["observed", "sampled"]
 LABELS: tuple[str, ...] = get_args(Labels)
@@ -104,7 +103,7 @@ class SampledLabels:
         def uniform(count: int) -> Tensor:
             return torch.rand(count, generator=generator, dtype=torch.float64)
 
-        with frozen_eval(as_compressible(pl_module).encoder), torch.no_grad():
+        with frozen_eval(pl_module), torch.no_grad():
             self._labels = [self._drawn(pl_module, batch, uniform).cpu() for batch in batches]
 
     def __iter__(self) -> Iterator[Batch]:

@@ -65,7 +65,7 @@ class Recalibration:
             raise FewSamplesError(_NAME, batches.num_samples, trainer.world_size)
         encoder = as_compressible(pl_module).encoder
         first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
-        with isolate_rng(), torch.no_grad(), frozen_eval(encoder):
+        with isolate_rng(), torch.no_grad(), frozen_eval(pl_module):
             _check_number(encoder, outputs_of(pl_module, first, _NAME))
             find_head(encoder, lambda: outputs_of(pl_module, first, _NAME))
 
@@ -79,7 +79,7 @@ class Recalibration:
         module = as_compressible(pl_module)
         batches = calibration_batches(trainer, calibration, _NAME, self.max_samples)
         found = []
-        with isolate_rng(), torch.no_grad(), frozen_eval(module.encoder):
+        with isolate_rng(), torch.no_grad(), frozen_eval(pl_module):
             for batch in batches:
                 there = trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
                 outputs = outputs_of(pl_module, there, _NAME).float()
@@ -106,7 +106,7 @@ class Recalibration:
         module = as_compressible(pl_module)
         batches = calibration_batches(trainer, calibration, _NAME, self.max_samples)
         sample = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
-        with isolate_rng(), torch.no_grad(), frozen_eval(module.encoder):
+        with isolate_rng(), torch.no_grad(), frozen_eval(pl_module):
             head = find_head(module.encoder, lambda: outputs_of(pl_module, sample, _NAME))
         own = self.outputs(trainer, pl_module, calibration)
         outputs, wanted = (torch.cat(gathered(trainer, part)) for part in (own, reference))

@@ -89,7 +89,7 @@ class Refit:
         forms = {name: cast(LowRankLinear, encoder.get_submodule(name)) for name in linears or dense}
         batches = calibration_batches(trainer, calibration, "refit", self.max_samples)
         model = model_of(pl_module, calibration, "refit")
-        with isolate_rng(), frozen_eval(encoder), torch.no_grad(), without_cache(encoder):
+        with isolate_rng(), frozen_eval(pl_module), torch.no_grad(), without_cache(encoder):
             order = order_of_calls(trainer, encoder, model, batches, list(forms))
             kept = KeptCalls(trainer, encoder, dense, model, order)
             fitted = 0
