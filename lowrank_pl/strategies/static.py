@@ -259,9 +259,10 @@ class StaticStrategy(CompressionStrategy):
         request = self._request(self.targets.select(encoder))
         layers = self.candidates(encoder)
         heads = self._tied_heads(encoder, layers)
-        before = (
-            None if self.recalibration is None else self.recalibration.outputs(trainer, pl_module, self.calibration)
-        )
+        before = None
+        if self.recalibration is not None:
+            self.recalibration.check(trainer, pl_module, self.calibration)  # `fit` has not done so before
+            before = self.recalibration.outputs(trainer, pl_module, self.calibration)
         tokens = getattr(getattr(trainer, "datamodule", None), "max_length", None)
         for line in self.told_beforehand(encoder, next(encoder.parameters()).element_size(), tokens):
             rank_zero_info(line)

@@ -227,6 +227,22 @@ def test_recalibration_needs_a_sample_on_every_process(tiny_bert: str) -> None:
             Recalibration().check(trainer, task, samples)
 
 
+def test_what_recalibration_needs_is_looked_at_before_anything_is_measured_in_fit_too(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise FewSamplesError("recalibration", 1, 2)
+
+    measured: list[str] = []
+    monkeypatch.setattr(Recalibration, "check", refused)
+    monkeypatch.setattr(Recalibration, "outputs", lambda *_: measured.append("outputs"))
+    monkeypatch.setattr(SecondMoments, "measure", lambda *_: measured.append("moments"))
+    task = make_task(tiny_bert, KroneckerSVD(keep_ratio=0.5, recalibration=True))
+    with pytest.raises(FewSamplesError):
+        make_trainer(tmp_path).fit(task, SyntheticData())
+    assert not measured
+
+
 def test_bad_options_are_refused() -> None:
     for size, diagonal in ((0, False), (8, True)):
         with pytest.raises(RangeError, match="block_size"):
