@@ -155,10 +155,10 @@ def _ladder(choice: RankChoice, energy: Tensor, step: int, measure: Measure) -> 
     return [*below, dense] if choice.dense or not below else below
 
 
-def _envelope(ladder: list[_Rung], start: int) -> list[int]:
-    """Places of the rungs on the upper concave envelope of energy over cost, from one rung on."""
+def _envelope(ladder: list[_Rung], start: int, stop: int) -> list[int]:
+    """Places of the rungs on the upper concave envelope of energy over cost, from one rung on, before another."""
     hull = [start]
-    for place in range(start + 1, len(ladder)):
+    for place in range(start + 1, stop):
         if ladder[place].cost == ladder[hull[-1]].cost:  # a measured time may not rise with the rank
             if len(hull) == 1:
                 hull = [place]
@@ -175,54 +175,37 @@ def _slope(ladder: list[_Rung], low: int, high: int) -> float:
 
 
 def _climb(ladders: Mapping[str, list[_Rung]], budget: float) -> dict[str, _Rung]:
-    """The best bargains first; what no longer fits is replaced by the best that does.
+    """The best bargains first.
 
     Along the envelopes the order of bargains is that of falling slopes, which is optimal for the budget at every step.
-    A step that does not fit leaves less than itself unspent; that is spent on single rungs.
+    For a layer whose step does not fit, dense above all, the envelope is taken anew over the rungs that still do.
     """
     places = {name: _first(ladder) for name, ladder in ladders.items()}
     spent = sum(ladders[name][place].cost for name, place in places.items())
     order = {name: index for index, name in enumerate(ladders)}
-    heap: list[tuple[float, int, str, int]] = []
+    heap: list[tuple[float, int, str]] = []
+    hulls: dict[str, list[int]] = {}
 
     def offer(name: str, hull: list[int]) -> None:
+        hulls[name] = hull
         if len(hull) > 1:
-            heapq.heappush(heap, (-_slope(ladders[name], hull[0], hull[1]), order[name], name, hull[1]))
+            heapq.heappush(heap, (-_slope(ladders[name], hull[0], hull[1]), order[name], name))
 
-    hulls = {name: _envelope(ladder, places[name]) for name, ladder in ladders.items()}
-    for name, hull in hulls.items():
-        offer(name, hull)
+    for name, ladder in ladders.items():
+        offer(name, _envelope(ladder, places[name], len(ladder)))
     while heap:
-        _, _, name, target = heapq.heappop(heap)
-        price = ladders[name][target].cost - ladders[name][places[name]].cost
-        if spent + price > budget:
+        _, _, name = heapq.heappop(heap)
+        ladder, here, target = ladders[name], places[name], hulls[name][1]
+        rest = budget - spent
+        if ladder[target].cost - ladder[here].cost > rest:
+            affordable = sum(rung.cost - ladder[here].cost <= rest for rung in ladder)
+            offer(name, _envelope(ladder, here, affordable))
             continue
-        spent, places[name] = spent + price, target
-        hulls[name] = hulls[name][1:]
-        offer(name, hulls[name])
-    _spend_rest(ladders, places, budget - spent)
+        spent, places[name] = spent + ladder[target].cost - ladder[here].cost, target
+        offer(name, hulls[name][1:])
     return {name: ladders[name][place] for name, place in places.items()}
 
 
 def _first(ladder: list[_Rung]) -> int:
     """The lowest rung; the highest of those that cost the same."""
     return max(place for place, rung in enumerate(ladder) if rung.cost == ladder[0].cost)
-
-
-def _spend_rest(ladders: Mapping[str, list[_Rung]], places: dict[str, int], rest: float) -> None:
-    """Spends what is left on the single steps with the highest slope that it pays for."""
-    while True:
-        best, gain = None, 0.0
-        for name, ladder in ladders.items():
-            here = places[name]
-            for place in range(here + 1, len(ladder)):
-                price = ladder[place].cost - ladder[here].cost
-                if price > rest:
-                    break
-                if price > 0 and (slope := _slope(ladder, here, place)) > gain:
-                    best, gain = (name, place), slope
-        if best is None:
-            return
-        name, place = best
-        rest -= ladders[name][place].cost - ladders[name][places[name]].cost
-        places[name] = place

@@ -133,6 +133,17 @@ def test_a_dense_layer_is_found_although_the_ranks_before_it_are_poor_bargains()
     assert (allocation.ranks["steep"] or 0) >= 3
 
 
+def test_a_layer_that_cannot_be_dense_keeps_its_place_among_the_bargains() -> None:
+    shapes = {"flat": LinearShape(20, 20), "steep": LinearShape(20, 20)}
+    energies = {name: torch.ones(20, dtype=torch.float64) for name in shapes}
+    energies["steep"] *= 0.4 * 0.9 ** torch.arange(20)
+    request = RankRequest(shapes, keep_ratio=0.4)  # eight ranks; dense would cost ten
+    allocation = Global(0).allocate(request, energies)
+    best = best_by_trying(shapes, energies, dict.fromkeys(shapes, 1), 0.4 * 800, Parameters())
+    assert kept(allocation, energies) == pytest.approx(best)
+    assert allocation.ranks == {"flat": 7, "steep": 1}
+
+
 def test_everything_dense_at_one() -> None:
     allocation = Global().allocate(RankRequest(SHAPES, keep_ratio=1.0), energies_of(SHAPES))
     assert set(allocation.ranks.values()) == {None}
