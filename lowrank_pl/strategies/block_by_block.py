@@ -20,7 +20,6 @@ from lowrank_pl.contract import CalibrationBatches
 from lowrank_pl.core import Compensation, PairedSums, compensation, relative_error
 from lowrank_pl.core.precision import float64_device
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.importance.gram import GramSum
 from lowrank_pl.nn import LowRankLinear, dense_weight, input_of
@@ -36,6 +35,7 @@ from lowrank_pl.strategies.kept_calls import (
     without_cache,
 )
 from lowrank_pl.strategies.layer_factoriser import Record
+from lowrank_pl.strategies.padding import unpadded
 from lowrank_pl.strategies.processes import Agreement, gathered, progress, send_
 from lowrank_pl.strategies.replay import SeenEnoughError, Stage
 
@@ -197,8 +197,8 @@ class BlockByBlock:
         forms = {name: encoder.get_submodule(name) for name in stage.layers}
         sums = _Sums({name: dense[name] for name in stage.layers}, forms, both=self.needs_dense_passes)
         with Agreement(trainer):
-            for batch, passes in kept.of(stage.block, batches):
-                sums.add(batch, passes)
+            for mask, passes in kept.of(stage.block, batches):
+                sums.add(mask, passes)
         sums.reduce(trainer)
         if sums.differ:
             for name in stage.layers:
@@ -291,7 +291,7 @@ class _Sums:
         """Whether the layers have always had the same tokens in both models."""
         return bool(self._counts[2] == 0)
 
-    def add(self, batch: Batch, passes: Sequence[Pass]) -> None:
+    def add(self, mask: Tensor | None, passes: Sequence[Pass]) -> None:
         """One pass of the dense model, if that counts, and one of the factorised one, as far as needed."""
         *was, now = passes
         xs = self._inputs(self._dense, was[0]) if self._both else []
@@ -305,8 +305,8 @@ class _Sums:
             x = None
         if z is None:
             return
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        kept = mask.bool() if mask is not None and mask.shape == z.shape[:-1] else ...
+        real = unpadded(mask, z)
+        kept = ... if real is None else real
         z = z[kept].reshape(-1, z.shape[-1]).float()
         self._gram.add(z)
         self._counts[0] += len(z)

@@ -19,6 +19,7 @@ from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration
 from lowrank_pl.strategies.labels import ObservedLabels
 from lowrank_pl.strategies.links import Link, links
+from lowrank_pl.strategies.padding import attention_mask
 from lowrank_pl.strategies.processes import Agreement
 from lowrank_pl.strategies.replay import Call, Stage, again, call_of, neighbours, stages
 from lowrank_pl.surgery import Exchange
@@ -29,9 +30,9 @@ T = TypeVar("T")
 
 @dataclass
 class _Kept:
-    """What the block at hand is called with on one batch, in each of the models."""
+    """What the block at hand is called with on one batch, in each of the models, and the batch's attention mask."""
 
-    batch: Batch
+    mask: Tensor | None
     calls: list[Call]
 
 
@@ -72,8 +73,8 @@ class KeptCalls:
         self._kept: list[_Kept] | None = None
         self._links: list[list[dict[str, Link]]] | None = None
 
-    def of(self, block: str, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Pass]]]:
-        """Every batch, with a pass of the dense model, if both count, and one of the factorised one.
+    def of(self, block: str, batches: Iterable[Batch]) -> Iterator[tuple[Tensor | None, list[Pass]]]:
+        """The attention mask of every batch, with a pass of the dense model, if both count, and of the factorised one.
 
         They must have run before the next batch is asked for.
         """
@@ -82,11 +83,11 @@ class KeptCalls:
             self._go_to(block, batches)
         if not block or self._kept is None:
             for batch in map(self._moved, batches):
-                yield batch, self._passes([partial(self._model, batch)] * self._count)
+                yield self._mask(batch), self._passes([partial(self._model, batch)] * self._count)
             return
         module = self._encoder.get_submodule(block)
         for kept in self._kept:
-            yield kept.batch, self._passes([partial(again, module, call) for call in kept.calls])
+            yield kept.mask, self._passes([partial(again, module, call) for call in kept.calls])
 
     @property
     def needs_whole_passes(self) -> bool:
@@ -116,8 +117,11 @@ class KeptCalls:
             known = [call for call in calls if call is not None]
             if len(known) < len(calls):
                 return None
-            kept.append(_Kept(batch, known))
+            kept.append(_Kept(self._mask(batch), known))
         return kept
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        return attention_mask(self._encoder, partial(self._model, batch), batch)
 
     def _advance(self, before: str, block: str, batches: Iterable[Batch]) -> bool:
         """From what the kept calls of a block before it put out; `False` where one batch does not show the way."""

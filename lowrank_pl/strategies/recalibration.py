@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +19,7 @@ from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
 from lowrank_pl.strategies.outputs import outputs_of
+from lowrank_pl.strategies.padding import attention_mask, unpadded
 from lowrank_pl.strategies.processes import Agreement, gathered
 from lowrank_pl.surgery.head import find_head, scale_outputs_
 
@@ -83,8 +84,9 @@ class Recalibration:
             for batch in batches:
                 there = trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
                 outputs = outputs_of(pl_module, there, _NAME).float()
-                mask = there.get("attention_mask") if isinstance(there, Mapping) else None
-                outputs = outputs[mask.bool()] if outputs.ndim == 3 and mask is not None else outputs.flatten(0, -2)
+                mask = attention_mask(module.encoder, partial(module.per_sample_losses, there), there)
+                real = unpadded(mask, outputs)
+                outputs = outputs.flatten(0, -2) if real is None else outputs[real]
                 _check_number(module.encoder, outputs)
                 found.append(outputs.cpu())
         return torch.cat(found)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lowrank_pl.core import Factors, refit_left, relative_error
 from lowrank_pl.core.precision import double, float64_device
 from lowrank_pl.errors.numerics import RangeError
-from lowrank_pl.importance.batches import Batch
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.nn import LowRankLinear, dense_weight, input_of
 from lowrank_pl.strategies.base import as_compressible
@@ -31,6 +30,7 @@ from lowrank_pl.strategies.kept_calls import (
     order_of_calls,
     without_cache,
 )
+from lowrank_pl.strategies.padding import unpadded
 from lowrank_pl.strategies.processes import Agreement, progress, send_
 from lowrank_pl.strategies.replay import SeenEnoughError
 
@@ -97,9 +97,9 @@ class Refit:
                 names = stage.layers
                 sums = _Sums({n: dense[n] for n in names}, {n: forms[n] for n in names})
                 with Agreement(trainer):
-                    for batch, (was, now) in kept.of(stage.block, batches):
+                    for mask, (was, now) in kept.of(stage.block, batches):
                         with sums:
-                            sums.add(batch, was, now)
+                            sums.add(mask, was, now)
                 for name in names:
                     cross, gram = sums.found[name]
                     if trainer.world_size > 1:
@@ -172,10 +172,9 @@ class _Sums:
     def __exit__(self, *exception: object) -> None:
         self._hooks.close()
 
-    def add(self, batch: Batch, was: Pass, now: Pass) -> None:
+    def add(self, mask: Tensor | None, was: Pass, now: Pass) -> None:
         """One pass of the dense model and one of the factorised one, as far as needed."""
         xs, zs = self._pass(was), self._pass(now)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         for name in self._forms:
             if (name in xs) != (name in zs) or (name in xs and xs[name].shape[:-1] != zs[name].shape[:-1]):
                 # The models send other tokens here, which cannot be told apart: infinity reaches all processes.
@@ -198,8 +197,9 @@ class _Sums:
         return hook
 
     def _add(self, name: str, x: Tensor, z: Tensor, mask: Tensor | None) -> None:
-        if mask is not None and mask.shape == x.shape[:-1]:
-            x, z = x[mask.bool()], z[mask.bool()]
+        kept = unpadded(mask, x)
+        if kept is not None:
+            x, z = x[kept], z[kept]
         x, z = x.flatten(0, -2).float(), z.flatten(0, -2).float()
         if self._forms[name].bias is not None:
             z = torch.cat([z, z.new_ones(len(z), 1)], 1)
