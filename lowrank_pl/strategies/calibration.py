@@ -117,11 +117,12 @@ def measure_importance(
     what = type(importance).__name__
     with isolate_rng(), frozen_eval(pl_module):  # also what is outside of the encoder, such as a norm before it
         key, cached = "", None
-        if cache is not None and trainer.is_global_zero:
-            loss = loss_identity(trainer, pl_module)
-            kind = importance.key() + _key_of_labels(trainer, options)
-            key = ImportanceCache.key(module.encoder, list(layers), kind, batches.fingerprint, loss)
-            cached = cache.load(key, device, importance)
+        with Agreement(trainer):
+            if cache is not None and trainer.is_global_zero:
+                loss = loss_identity(trainer, pl_module)
+                kind = importance.key() + _key_of_labels(trainer, options)
+                key = ImportanceCache.key(module.encoder, list(layers), kind, batches.fingerprint, loss)
+                cached = cache.load(key, device, importance)
         # The first process's cache counts: another machine may have none.
         if trainer.strategy.broadcast(cached is not None):
             logger.info("%s of %d layers read from the cache", what, len(layers))

@@ -80,7 +80,7 @@ class Recalibration:
         module = as_compressible(pl_module)
         batches = calibration_batches(trainer, calibration, _NAME, self.max_samples)
         found = []
-        with isolate_rng(), torch.no_grad(), frozen_eval(pl_module):
+        with Agreement(trainer), isolate_rng(), torch.no_grad(), frozen_eval(pl_module):
             for batch in batches:
                 there = trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
                 outputs = outputs_of(pl_module, there, _NAME).float()

@@ -21,9 +21,10 @@ from torch import nn
 from lowrank_pl.core.shapes import LinearShape
 from lowrank_pl.errors.numerics import NonFiniteError
 from lowrank_pl.errors.parallelism import ProcessFailedError, StartMethodError, UnsupportedParallelismError
-from lowrank_pl.importance import FirstOrder, KroneckerSensitivity
+from lowrank_pl.importance import FirstOrder, KroneckerSensitivity, SecondMoments
 from lowrank_pl.nn import ElasticLinear
-from lowrank_pl.strategies import SVD, CompressionStrategy, NoCompression
+from lowrank_pl.strategies import SVD, Calibration, CompressionStrategy, NoCompression, Recalibration
+from lowrank_pl.strategies.calibration import measure_importance
 from lowrank_pl.strategies.metric_groups import MetricGroups
 from lowrank_pl.strategies.processes import Agreement, assign, check_parallelism, check_parallelism_named, work_shared
 from lowrank_pl.strategies.singular_groups import SingularGroups
@@ -159,6 +160,41 @@ def test_a_choice_of_ranks_that_fails_is_told_to_those_that_wait_for_it(monkeypa
         SingularGroups(FirstOrder(), True, 1).reallocate(trainer, {}, plan, 1.0, True)
     assert len(trainer.told) == 1
     assert "the scores" in trainer.told[0]
+
+
+class Broken(SyntheticData):
+    """Data of which one process cannot read its share, nor the first the whole."""
+
+    def calibration_batches(self, *arguments: Any, **others: Any) -> Any:
+        return self
+
+    num_samples = 4
+
+    @property
+    def fingerprint(self) -> str:
+        raise OSError("a file is gone")
+
+    def __iter__(self) -> Any:
+        raise OSError("a file is gone")
+
+
+def test_samples_that_cannot_be_read_are_told_to_those_that_wait_for_the_cache_and_the_outputs(
+    tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = make_task(tiny_bert)
+    task.build(SyntheticData().target)
+    layers = {"classifier": task.encoder.classifier}
+    calibration = Calibration(cache_dir=str(tmp_path))
+    for read in (
+        lambda trainer: measure_importance(trainer, task, layers, SecondMoments(), calibration, "X"),
+        lambda trainer: Recalibration().outputs(trainer, task, calibration),
+    ):
+        trainer: Any = TwoProcesses(monkeypatch, None)
+        trainer.strategy, trainer.datamodule, trainer.precision = SingleDeviceStrategy("cpu"), Broken(), "32-true"
+        with pytest.raises(OSError, match="a file is gone"):
+            read(trainer)
+        assert len(trainer.told) == 1
+        assert "a file is gone" in trainer.told[0]
 
 
 def test_a_layer_that_cannot_be_decomposed_is_told_to_those_that_wait_for_its_energies(
