@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_pl.allocation import Allocator, Global, LayerOverride, Measure, Uniform
 from lowrank_pl.core import LinearShape, kronecker_groups
 from lowrank_pl.core.kronecker import DEFAULT_DAMPING
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.importance import Extent, Importance, LayerImportance, LayerMoments, SecondMoments
+from lowrank_pl.importance.second_moments import check_blocks
 from lowrank_pl.nn import FinalForm
 from lowrank_pl.strategies.block_by_block import BlockByBlock
 from lowrank_pl.strategies.calibration import Calibration
@@ -108,6 +109,18 @@ class KroneckerSVD(SequentialStrategy):
         """Second moments of the sides that count."""
         extent: Extent = "diagonal" if self.diagonal else self.block_size or "full"
         return SecondMoments(extent if self.side != "output" else "none", extent if self.side != "input" else "none")
+
+    def check(self, encoder: nn.Module) -> None:
+        """Also looks whether blocks fit.
+
+        Raises:
+            RangeError: they do not divide the features of a layer.
+        """
+        super().check(encoder)
+        if self.block_size is not None:
+            sides = {"both": ("in", "out"), "input": ("in",), "output": ("out",)}[self.side]
+            shapes = self.targets.shapes(self.candidates(encoder))
+            check_blocks("block_size", self.block_size, shapes, sides)
 
     def why_no_energies(self) -> str:
         """Without gradients nothing is known of the loss."""

@@ -243,6 +243,16 @@ def test_what_recalibration_needs_is_looked_at_before_anything_is_measured_in_fi
     assert not measured
 
 
+@pytest.mark.parametrize("options", [{}, {"side": "input", "sequential": True}])
+def test_blocks_that_do_not_fit_are_refused_before_the_dense_model_is_scored(
+    options: dict[str, Any], tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LowRankTrainer, "validate", lambda *_, **__: pytest.fail("scored"))
+    task = make_task(tiny_bert, KroneckerSVD(keep_ratio=0.5, block_size=24, **options))
+    with pytest.raises(RangeError, match=r"block_size.*a divisor of 32, the features of 'bert\.encoder\.layer\.0"):
+        make_trainer(tmp_path).compress(task, SyntheticData(), output=str(tmp_path / "out"))
+
+
 def test_bad_options_are_refused() -> None:
     for size, diagonal in ((0, False), (8, True)):
         with pytest.raises(RangeError, match="block_size"):
