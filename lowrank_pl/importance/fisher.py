@@ -127,7 +127,7 @@ def _collect(
 ) -> Fisher:
     tensors = [tensor for accumulator in accumulators.values() for tensor in accumulator.tensors()]
     if reduce_sum is not None and tensors:
-        count = torch.tensor([float(samples)], device=tensors[0].device)
+        count = torch.tensor([float(samples)], dtype=torch.float32, device=tensors[0].device)
         flat = reduce_sum(torch.cat([tensor.flatten() for tensor in tensors] + [count]))
         samples = round(float(flat[-1]))
         for tensor, part in zip(tensors, flat[:-1].split([t.numel() for t in tensors]), strict=True):

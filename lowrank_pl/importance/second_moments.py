@@ -319,7 +319,8 @@ def _collect(
         # A mean over samples has no more digits than this, and half the memory is enough to keep it.
         return mean.float()
 
-    everywhere = round(float(over_processes(torch.tensor([float(samples)], device=device))))
+    own_samples = torch.tensor([float(samples)], dtype=torch.float32, device=device)
+    everywhere = round(float(over_processes(own_samples)))
     means: dict[str, Tensor | None] = {}
     layers = {}
     for name, shape in shapes.items():

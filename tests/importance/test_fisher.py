@@ -326,6 +326,22 @@ def test_half_precision_models_give_finite_float32(kind: FisherKind) -> None:
         assert_same(layer.input_sums, exact.layers[name].input_sums, tolerance=0.3)
 
 
+def test_samples_of_several_processes_are_counted_exactly_whatever_the_default_dtype() -> None:
+    model = nn.Linear(2, 1)
+    x = torch.randn(257, 2, generator=torch.Generator().manual_seed(0))
+    found = []
+    before = torch.get_default_dtype()
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            loss = partial(lambda model, batch: model(batch).square().sum(1), model)
+            found.append(empirical_fisher(model, {"": model}, [x], loss, reduce_sum=Tensor.clone))
+        finally:
+            torch.set_default_dtype(before)
+    assert [fisher.num_samples for fisher in found] == [257, 257]
+    assert torch.equal(found[0].layers[""].input_sums, found[1].layers[""].input_sums)
+
+
 @pytest.mark.parametrize("kind", FisherKind)
 def test_sums_are_float32_whatever_the_default_dtype(kind: FisherKind) -> None:
     # Trainers with true half precision change torch's default dtype.

@@ -190,6 +190,21 @@ def test_two_halves_reduced_are_the_whole() -> None:
             assert_same(both.layers[name].tensors()[part], tensor, 1e-6)
 
 
+def test_samples_are_counted_exactly_whatever_the_default_dtype() -> None:
+    # A model under `bf16-true` is built, and factorised, under this default.
+    model = nn.Linear(2, 1)
+    x = torch.randn(257, 2, generator=torch.Generator().manual_seed(0))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = SecondMoments().measure(
+            model, {"": model}, [x], lambda batch: model(batch).square().sum(1), Tensor.clone
+        )
+    finally:
+        torch.set_default_dtype(before)
+    assert found.num_samples == 257
+
+
 def test_a_loss_that_depends_on_no_layer_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     model = encoder()
     layers, loss = TargetSelector().select(model), classification_loss(model)
