@@ -181,3 +181,15 @@ class LossShapeError(LowRankError):
             f"[{samples}]: one loss per sample, each as if the sample were alone. A mean over the batch would weigh "
             "the weights otherwise. Take reduction='none', and sum or average what belongs to one sample."
         )
+
+
+class NoGradientError(LowRankError):
+    """A layer is only called where autograd records nothing, so that no gradient can be measured at its outputs."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(
+            f"the layer {layer!r} is only called without gradients, under torch.no_grad() or checkpoint(…, "
+            "use_reentrant=True): how much the loss depends on it cannot be measured. Let the model record gradients "
+            "while it is measured (use_reentrant=False), or leave the layer out through "
+            "model.init_args.strategy.init_args.targets.exclude."
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_pl.errors.numerics import NoGradientError
 from lowrank_pl.importance.vectorise import tap
 from lowrank_pl.nn import input_of, is_embedding
 
@@ -53,6 +54,8 @@ class LinearTape:
         self._calls: dict[str, int] = {}
         self._open_calls: dict[str, int] = {}
         self._records: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._with_gradient: set[str] = set()
+        self._without_gradient: set[str] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> LinearTape:
@@ -79,6 +82,7 @@ class LinearTape:
         self._calls = dict.fromkeys(self._modules, 0)
         self._open_calls = dict.fromkeys(self._modules, 0)
         self._records = {name: [] for name in self._modules}
+        self._with_gradient, self._without_gradient = set(), set()
 
     def rehearse(self, forward: Callable[[int], object]) -> bool:
         """Learns how the model treats batches, from one of two samples and one of three, before anything is recorded.
@@ -106,8 +110,14 @@ class LinearTape:
         return all(dim is not None for dims in self._batch_dims.values() for dim in dims)
 
     def finish(self) -> None:
-        """Hands out what is left after the backward pass: layers with a call that no loss depended on."""
+        """Hands out what is left after the backward pass: layers with a call that no loss depended on.
+
+        Raises:
+            NoGradientError: a layer was only called where autograd records nothing.
+        """
         for name in self._modules:
+            if name in self._without_gradient - self._with_gradient:
+                raise NoGradientError(name)
             self._flush(name)
 
     def _shapes(self, forward: Callable[[int], object], size: int) -> dict[str, list[_Shape]]:
@@ -149,6 +159,10 @@ class LinearTape:
 
     def _recorded(self, name: str, x: Tensor, output: Tensor, dim: int) -> Tensor:
         """Records one call; returns the output that the model goes on with."""
+        if not torch.is_grad_enabled():
+            self._without_gradient.add(name)
+            return output
+        self._with_gradient.add(name)
         x = self._by_sample(x.detach(), dim)
         output = self._prepared(output)
         self._open_calls[name] += 1

@@ -1,11 +1,17 @@
 """b = 3 samples, t = 5 tokens, n = 4 inputs."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lowrank_pl.errors.numerics import NoGradientError
+from lowrank_pl.importance.passes import Passes
 from lowrank_pl.importance.tape import LinearTape, SampleMixingError
 from tests.core.matrices import random_matrix
 
@@ -220,6 +226,57 @@ def test_a_forward_pass_that_was_given_up_leaves_nothing_for_the_next() -> None:
         tape.finish()
     assert len(records) == 1
     assert torch.equal(records[0], x)
+
+
+@pytest.mark.parametrize("hide", ["no_grad", "reentrant"])
+def test_a_layer_that_is_only_called_without_gradients_is_refused_by_name(hide: str) -> None:
+    layers = {"first": linear(4, 4, 0), "second": linear(4, 4, 10)}
+
+    def losses(x: Tensor) -> Tensor:
+        if hide == "reentrant":  # of what needs no gradient, so the layer is not called again
+            hidden = checkpoint(layers["first"], x, use_reentrant=True)
+        else:
+            with torch.no_grad():
+                hidden = layers["first"](x)
+        found: Tensor = layers["second"](hidden).square().sum(1)
+        return found
+
+    sums: Any = dict.fromkeys(layers, SimpleNamespace(add=lambda x, g: None))
+    with (
+        Passes(layers, losses, sums) as passes,
+        pytest.warns(UserWarning, match="requires_grad") if hide == "reentrant" else nullcontext(),
+        pytest.raises(NoGradientError, match=r"^the layer 'first' is only called without"),
+    ):
+        passes.add(random_matrix(3, 4))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_under_checkpoints_are_handed_out_once(reentrant: bool) -> None:
+    layers, x = {"first": linear(4, 4, 0), "later": linear(4, 4, 10)}, random_matrix(3, 4)
+
+    def losses() -> Tensor:
+        hidden: Tensor = layers["first"](x).tanh()
+        found: Tensor = checkpoint(layers["later"], hidden, use_reentrant=reentrant).square().sum(1)
+        return found
+
+    expected = play(layers, lambda: layers["later"](layers["first"](x).tanh()).square().sum(1))
+    found = play(layers, losses)
+    for name, ((inputs, gradients),) in expected.items():
+        ((x_found, g_found),) = found[name]
+        torch.testing.assert_close((x_found, g_found), (inputs, gradients))
+
+
+def test_a_call_without_gradients_beside_one_with_them_adds_nothing() -> None:
+    layers, x = {"a": linear(4, 4, 0)}, random_matrix(3, 4)
+
+    def losses() -> Tensor:
+        with torch.no_grad():
+            target = layers["a"](x + 1)
+        found: Tensor = (layers["a"](x) - target).square().sum(1)
+        return found
+
+    ((seen, _),) = play(layers, losses)["a"]
+    assert torch.equal(seen, x[:, None])
 
 
 def test_no_parameter_gets_a_gradient() -> None:
