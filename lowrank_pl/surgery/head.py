@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_pl.errors.targets import HeadError
-from lowrank_pl.nn import outside_forms
 
 
 def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> nn.Linear:
-    """The linear layer whose outputs are the model's.
+    """The linear layer whose outputs are the model's; of a head in two factors the left one, which has the bias.
 
     Args:
         model: The model.
@@ -27,7 +26,7 @@ def find_head(model: nn.Module, forward: Callable[[], Tensor]) -> nn.Linear:
         assert isinstance(module, nn.Linear)
         seen.append((module, output.detach()))
 
-    linears = [module for _, module in outside_forms(model) if type(module) is nn.Linear]
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
     handles = [linear.register_forward_hook(hook) for linear in linears]
     try:
         outputs = forward().detach()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lowrank_pl
+from lowrank_pl.allocation import LayerOverride
 from lowrank_pl.core.kronecker import KroneckerGroups
 from lowrank_pl.errors.arguments import MissingArgumentError
 from lowrank_pl.errors.numerics import BatchShapeError, LossShapeError
@@ -237,6 +238,21 @@ def test_the_head_is_recalibrated_on_the_same_samples_in_the_same_order() -> Non
         return float(F.kl_div(log, before.softmax(1), reduction="batchmean"))
 
     assert divergence(model) < divergence(plain)
+
+
+def test_a_head_that_is_factorised_itself_is_recalibrated() -> None:
+    options: dict[str, Any] = {"targets": TargetSelector(["*"]), "calibration": Calibration(cache=False)}
+    rank = [LayerOverride("head", rank=1)]
+    models: list[Any] = []
+    for recalibration in (False, True):
+        models.append(Network())
+        strategy = KroneckerSVD(keep_ratio=0.5, overrides=rank, recalibration=recalibration, **options)
+        record = lowrank_pl.compress(models[-1], pairs(), pair_loss, strategy)
+    plain, scaled = (model.head for model in models)
+    assert isinstance(scaled, LowRankLinear)
+    assert "recalibrated" in record.notes[-1]
+    assert not torch.equal(scaled.left.weight, plain.left.weight)
+    assert torch.equal(scaled.right.weight, plain.right.weight)
 
 
 def test_several_values_are_recalibrated_each_by_itself_where_that_is_said() -> None:
