@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lowrank_pl.errors.targets import HeadError
-from lowrank_pl.importance.batches import Batch
 from lowrank_pl.strategies.base import as_compressible
 
 
-def outputs_of(pl_module: pl.LightningModule, batch: Batch, asked_by: str) -> Tensor:
-    """The encoder's outputs `[b, …, k]` while the losses of a batch are computed: how it is called is the module's own.
+def outputs_of(pl_module: pl.LightningModule, run: Callable[[], object]) -> Tensor:
+    """The encoder's outputs `[b, …, k]` in a pass: how it is called is the module's own.
 
     Args:
         pl_module: Its encoder returns a tensor, or an object with `logits`.
-        batch: On the module's device.
-        asked_by: Who needs the outputs, for messages.
+        run: Runs the module on a batch.
 
     Raises:
-        NotCompressibleError: the module has no `per_sample_losses`.
         HeadError: the encoder is not called once, or returns something else.
     """
-    module = as_compressible(pl_module, asked_by, "per_sample_losses")
+    module = as_compressible(pl_module)
     seen: list[object] = []
 
     def hook(_: nn.Module, __: object, output: object) -> None:
@@ -30,12 +29,12 @@ def outputs_of(pl_module: pl.LightningModule, batch: Batch, asked_by: str) -> Te
 
     handle = module.encoder.register_forward_hook(hook)
     try:
-        module.per_sample_losses(batch)
+        run()
     finally:
         handle.remove()
     name = type(module.encoder).__name__
     if len(seen) != 1:
-        raise HeadError(name, f"it is called {len(seen)} times for the losses of one batch, not once")
+        raise HeadError(name, f"it is called {len(seen)} times for one batch, not once")
     outputs = seen[0] if isinstance(seen[0], Tensor) else getattr(seen[0], "logits", None)
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         what = list(outputs.shape) if isinstance(outputs, Tensor) else type(seen[0]).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lowrank_pl.contract import CalibrationBatches
 from lowrank_pl.core.recalibration import match_distributions, match_values
 from lowrank_pl.errors.numerics import RangeError
 from lowrank_pl.errors.run import FewSamplesError
@@ -18,6 +20,7 @@ from lowrank_pl.errors.targets import HeadError
 from lowrank_pl.importance.frozen import frozen_eval
 from lowrank_pl.strategies.base import as_compressible
 from lowrank_pl.strategies.calibration import Calibration, calibration_batches
+from lowrank_pl.strategies.kept_calls import model_of
 from lowrank_pl.strategies.outputs import outputs_of
 from lowrank_pl.strategies.padding import attention_mask, unpadded
 from lowrank_pl.strategies.processes import Agreement, gathered
@@ -35,7 +38,8 @@ class Recalibration:
 
     Factorised models grow too sure of themselves or not sure enough: their scores stay where their losses rise. For
     classes the divergence of the predicted distributions is minimised, for values the squared difference, on (some of)
-    the calibration samples. No labels are used. The result is folded into the weights of the head.
+    the calibration samples. No labels are used, and with `calibration.labels: sampled` none are read. The result is
+    folded into the weights of the head.
 
     Args:
         max_samples: How many of the calibration samples are used at most.
@@ -65,10 +69,10 @@ class Recalibration:
         if batches.num_samples < trainer.world_size:
             raise FewSamplesError(_NAME, batches.num_samples, trainer.world_size)
         encoder = as_compressible(pl_module).encoder
-        first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
+        run = self._run(trainer, pl_module, calibration, batches)
         with isolate_rng(), torch.no_grad(), frozen_eval(pl_module):
-            _check_number(encoder, outputs_of(pl_module, first, _NAME))
-            find_head(encoder, lambda: outputs_of(pl_module, first, _NAME))
+            _check_number(encoder, outputs_of(pl_module, run))
+            find_head(encoder, lambda: outputs_of(pl_module, run))
 
     def outputs(self, trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration) -> Tensor:
         """The encoder's outputs `[d, k]` on this process's samples, tokens that are padding left out; on the CPU.
@@ -76,15 +80,16 @@ class Recalibration:
         Raises:
             HeadError: see `outputs_of`; or there are more outputs than a head for classes has.
             CalibrationError: there are no calibration batches.
+            LabelsError: they have no labels, and none are drawn: the passes are those of losses.
         """
         module = as_compressible(pl_module)
         batches = calibration_batches(trainer, calibration, _NAME, self.max_samples)
-        found = []
+        model, found = model_of(pl_module, calibration, _NAME), []
         with Agreement(trainer), isolate_rng(), torch.no_grad(), frozen_eval(pl_module):
             for batch in batches:
                 there = trainer.strategy.batch_to_device(batch, trainer.strategy.root_device)
-                outputs = outputs_of(pl_module, there, _NAME).float()
-                mask = attention_mask(module.encoder, partial(module.per_sample_losses, there), there)
+                outputs = outputs_of(pl_module, partial(model, there)).float()
+                mask = attention_mask(module.encoder, partial(model, there), there)
                 real = unpadded(mask, outputs)
                 outputs = outputs.flatten(0, -2) if real is None else outputs[real]
                 _check_number(module.encoder, outputs)
@@ -107,9 +112,9 @@ class Recalibration:
         """
         module = as_compressible(pl_module)
         batches = calibration_batches(trainer, calibration, _NAME, self.max_samples)
-        sample = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
+        run = self._run(trainer, pl_module, calibration, batches)
         with isolate_rng(), torch.no_grad(), frozen_eval(pl_module):
-            head = find_head(module.encoder, lambda: outputs_of(pl_module, sample, _NAME))
+            head = find_head(module.encoder, lambda: outputs_of(pl_module, run))
         own = self.outputs(trainer, pl_module, calibration)
         outputs, wanted = (torch.cat(gathered(trainer, part)) for part in (own, reference))
         values = outputs.shape[1] == 1 if self.values is None else self.values
@@ -119,6 +124,14 @@ class Recalibration:
         told = f"the head was recalibrated on {len(outputs)} outputs: scales {_span(scale)}, biases {_span(bias)}"
         logger.info(told)
         return told
+
+    @staticmethod
+    def _run(
+        trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Calibration, batches: CalibrationBatches
+    ) -> Callable[[], object]:
+        """Runs the module on the first batch."""
+        first = trainer.strategy.batch_to_device(next(iter(batches)), trainer.strategy.root_device)
+        return partial(model_of(pl_module, calibration, _NAME), first)
 
 
 def _check_number(encoder: nn.Module, outputs: Tensor) -> None:

@@ -191,6 +191,19 @@ def test_compress_refuses_them_before_the_dense_model_is_scored(
         make_trainer(tmp_path).compress(task, Unlabelled(), output=str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("method", [SVD, KroneckerSVD])
+def test_recalibration_needs_no_labels_where_they_are_drawn(method: Any, tiny_bert: str, tmp_path: Path) -> None:
+    calibrations = [Calibration(labels=labels, cache=False) for labels in ("sampled", "observed")]
+    tasks = [
+        make_task(tiny_bert, method(keep_ratio=0.4, calibration=calibration, recalibration=True))
+        for calibration in calibrations
+    ]
+    make_trainer(tmp_path, logger=False, max_epochs=0).fit(tasks[0], datamodule=Unlabelled())
+    assert "recalibrated on 48 outputs" in tasks[0].compression.notes[-1]
+    with pytest.raises(LabelsError, match=r"no labels.*to 'sampled' to draw them"):
+        make_trainer(tmp_path, logger=False, max_epochs=0).fit(tasks[1], datamodule=Unlabelled())
+
+
 def test_a_task_that_cannot_draw_labels_is_refused() -> None:
     task: Any = SequenceClassification()
     check_labels(task, "sampled")
