@@ -24,6 +24,8 @@ from lowrank_pl.importance.vectorise import vectorised
 logger = logging.getLogger(__name__)
 
 PerSampleLoss = Callable[[Batch], Tensor]
+_LARGEST_SCALE, _BACK_OFF = 2**15, 2**3
+"""Of the loss where weights are float16, of which 2¹⁵ is the largest power of two."""
 Reduce = Callable[[Tensor], Tensor]
 
 
@@ -49,6 +51,9 @@ class Passes:
     A batch that does not fit into memory is halved until it does, and so are the batches after it. A layer
     whose gradients had been added when memory ran out is not added again.
 
+    In float16 the small gradients of a model that is sure of itself would become zero: of layers with such weights the
+    loss is multiplied by a power of two, which is lowered where gradients overflow, and gradients are divided by it.
+
     Args:
         layers: The layers to measure, by name.
         loss: Maps a batch to the losses `[b]` of its samples, each as if it were alone.
@@ -72,6 +77,9 @@ class Passes:
         self._done: set[str] = set()
         self._untold = False
         self._told_unreached = False
+        half = any(layer.get_parameter("weight").dtype is torch.float16 for layer in layers.values())
+        self._scale = _LARGEST_SCALE if half else 1
+        self._overflowed = False
         self._tape = LinearTape(layers, self._consume)
 
     def __enter__(self) -> Passes:
@@ -114,6 +122,8 @@ class Passes:
         release_memory()
         if failure is _Failure.MEMORY:
             self._halve(size)
+        elif failure is _Failure.OVERFLOW:
+            self._scale = max(1, self._scale // _BACK_OFF)
         elif failure is _Failure.MIXING:
             self._way = self._slower_way(batch)
         else:
@@ -123,13 +133,14 @@ class Passes:
     def _pass(self, batch: Batch) -> _Failure | None:
         """One forward and backward pass; says what to do something about, and raises what nothing can be done about."""
         began = time.perf_counter()
+        self._overflowed = False
         try:
             with torch.enable_grad():
                 losses = self._losses(batch)
                 if not bool(torch.isfinite(losses.detach()).all()):
                     count = int((~torch.isfinite(losses)).sum())
                     raise NonFiniteError("the loss of a calibration batch", count, first=self._first_seen(batch))
-                total = losses.sum()
+                total = losses.sum() if self._scale == 1 else (losses.float() * self._scale).sum()
                 if total.requires_grad:
                     total.backward()
                 else:
@@ -147,6 +158,8 @@ class Passes:
             if self._way is Way.VECTORISED:
                 return _Failure.VECTORISING
             raise
+        if self._overflowed:
+            return _Failure.OVERFLOW
         if self._untold:
             self._untold = False
             self._tell_time(time.perf_counter() - began)
@@ -185,9 +198,15 @@ class Passes:
         return self._loss(batch)
 
     def _consume(self, name: str, x: Tensor, g: Tensor) -> None:
-        if name not in self._done:
-            self._accumulators[name].add(x, g)
-            self._done.add(name)
+        if name in self._done:
+            return
+        if self._scale > 1:
+            if not bool(torch.isfinite(g).all()):
+                self._overflowed = True
+                return
+            g = g.float() / self._scale
+        self._accumulators[name].add(x, g)
+        self._done.add(name)
 
     def _first_way(self, batch: Batch) -> Way:
         """Finds out on copies of a batch's first samples, before anything is added."""
@@ -251,6 +270,7 @@ class _Failure(Enum):
     MIXING = "samples share a tensor"
     MEMORY = "memory is too short"
     VECTORISING = "an operation cannot be vectorised"
+    OVERFLOW = "gradients are too large for float16"
 
 
 def _first_line(error: Exception) -> str:

@@ -94,13 +94,15 @@ class _RiseSum:
     """Adds up what one layer's tape hands out."""
 
     def __init__(self, weight: Tensor, candidates: Mapping[str, Factors]) -> None:
-        self._weight = weight.detach()
-        self._pairs = [factors.like(weight).balanced() for factors in candidates.values()]
+        # Gradients of float16 come as float32, in which they do not vanish.
+        self._weight = weight.detach().float() if weight.dtype is torch.float16 else weight.detach()
+        self._pairs = [factors.like(self._weight).balanced() for factors in candidates.values()]
         dtype = torch.float64 if float64_device(weight.device) == weight.device else torch.float32
         self.total = torch.zeros(len(self._pairs), dtype=dtype, device=weight.device)
 
     def add(self, x: Tensor, g: Tensor) -> None:
         """Adds the samples of `x [b, t, n]` and `g [b, t, m]`."""
+        x, g = x.to(self._weight), g.to(self._weight)
         dense = ((g @ self._weight) * x).sum((1, 2), dtype=self.total.dtype)
         for place, (a, b) in enumerate(self._pairs):
             factorised = ((g @ a) * (x @ b.mT)).sum((1, 2), dtype=self.total.dtype)

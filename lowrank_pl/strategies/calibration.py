@@ -36,9 +36,9 @@ class Calibration:
     """How importance is measured on the training data.
 
     Passes run in the dtype of the model's weights, not under the trainer's autocast: float32 for the mixed precisions,
-    half precision for the true ones. Under autocast to bfloat16 the importance of a weight is off by 0.5 % in the
-    median and of an input by up to 30 % (tiny encoders, 32 samples). Memory that is too short is met by smaller
-    batches instead.
+    half precision for the true ones, in float16 with a scaled loss, so that small gradients do not vanish. Under
+    autocast to bfloat16 the importance of a weight is off by 0.5 % in the median and of an input by up to 30 % (tiny
+    encoders, 32 samples). Memory that is too short is met by smaller batches instead.
 
     Args:
         batch_size: Samples per forward and backward pass; changes speed and memory, not the result. By default what the

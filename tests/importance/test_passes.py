@@ -1,14 +1,16 @@
 """b = 6 samples of a tiny encoder, unless a test says otherwise."""
 
+import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lowrank_pl.errors.numerics import NonFiniteError
-from lowrank_pl.importance import Fisher, FisherKind, empirical_fisher
+from lowrank_pl.importance import Fisher, FisherKind, SecondMoments, empirical_fisher
 from lowrank_pl.importance.fisher import Batch, PerSampleLoss
 from lowrank_pl.importance.squares import AxisSquares, FullSquares
 from lowrank_pl.surgery import TargetSelector
@@ -105,6 +107,34 @@ def test_a_rehearsal_that_does_not_fit_leaves_single_samples(caplog: pytest.LogC
     assert_equal(given, expected)
     assert sizes == [2, 1, 1, 1, 1, 1, 1]
     assert "memory is too short" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0, 300.0])  # the first as of a model that is sure of itself
+def test_gradients_in_float16_neither_vanish_nor_overflow(size: float) -> None:
+    exact = tiny_model("bert")
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_(parameter.half())
+    half = copy.deepcopy(exact).half()
+    found = []
+    for model in (exact, half):
+        layers = TargetSelector().select(model)
+        loss = partial(lambda inner, batch: size * inner(batch).float(), classification_loss(model))
+        moments = SecondMoments().measure(model, layers, [labelled(), labelled(seed=1)], loss)
+        found.append((moments.layers, measure(model, [labelled()], FisherKind.SUMS, loss).layers))
+    for name, expected in found[0][0].items():
+        for part, tensor in expected.tensors().items():
+            assert_same(found[1][0][name].tensors()[part], tensor, 0.02)
+        assert_same(found[1][1][name].input_sums, found[0][1][name].input_sums, 0.02)
+
+
+def test_a_gradient_that_is_not_finite_in_float16_at_any_scale_names_the_layer() -> None:
+    model = tiny_model("bert").half()
+    inner = classification_loss(model)
+    with pytest.raises(NonFiniteError, match=r"layer 'bert\.encoder\.layer\.1\.output\.dense'|second moment"):
+        SecondMoments().measure(
+            model, TargetSelector().select(model), [labelled()], lambda batch: 1e30 * inner(batch).float()
+        )
 
 
 def test_any_other_error_is_raised_as_it_is() -> None:
