@@ -114,8 +114,8 @@ def export(
     """
     if format not in get_args(Format):
         raise RangeError("format", format, ", ".join(map(repr, get_args(Format))))
-    scheme = _check_quantization(format, quantize)
     sharding = sharding_of(max_shard_size, one_file=format == "onnx" or quantize is not None)
+    scheme = _check_quantization(format, quantize)
     check_scoring(data, max_drop, max_samples)
     if format == "onnx":
         check_packages("export --format onnx")
