@@ -18,7 +18,7 @@ from lowrank_pl.importance.importance import Importance, LayerImportance, Measur
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "4"
+_FORMAT = "5"  # also raised where the same key would give other numbers than before
 T = TypeVar("T", bound=LayerImportance)
 
 
