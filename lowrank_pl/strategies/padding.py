@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank_pl.importance.batches import Batch
-from lowrank_pl.strategies.replay import SeenEnoughError
+from lowrank_pl.strategies.replay import at_first_call
 
 _NAME = "attention_mask"
 
@@ -26,23 +26,16 @@ def attention_mask(encoder: nn.Module, run: Callable[[], object], batch: Batch) 
     Returns:
         Such as `[b, t]`; `None` where there is none.
     """
-    seen: list[object] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         given = dict(kwargs)
         with suppress(TypeError, ValueError):  # a forward that takes anything, or that nobody can look into
             given |= inspect.signature(encoder.forward).bind_partial(*args, **kwargs).arguments
-        seen.append(given.get(_NAME))
-        raise SeenEnoughError
+        return given.get(_NAME)
 
-    handle = encoder.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with suppress(SeenEnoughError):
-            run()
-    finally:
-        handle.remove()
+    seen = at_first_call(encoder, run, look)
     of_batch = batch.get(_NAME) if isinstance(batch, Mapping) else None
-    return next((mask for mask in (*seen, of_batch) if isinstance(mask, Tensor)), None)
+    return next((mask for mask in (seen, of_batch) if isinstance(mask, Tensor)), None)
 
 
 def unpadded(mask: Tensor | None, x: Tensor) -> Tensor | None:

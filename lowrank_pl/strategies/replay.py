@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank_pl.importance.batches import mapped
 from lowrank_pl.nn import input_of
 
+T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -120,14 +121,34 @@ def call_of(block: nn.Module, run: Callable[[], object]) -> Call | None:
     `None` where that is more than tensors and numbers, say a cache, which another call would change, and under
     autocast, which another call would not be under.
     """
-    seen: list[Call | None] = []
+
+    def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        under_autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+        return None if under_autocast or not plain((args, kwargs)) else (args, kwargs)
+
+    return at_first_call(block, run, look)
+
+
+def at_first_call(
+    module: nn.Module, run: Callable[[], object], look: Callable[[tuple[Any, ...], dict[str, Any]], T]
+) -> T | None:
+    """What is seen of the arguments with which a forward pass calls a module first; the pass ends there.
+
+    Args:
+        module: Part of what `run` runs.
+        run: The pass.
+        look: Gets positional arguments and those by name, under the pass's own modes.
+
+    Returns:
+        What `look` has returned, `None` where the module is not called.
+    """
+    seen: list[T] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        under_autocast = any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-        seen.append(None if under_autocast or not plain((args, kwargs)) else (args, kwargs))
+        seen.append(look(args, kwargs))
         raise SeenEnoughError
 
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with suppress(SeenEnoughError):
             run()
